@@ -1,0 +1,1 @@
+"""torch_freeze: freeze parts of a PyTorch network, at no cost for what is frozen."""
