@@ -1,0 +1,200 @@
+"""Build ``torch_freeze._C`` against the torch of the environment it is installed into.
+
+Environment variables: ``USE_CUDA=0/1`` forces CUDA code off or on, ``TORCH_CUDA_ARCH_LIST`` names the
+architectures, ``MAX_JOBS`` limits the compiler processes, ``DEBUG=1`` builds with ``-O0 -g``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+NAME = "torch_freeze._C"
+
+
+class Toolkit(NamedTuple):
+    """A CUDA toolkit as its own nvcc describes it."""
+
+    home: Path
+    major: int
+    includes: list[str]
+    known: list[int]  # compute capabilities in increasing order: 75, 80, ...
+
+
+def output(*command: str | Path) -> str:
+    """What ``command`` prints; nothing if it fails."""
+    try:
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout + done.stderr
+
+
+def ask_nvcc(nvcc: Path) -> Toolkit | None:
+    """Ask nvcc for its root: the file on PATH may be a wrapper that lies elsewhere."""
+    release = re.search(r"release (\d+)\.", output(nvcc, "--version"))
+    plan = output(nvcc, "--dryrun", "-x", "cu", os.devnull)
+    here = re.search(r"_HERE_=(.+)", plan)
+    if not release or not here:
+        return None
+    includes = [os.path.realpath(path) for path in re.findall(r'"-I([^"]+)"', plan)]
+    known = {int(c) for c in re.findall(r"compute_(\d+)\b", output(nvcc, "--list-gpu-arch"))}
+    return Toolkit(Path(here[1].strip()).parent, int(release[1]), includes, sorted(known))
+
+
+def find_toolkit(torch: ModuleType, nvidia: Path) -> Toolkit | str:
+    """The first toolkit of torch's CUDA major version, or why the build is for the CPU only."""
+    choice = os.environ.get("USE_CUDA", "")
+    if choice not in ("", "0", "1"):
+        raise SystemExit(f"torch_freeze: USE_CUDA={choice!r}; it is 0, 1 or unset")
+    if choice == "0":
+        return "USE_CUDA=0 is set"
+    reason = "this torch is a build without CUDA; install one with CUDA"
+    if torch.version.cuda:
+        wanted = int(torch.version.cuda.split(".")[0])
+        homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+        nvccs = [Path(home, "bin", "nvcc") for home in homes if home]
+        nvccs[-1:-1] = [Path(shutil.which("nvcc") or "nvcc"), *sorted(nvidia.glob("*/bin/nvcc"))]
+        toolkits = [toolkit for toolkit in map(ask_nvcc, nvccs) if toolkit]
+        for toolkit in toolkits:
+            if toolkit.major == wanted:
+                return toolkit
+        others = ", ".join(sorted({f"{t.home} (CUDA {t.major})" for t in toolkits})) or "none"
+        reason = (
+            f"torch needs an nvcc of CUDA {wanted} and found is {others}; put one on PATH, set "
+            f"CUDA_HOME or `pip install nvidia-cuda-nvcc=={torch.version.cuda}.*`"
+        )
+    if choice == "1":
+        raise SystemExit(f"torch_freeze: USE_CUDA=1, but {reason}")
+    return reason
+
+
+def architecture_flags(torch: ModuleType, known: list[int]) -> list[str]:
+    """``-gencode`` flags: the list asked for, else the GPUs in sight, else one per generation.
+
+    Code for x.0 runs on every x.y, and a kernel bound by memory bandwidth gains nothing from the
+    later one: one architecture per generation from 8.0 on keeps the build short. PTX of the newest
+    serves what comes after it.
+    """
+    if os.environ.get("TORCH_CUDA_ARCH_LIST", "native") not in ("", "native"):
+        from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+        return list(_get_cuda_arch_flags())
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    chosen = sorted({max(k for k in known if k <= 10 * gpu[0] + gpu[1]) for gpu in gpus})
+    if not gpus:
+        chosen = [min(k for k in known if k // 10 == g) for g in sorted({k // 10 for k in known} - {7})]
+    flags = [f"-gencode=arch=compute_{c},code=sm_{c}" for c in chosen]
+    return [*flags, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
+
+
+def import_torch() -> ModuleType:
+    """Import torch; from an isolated build too, where pip hides the environment it installs into."""
+    paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    sys.path += [path for path in paths if path not in sys.path]
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise SystemExit(
+            f"torch_freeze is compiled against the installed torch, and {sys.prefix} has none. Run\n"
+            "    pip install torch setuptools ninja\n    pip install --no-build-isolation ."
+        ) from None
+    return torch
+
+
+def configure(torch: ModuleType) -> tuple[Extension, dict[str, object]]:
+    """The extension to compile, and what ``torch_freeze.build_info()`` tells of it."""
+    nvidia = Path(torch.__file__ or "").parent.parent / "nvidia"  # CUDA's wheels, torch's own
+    toolkit = find_toolkit(torch, nvidia)
+    if isinstance(toolkit, Toolkit):
+        # Set before the import: left alone, it takes the folder above the nvcc on PATH.
+        os.environ["CUDA_HOME"] = str(toolkit.home)
+    from torch.utils import cpp_extension
+
+    compiler = cpp_extension.get_cxx_compiler()
+    debug = os.environ.get("DEBUG") == "1"
+    includes = cpp_extension.include_paths()
+    # Contracted products and sums would not round as stock's do.
+    host = ["-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    # -fopenmp is for the compiler alone: GOMP_* stay undefined and resolve at load time to the libgomp
+    # that torch brings, so that one pool of threads, sized by torch, serves both. Clang calls a runtime
+    # that torch does not bring; there the linker adds it.
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    extension = Extension(
+        NAME,
+        sorted(str(source) for source in Path("csrc").glob("*.cpp")),
+        language="c++",
+        libraries=["c10", "torch", "torch_cpu", "torch_python"],
+        library_dirs=cpp_extension.library_paths(),
+        extra_link_args=[] if cpp_extension.check_compiler_is_gcc(compiler) else openmp,
+    )
+    nvcc: list[str] = []
+    codes: list[str] = []
+    if isinstance(toolkit, Toolkit):
+        runtime = f"libcudart.so.{toolkit.major}"
+        headers = [str(path.parent) for path in nvidia.glob("*/include/cuda_runtime_api.h")]
+        libraries = [*nvidia.glob(f"*/lib/{runtime}"), *toolkit.home.glob(f"**/{runtime}")]
+        flags = architecture_flags(torch, toolkit.known)
+        codes = re.findall(r"code=(\w+)", " ".join(flags))
+        # The toolkit's own headers come first; torch's stand in for what it lacks.
+        includes += [path for path in [*toolkit.includes, *headers] if path != "/usr/include"]
+        extension.sources += sorted(str(source) for source in Path("csrc").glob("*.cu"))
+        extension.define_macros += [("WITH_CUDA", None)]
+        extension.libraries += ["c10_cuda"]
+        extension.extra_objects += [str(path) for path in libraries[:1]]
+        threads = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        nvcc = ["-fmad=false", "-lineinfo", f"--threads={threads}", *flags]
+        nvcc += ["-Xcompiler", ",".join(host)] + (["-O0", "-g"] if debug else ["-O3"])
+    else:
+        print(f"torch_freeze: CPU only, because {toolkit}. USE_CUDA=1 insists on CUDA.")
+    system = [f"-isystem{path}" for path in includes]  # so that warnings are about our own code
+    # Most Pythons' own flags have -g and -DNDEBUG.
+    level = ["-O0", "-g", "-UNDEBUG"] if debug else ["-O3", "-g0"]
+    cxx = [*level, *host, "-fno-math-errno", *openmp, *system]
+    extension.extra_compile_args = {"cxx": cxx, "nvcc": [*nvcc, *system]}  # type: ignore[assignment]
+    return extension, {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if codes else None,
+        "architectures": codes,
+        "compiler": output(compiler, "--version").partition("\n")[0],
+        "debug": debug,
+        "cpu_only_because": None if codes else toolkit,
+    }
+
+
+class BuildExt(build_ext):
+    """Hand over to torch's BuildExtension, importing torch only when there is something to compile."""
+
+    def run(self) -> None:
+        torch = import_torch()
+        extension, info = configure(torch)
+        from torch.utils.cpp_extension import BuildExtension
+
+        self.distribution.ext_modules = [extension]
+        command = BuildExtension(self.distribution)
+        command.inplace, command.build_lib = self.inplace, self.build_lib
+        # One folder per torch, for an editable install too: ninja then compiles what changed, and a
+        # torch replaced by another with older file dates is no reason to keep stale objects.
+        command.build_temp = f"build/torch-{torch.__version__}-{sys.implementation.cache_tag}"
+        command.ensure_finalized()
+        command.run()
+        # Read before the module is loaded, so that another torch is named and not crashed into.
+        path = Path(command.get_ext_fullpath(NAME)).with_suffix(".json")
+        path.write_text(json.dumps(info, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[Extension(NAME, [])], cmdclass={"build_ext": BuildExt})

@@ -1,0 +1,127 @@
+"""What the compiled module was built for, and loading it only where that still holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+__version__ = "0.1.0"
+
+_PACKAGE = Path(__file__).resolve().parent
+_MODULE = f"{__package__}._C"
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildInfo:
+    """What the compiled module was built for.
+
+    Attributes:
+        version: version of torch_freeze.
+        torch: version of the torch it was compiled against, and works with.
+        cuda: CUDA version of that torch; None when the module has no CUDA code.
+        architectures: GPU code in the module: ``sm_90`` runs on compute capability 9.x,
+            ``compute_90`` is PTX, compiled when first used on 9.0 or later. Empty without CUDA code.
+        compiler: first line of the C++ compiler's ``--version``.
+        debug: whether it was built with ``DEBUG=1``, unoptimised and with debug symbols.
+        cpu_only_because: why there is no CUDA code; None when there is.
+    """
+
+    version: str
+    torch: str
+    cuda: str | None
+    architectures: tuple[str, ...]
+    compiler: str
+    debug: bool
+    cpu_only_because: str | None
+
+    def __str__(self) -> str:
+        """One line for a bug report."""
+        cuda = f"CUDA {self.cuda} for {' '.join(self.architectures)}"
+        device = cuda if self.cuda else f"CPU only ({self.cpu_only_because})"
+        debug = ", debug build" if self.debug else ""
+        return f"torch_freeze {self.version}, torch {self.torch}, {device}, {self.compiler}{debug}"
+
+
+def build_info() -> BuildInfo:
+    """Tell what the compiled module was built for.
+
+    Returns:
+        The versions of torch_freeze, torch and CUDA, the GPU architectures and the compiler.
+
+    Raises:
+        ImportError: no module was built for this Python; the message has the command.
+
+    Example:
+        >>> import torch, torch_freeze
+        >>> info = torch_freeze.build_info()
+        >>> info.torch == torch.__version__
+        True
+        >>> print(info)  # doctest: +ELLIPSIS
+        torch_freeze ..., torch ..., ...
+    """
+    spec = importlib.util.find_spec(_MODULE)
+    if spec is None or spec.origin is None:
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise ImportError(
+            f"torch_freeze in {_PACKAGE} has no compiled module for Python {python}. {_command()}"
+        )
+    record = Path(spec.origin).with_suffix(".json")
+    try:
+        fields = json.loads(record.read_text())
+        fields["architectures"] = tuple(fields["architectures"])
+        return BuildInfo(version=__version__, **fields)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ImportError(
+            f"torch_freeze cannot tell what {spec.origin} was built for ({record.name}: {error}). "
+            f"{_command()}"
+        ) from error
+
+
+def load_extension() -> ModuleType:
+    """Load ``torch_freeze._C`` if it was built for the torch at hand.
+
+    C++ symbols of torch differ from version to version and between its CPU and CUDA builds, so a
+    module built for another torch is refused before the loader meets an undefined symbol.
+
+    Returns:
+        The compiled module.
+
+    Raises:
+        ImportError: torch is missing, or the module is, or it was built for another torch; the
+            message names both versions and has the command that mends it.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(
+            f"torch_freeze needs torch, which {sys.prefix} does not have. Run\n"
+            f"    {sys.executable} -m pip install torch\nand then build torch_freeze. {_command()}"
+        ) from error
+    info = build_info()
+    built = f"torch {info.torch}" + (f" with CUDA {info.cuda}" if info.cuda else "")
+    here = f"torch {torch.__version__}" + (f" with CUDA {torch.version.cuda}" if info.cuda else "")
+    if built != here:
+        raise ImportError(f"torch_freeze was built for {built}, but this is {here}. {_command()}")
+    try:
+        return importlib.import_module(_MODULE)
+    except ImportError as error:
+        raise ImportError(
+            f"torch_freeze was built for this torch {torch.__version__}, yet its module does not load "
+            f"({error}). {_command()}"
+        ) from error
+
+
+def _command() -> str:
+    """The command that builds the module, for the tree or the installation we are in."""
+    source = _PACKAGE.parent
+    pip = f"{sys.executable} -m pip install --no-build-isolation"
+    if (source / "setup.py").is_file() and (source / "csrc").is_dir():
+        return f"Build it with\n    {pip} -e {source}"
+    return f"Build it, in the folder of torch_freeze's source, with\n    {pip} --force-reinstall --no-deps ."
