@@ -148,7 +148,7 @@ def configure(torch: ModuleType) -> tuple[Extension, dict[str, object]]:
         headers = [str(path.parent) for path in nvidia.glob("*/include/cuda_runtime_api.h")]
         libraries = [*nvidia.glob(f"*/lib/{runtime}"), *toolkit.home.glob(f"**/{runtime}")]
         flags = architecture_flags(torch, toolkit.known)
-        codes = re.findall(r"code=(\w+)", " ".join(flags))
+        codes = re.findall(r",code=(\w+)", " ".join(flags))
         # The toolkit's own headers come first; torch's stand in for what it lacks.
         includes += [path for path in [*toolkit.includes, *headers] if path != "/usr/include"]
         extension.sources += sorted(str(source) for source in Path("csrc").glob("*.cu"))
@@ -160,7 +160,8 @@ def configure(torch: ModuleType) -> tuple[Extension, dict[str, object]]:
         nvcc += ["-Xcompiler", ",".join(host)] + (["-O0", "-g"] if debug else ["-O3"])
     else:
         print(f"torch_freeze: CPU only, because {toolkit}. USE_CUDA=1 insists on CUDA.")
-    system = [f"-isystem{path}" for path in includes]  # so that warnings are about our own code
+    # As system headers they give no warnings; nvcc takes the path only as a word of its own.
+    system = [word for path in includes for word in ("-isystem", path)]
     # Most Pythons' own flags have -g and -DNDEBUG.
     level = ["-O0", "-g", "-UNDEBUG"] if debug else ["-O3", "-g0"]
     cxx = [*level, *host, "-fno-math-errno", *openmp, *system]

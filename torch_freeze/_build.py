@@ -105,9 +105,9 @@ def load_extension() -> ModuleType:
             f"    {sys.executable} -m pip install torch\nand then build torch_freeze. {_command()}"
         ) from error
     info = build_info()
-    built = f"torch {info.torch}" + (f" with CUDA {info.cuda}" if info.cuda else "")
-    here = f"torch {torch.__version__}" + (f" with CUDA {torch.version.cuda}" if info.cuda else "")
-    if built != here:
+    if info.torch != torch.__version__ or info.cuda not in (None, torch.version.cuda):
+        built = f"torch {info.torch} ({f'CUDA {info.cuda}' if info.cuda else 'CPU code only'})"
+        here = f"torch {torch.__version__} (CUDA {torch.version.cuda})"
         raise ImportError(f"torch_freeze was built for {built}, but this is {here}. {_command()}")
     try:
         return importlib.import_module(_MODULE)

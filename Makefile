@@ -1,0 +1,93 @@
+# Every command sets up what it needs in $(VENV) first. `make test VENV=` runs in the environment at
+# hand instead: the extension is compiled in place and nothing is downloaded or installed.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch
+EXTRAS ?= bench,test
+ARGS ?=
+RESULTS := $(or $(OUT),benchmarks/results)
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+PY := $(VENV)/bin/python
+endif
+need = $(if $(strip $(VENV)),$(VENV)/.has-$(subst $(comma),-,$(1)))
+comma := ,
+
+.PHONY: help compare test build lint format typecheck gpu docs clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "  VENV=            run in the current environment, installing nothing (default VENV=.venv)"
+	@echo "  ARGS='...'       arguments for compare.py or pytest: make compare ARGS='--quick'"
+	@echo "  PYTHON, TORCH    interpreter and torch to set up with: make test TORCH=torch==2.13.0"
+	@echo "  USE_CUDA=0/1 TORCH_CUDA_ARCH_LIST MAX_JOBS DEBUG=1    what is compiled, and how"
+
+compare: build ## compare FrozenAwareSGD with stock SGD, on the GPU if there is one
+	$(PY) benchmarks/compare.py $(ARGS)
+
+test: build ## run the tests and the examples in the docstrings
+	$(PY) -m pytest $(ARGS)
+
+build: $(call need,$(EXTRAS)) ## compile the extension in place; only what changed
+	$(PY) setup.py -q build_ext --inplace
+
+lint: $(call need,lint) ## check the style of Python and C++
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m clang_format --dry-run --Werror $(wildcard csrc/*)
+
+format: $(call need,lint) ## bring Python and C++ into that style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(PY) -m clang_format -i $(wildcard csrc/*)
+
+typecheck: $(call need,lint) ## check the types with mypy --strict
+	$(PY) -m mypy
+
+# A few tensors of each kind for the sanitizers, which slow every access down: frozen, odd, half.
+define SANITIZED
+import torch, torch_freeze
+for dtype in (torch.float32, torch.bfloat16):
+    parameters = [torch.nn.Parameter(torch.ones(n, device="cuda", dtype=dtype)) for n in (1, 7, 4099)]
+    parameters[0].requires_grad_(False)
+    optimizer = torch_freeze.FrozenAwareSGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(3):
+        for p in parameters[1:]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+torch.cuda.synchronize()
+endef
+export SANITIZED
+
+gpu: build ## GPU tests, compute-sanitizer and benchmark; results go to $OUT or benchmarks/results
+	$(PY) -c 'import torch; torch.cuda.is_available() or exit("make gpu: torch finds no CUDA device")'
+	$(PY) -m pytest -m gpu
+	@sanitizer=$$(PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer) || \
+	  { echo "make gpu: no compute-sanitizer on PATH or in CUDA_HOME: that check is left out"; exit 0; }; \
+	for tool in memcheck racecheck initcheck; do \
+	  "$$sanitizer" --tool $$tool --error-exitcode 1 $(PY) -c "$$SANITIZED" || exit 1; \
+	done
+	mkdir -p $(RESULTS)
+	$(PY) benchmarks/compare.py --device cuda --json $(RESULTS)/cuda.json --plot $(RESULTS)/cuda.png $(ARGS)
+
+docs: $(call need,docs) ## build the API reference from the docstrings, into site/
+	$(PY) -W error::UserWarning -m pdoc -d google -o site torch_freeze
+
+clean: ## remove what was built; the virtual environment stays
+	rm -rf build dist site *.egg-info torch_freeze/_C.*.so torch_freeze/_C.*.json
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The module is compiled against the torch in the environment, so torch comes first.
+$(VENV)/.has-torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install "$(TORCH)" "setuptools>=77" ninja
+	touch $@
+
+# Named again with the rest, torch stays what it is.
+$(VENV)/.has-%: pyproject.toml | $(VENV)/.has-torch
+	$(PY) -m pip install --no-build-isolation -e ".[$(subst -,$(comma),$*)]" "$(TORCH)"
+	touch $@
