@@ -2,23 +2,282 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+from torch.optim import optimizer as _stock
+from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd
+
+from torch_freeze._build import load_extension
+
+_C = load_extension()
+
+# The same dicts for as long as torch is loaded; a hook common to all optimizers is entered here.
+_global_pre_hooks = _stock._global_optimizer_pre_hooks
+_global_post_hooks = _stock._global_optimizer_post_hooks
+
+_Closure = Callable[[], Any]
+_Rest = list[tuple[int, list[Tensor]]]
 
 
 class FrozenAwareSGD(torch.optim.SGD):
-    """Interim: stock's own step behind the frozen check, until the extension takes its place."""
+    r"""`torch.optim.SGD` that takes all parameters once and skips those that are frozen.
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    A parameter is frozen while its ``requires_grad`` is False. That is read at every step, so anything may be
+    frozen or unfrozen between any two steps, and the optimizer need not be told. A frozen parameter never
+    moves, whatever its gradient, its momentum or the weight decay; its ``.grad`` is set to None; its momentum is
+    kept. Everything else is stock's: arguments, defaults, errors, ``param_groups``, state and results.
+
+    One call updates all tensors of all param groups: one kernel launch per device and dtype on CUDA, one
+    parallel region on the CPU. ``foreach=True``, ``foreach=False`` or ``fused=False`` ask for that implementation of
+    stock's instead, equally frozen-aware; sparse and complex tensors, tensor subclasses, devices other than CPU
+    and CUDA, and ``differentiable=True`` use stock's own operators.
+
+    Results are bit-identical to ``torch.optim.SGD(foreach=False)`` on the CPU for float32 and float64. bfloat16 and
+    float16 are computed in float32 and rounded once, when stored.
+
+    Args:
+        params: the parameters, all of them, or param groups, or (name, parameter) pairs, as `torch.optim.SGD`
+            takes them.
+        lr: learning rate; a float or a tensor of one element.
+        momentum: momentum factor.
+        dampening: dampening of the momentum.
+        weight_decay: L2 penalty.
+        nesterov: use Nesterov momentum; needs a momentum and no dampening.
+        maximize: ascend instead of descend.
+        foreach: None for the fused kernels; True or False for stock's multi-tensor or single-tensor form.
+        differentiable: let autograd differentiate through the step (stock's form).
+        fused: None or True for the fused kernels; False for stock's forms.
+
+    Raises:
+        ValueError: a negative or otherwise invalid hyper-parameter, with stock's message; at a step, a gradient
+            or momentum buffer of another shape or on another device than its parameter.
+        TypeError: parameters that are not tensors; at a step, a momentum buffer of a type that cannot hold it.
+        RuntimeError: contradicting options, with stock's message.
+
+    An error raised by a step leaves parameters, gradients and state as they were.
+
+    Source: `torch.optim.SGD <https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html>`_ and the papers
+    it names, Sutskever et al. 2013 for momentum.
+
+    Example:
+        >>> import torch, torch_freeze
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
+        >>> optimizer = torch_freeze.FrozenAwareSGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> _ = model[0].requires_grad_(False)  # frozen from here on
+        >>> before = model[0].weight.clone()
+        >>> model(torch.ones(3, 8)).sum().backward()
+        >>> optimizer.step()
+        >>> torch.equal(model[0].weight, before)
+        True
+        >>> _ = model[0].requires_grad_(True)  # trains again, from the next backward on
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,  # type: ignore[arg-type, unused-ignore]  # a Tensor since torch 2.12
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._advertise_amp()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._advertise_amp()
+
+    def _advertise_amp(self) -> None:
+        """Ask GradScaler for `grad_scale` and `found_inf` instead of a step withheld by the host."""
+        self._step_supports_amp_scaling = not self.defaults.get("differentiable", False)
+
+    @overload  # type: ignore[override]  # torch declares the closure's result as float
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: _Closure) -> Any: ...
+
+    def step(self, closure: _Closure | None = None) -> Any:
+        """Update every trainable parameter that has a gradient; drop the gradients of the frozen ones.
+
+        Args:
+            closure: evaluates the model anew, with gradients enabled, and returns the loss.
+
+        Returns:
+            What the closure returned; None without one.
+
+        Raises:
+            ValueError, TypeError: a gradient or momentum buffer does not fit its parameter. Nothing was written.
+        """
+        # A freeze check in traced code would go stale, since nothing guards on requires_grad.
+        if is_dynamo_compiling():
+            return self._step_untraced(closure)
+        # Stock's wrapper for hooks and profiler costs more than a small step: only where someone listens.
+        # A subclass with a step of its own is inside that wrapper already.
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_pre_hooks
+            or _global_post_hooks
+            or _C.is_observed()
+        ) and type(self).step is FrozenAwareSGD.step:
+            return self._step_observed() if closure is None else self._step_observed(closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # keeps Optimizer.__init__ from wrapping it
+
+    def _step(self, closure: _Closure | None = None) -> Any:
+        loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        else:
-            loss = None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if not p.requires_grad:
-                    p.grad = None
-        torch.optim.SGD.step(self)
+        own = self.__dict__
+        scaling = own.get("grad_scale"), own.get("found_inf")
+        rest = _C.sgd_step(self.param_groups, self.state, *scaling)
+        if rest is not None:
+            self._step_rest(rest, *scaling)
+            _C.sgd_step(self.param_groups, self.state, *scaling, rest_done=True)
         return loss
+
+    _step_observed = _stock.Optimizer.profile_hook_step(_step)
+    _step_untraced = torch._disable_dynamo(step)
+
+    def _step_rest(self, rest: _Rest, grad_scale: Any, found_inf: Any) -> None:
+        """Update what the kernels do not cover through `torch.optim.sgd.sgd`."""
+        for index, params in rest:
+            self._check_rest(index, params)
+        if found_inf is not None and float(found_inf) != 0:
+            return
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            for index, params in rest:
+                grads = [p.grad for p in params if p.grad is not None]
+                if grad_scale is not None:
+                    for grad in grads:
+                        grad.div_(torch.as_tensor(grad_scale, device=grad.device))
+                group = self.param_groups[index]
+                for part in _parts(group, params, self.state):
+                    self._step_stock(group, part)
+
+    def _check_rest(self, index: int, params: list[Tensor]) -> None:
+        """Raise what stock's form would raise, before anything is written."""
+        group = self.param_groups[index]
+        for p in params:
+            sparse = p.grad is not None and p.grad.is_sparse
+            if sparse and group["fused"]:
+                raise RuntimeError("`_fused_sgd` does not support sparse gradients")
+            if sparse and group["weight_decay"] != 0:
+                raise RuntimeError(
+                    f"FrozenAwareSGD.step: param_groups[{index}] has weight_decay={group['weight_decay']} and a "
+                    "parameter with a sparse gradient, and SGD cannot decay those; put such parameters in a group "
+                    "with weight_decay=0"
+                )
+            if group["fused"]:
+                _stock._device_dtype_check_for_fused(p)
+
+    def _step_stock(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        grads = [p.grad for p in params if p.grad is not None]
+        foreach, fused = group["foreach"], group["fused"]
+        if params[0].is_cuda and _kernels_wanted(group) and not _has_cuda():
+            _warn_cpu_only()
+            foreach, fused = True, False
+        multi_tensor = foreach or (foreach is None and fused is None and params[0].device.type != "cpu")
+        if multi_tensor and group["nesterov"] and not group["weight_decay"] and not group["maximize"]:
+            # Stock's multi-tensor form would add the momentum into .grad itself.
+            grads = [g.clone() for g in grads]
+        has_momentum = group["momentum"] != 0
+        buffers: list[Tensor | None] = []
+        if has_momentum:
+            buffers = [self.state[p].get("momentum_buffer") for p in params]
+        sgd(
+            params,
+            grads,
+            buffers,
+            has_sparse_grad=any(g.is_sparse for g in grads),
+            foreach=foreach,
+            fused=fused,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+        for p, buffer in zip(params, buffers, strict=has_momentum):
+            self.state[p]["momentum_buffer"] = buffer
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters, the frozen ones' included.
+
+        Args:
+            set_to_none: set each ``.grad`` to None, which frees its memory; False fills it with zeros instead.
+        """
+        if is_dynamo_compiling():
+            self._zero_grad_untraced(set_to_none)
+        elif _C.is_observed():
+            with torch.autograd.profiler.record_function(
+                f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"
+            ):
+                _C.zero_grad(self.param_groups, set_to_none)
+        else:
+            _C.zero_grad(self.param_groups, set_to_none)
+
+    _zero_grad_untraced = torch._disable_dynamo(zero_grad)
+
+
+def _kernels_wanted(group: dict[str, Any]) -> bool:
+    return bool(group["fused"]) or (group["foreach"] is None and group["fused"] is None)
+
+
+def _parts(
+    group: dict[str, Any], params: list[Tensor], state: dict[Tensor, Any]
+) -> list[list[Tensor]]:
+    """Split what stock's fused form cannot take in one call.
+
+    It holds "first step" to be true of all tensors or of none, and of one device at a time.
+    """
+    if not group["fused"] or group["momentum"] == 0:
+        return [params]
+    fresh = [p for p in params if state[p].get("momentum_buffer") is None]
+    kept = [p for p in params if state[p].get("momentum_buffer") is not None]
+    return [part for part in (fresh, kept) if part]
+
+
+@functools.cache
+def _has_cuda() -> bool:
+    from torch_freeze._build import build_info
+
+    return build_info().cuda is not None
+
+
+@functools.cache
+def _warn_cpu_only() -> None:
+    warnings.warn(
+        "this torch_freeze was built without CUDA code, so CUDA tensors take torch's own foreach SGD. Rebuild it "
+        "where an nvcc of torch's CUDA version is found: USE_CUDA=1 pip install --force-reinstall --no-deps "
+        "--no-build-isolation <folder of torch_freeze's source>",
+        RuntimeWarning,
+        stacklevel=5,
+    )

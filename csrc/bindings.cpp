@@ -1,0 +1,19 @@
+#include <torch/csrc/utils/pybind.h>
+
+#include "sgd_step.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The C++ side of torch_freeze.";
+  module.def(
+      "sgd_step", &torch_freeze::sgd_step, "param_groups"_a, "state"_a, "grad_scale"_a = py::none(),
+      "found_inf"_a = py::none(), "rest_done"_a = false,
+      "One SGD step over live param groups and state. Returns None, or, where something is left to stock's form\n"
+      "and `rest_done` is false, does nothing and returns [(group index, [parameter, ...]), ...].");
+  module.def(
+      "zero_grad", &torch_freeze::zero_grad, "param_groups"_a, "set_to_none"_a = true,
+      "Sets the gradient of every parameter to None, or to zero.");
+  module.def("is_observed", &torch_freeze::is_observed, "Whether a profiler wants to hear of each step.");
+}

@@ -1,0 +1,516 @@
+#include "param_walk.h"
+
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
+#include <dlfcn.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+
+namespace torch_freeze {
+namespace {
+
+namespace py = pybind11;
+using c10::TensorImpl;
+using torch::autograd::AutogradMeta;
+
+// Parameters looked at together. With caches cold a step is nothing but misses on the tensors' own objects, so
+// each stage below touches the objects of a whole run before the next stage follows their pointers: the misses
+// of a run overlap, where walking parameter by parameter would wait for every one in turn.
+constexpr Py_ssize_t kRun = 32;
+constexpr int kLine = 64;
+
+inline void prefetch(const void* object, int bytes) {
+  for (int offset = 0; offset < bytes; offset += kLine) {
+    __builtin_prefetch(static_cast<const char*>(object) + offset, 1);
+  }
+}
+
+// Reading the version counter brings its line in, ahead of the atomic increment that would have to wait for it.
+inline void touch_version(const TensorImpl* tensor) {
+  if (tensor->version_counter().enabled()) {
+    asm volatile("" : : "r"(tensor->version_counter().current_version()));
+  }
+}
+
+// A tensor's hash is its id, so the dict need not call back into Python for it. CPython exports the look-up for
+// known hashes without promising it; without it the ordinary one serves.
+using KnownHashLookup = PyObject* (*)(PyObject*, PyObject*, Py_hash_t);
+const auto lookup_known_hash = reinterpret_cast<KnownHashLookup>(dlsym(RTLD_DEFAULT, "_PyDict_GetItem_KnownHash"));
+
+// Borrowed; null where it is missing.
+inline PyObject* state_of(PyObject* state, PyObject* param, bool exact) {
+  PyObject* found = exact && lookup_known_hash != nullptr
+      ? lookup_known_hash(state, param, static_cast<Py_hash_t>(reinterpret_cast<intptr_t>(param)))
+      : PyDict_GetItemWithError(state, param);
+  if (found == nullptr && PyErr_Occurred() != nullptr) {
+    throw py::error_already_set();
+  }
+  return found;
+}
+
+// Plain dense tensors: no sparse, quantised, nested, meta or wrapped ones, no pending negation or conjugation.
+inline bool is_plain(const TensorImpl* tensor) {
+  static const uint64_t others = [] {
+    const auto plain = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::CUDA}) |
+        c10::autograd_dispatch_keyset_with_ADInplaceOrView |
+        c10::getAutocastRelatedKeySetFromBackend(c10::BackendComponent::CPUBit) |
+        c10::getAutocastRelatedKeySetFromBackend(c10::BackendComponent::CUDABit);
+    return ~plain.raw_repr();
+  }();
+  return (tensor->key_set().raw_repr() & others) == 0;
+}
+
+inline bool has_kernel(c10::DeviceType device) {
+#ifdef WITH_CUDA
+  return device == c10::kCPU || device == c10::kCUDA;
+#else
+  return device == c10::kCPU;
+#endif
+}
+
+inline bool has_kernel(c10::ScalarType type) {
+  return type == c10::kFloat || type == c10::kDouble || type == c10::kBFloat16 || type == c10::kHalf;
+}
+
+inline bool has_kernel(c10::DeviceType device, c10::ScalarType param, c10::ScalarType grad) {
+  return has_kernel(param) &&
+      (grad == param || (device == c10::kCUDA && param == c10::kFloat && (grad == c10::kBFloat16 || grad == c10::kHalf)));
+}
+
+inline c10::ScalarType type_of(const TensorImpl* tensor) {
+  return c10::typeMetaToScalarType(tensor->dtype());
+}
+
+// A subclass that leaves operators alone is a tensor like any other.
+bool overrides_operators(PyObject* tensor) {
+  static const auto* plain =
+      new py::object(py::module_::import("torch._C").attr("_disabled_torch_function_impl"));
+  const auto type = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
+  return type.attr("__torch_function__").ptr() != plain->ptr();
+}
+
+// Where both are dense, their elements then lie in the same order. Strides of dimensions of size 1 say nothing.
+bool same_layout(const TensorImpl* a, const TensorImpl* b) {
+  if (a->is_contiguous() && b->is_contiguous()) {
+    return true;
+  }
+  const auto sizes = a->sizes();
+  for (size_t dim = 0; dim < sizes.size(); ++dim) {
+    if (sizes[dim] != 1 && a->strides()[dim] != b->strides()[dim]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+inline char* data_of(const TensorImpl* tensor) {
+  if (tensor->numel() == 0) {
+    return nullptr;
+  }
+  auto* storage = tensor->unsafe_storage().unsafeGetStorageImpl();
+  return static_cast<char*>(storage->mutable_data()) + tensor->storage_offset() * tensor->itemsize();
+}
+
+std::string place(const GroupUse& use, Py_ssize_t index) {
+  return c10::str("param_groups[", use.index, "]['params'][", index, "]");
+}
+
+}  // namespace
+
+struct ParamWalk::Slot {
+  PyObject* object;
+  Py_ssize_t index;  // in the group's list
+  bool exact;        // Tensor or Parameter, no subclass
+  TensorImpl* param;
+  AutogradMeta* meta;
+  TensorImpl* grad;
+  PyObject* state;          // null: none
+  PyObject* buffer_object;  // null: none, None included
+  TensorImpl* buffer;
+};
+
+void ParamWalk::reset(PyObject* state) {
+  state_ = state;
+  for (auto& batch : batches_) {
+    batch.updates.clear();
+    batch.tensors.clear();
+    batch.launch.numel = 0;
+  }
+  frozen_.clear();
+  fresh_.clear();
+  copied_.clear();
+  rest_ = py::object();
+  rest_group_ = -1;
+}
+
+WalkBatch& ParamWalk::batch_for(c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type) {
+  for (auto& batch : batches_) {
+    if (batch.launch.device == device && batch.launch.param_type == param_type &&
+        batch.launch.grad_type == grad_type) {
+      return batch;
+    }
+  }
+  auto& batch = batches_.emplace_back();
+  batch.launch.device = device;
+  batch.launch.param_type = param_type;
+  batch.launch.grad_type = grad_type;
+  batch.launch.momentum_type = param_type;
+  return batch;
+}
+
+void ParamWalk::add_to_rest(PyObject* param, const GroupUse& use) {
+  if (!rest_) {
+    rest_ = py::list();
+  }
+  auto rest = py::reinterpret_borrow<py::list>(rest_);
+  if (rest_group_ != use.index) {
+    rest_group_ = use.index;
+    rest.append(py::make_tuple(use.index, py::list()));
+  }
+  const auto last = py::reinterpret_borrow<py::tuple>(rest[rest.size() - 1]);
+  py::reinterpret_borrow<py::list>(last[1]).append(py::handle(param));
+}
+
+void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
+  if (!PyList_Check(params) && !PyTuple_Check(params)) {
+    throw py::type_error(c10::str(
+        function_, ": param_groups[", use.index, "]['params'] is a ", Py_TYPE(params)->tp_name,
+        "; give it a list of tensors"));
+  }
+  PyObject** items = PySequence_Fast_ITEMS(params);
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(params);
+  std::array<Slot, kRun> slots;
+
+  for (Py_ssize_t start = 0; start < size; start += kRun) {
+    const Py_ssize_t stop = std::min(start + kRun, size);
+    for (Py_ssize_t i = stop; i < std::min(stop + kRun, size); ++i) {
+      prefetch(items[i], kLine);  // the next run's
+    }
+    for (Py_ssize_t i = start; i < stop; ++i) {
+      auto& slot = slots[i - start];
+      slot.object = items[i];
+      slot.index = i;
+      slot.exact = THPVariable_CheckExact(slot.object);
+      if (!slot.exact && !THPVariable_Check(slot.object)) {
+        throw py::type_error(c10::str(
+            function_, ": ", place(use, i), " is a ", Py_TYPE(slot.object)->tp_name, "; an optimizer takes tensors"));
+      }
+      slot.param = THPVariable_Unpack(slot.object).unsafeGetTensorImpl();
+      prefetch(slot.param, sizeof(TensorImpl));
+    }
+    for (Py_ssize_t i = 0; i < stop - start; ++i) {
+      slots[i].meta = static_cast<AutogradMeta*>(slots[i].param->autograd_meta());
+      if (slots[i].meta != nullptr) {
+        prefetch(slots[i].meta, sizeof(AutogradMeta) - sizeof(std::mutex));
+      }
+    }
+    // From here on only what is to be updated.
+    Py_ssize_t live = 0;
+    for (Py_ssize_t i = 0; i < stop - start; ++i) {
+      const auto& slot = slots[i];
+      if (slot.meta == nullptr) {
+        continue;
+      }
+      const bool frozen = !slot.meta->requires_grad_ && slot.meta->grad_fn_ == nullptr;
+      if (!slot.meta->grad_.defined()) {
+        continue;
+      }
+      if (frozen) {
+        frozen_.push_back(slot.param);
+        continue;
+      }
+      auto& kept = slots[live++];
+      kept = slot;
+      kept.grad = kept.meta->grad_.unsafeGetTensorImpl();
+      kept.state = nullptr;
+      kept.buffer_object = nullptr;
+      kept.buffer = nullptr;
+      prefetch(kept.grad, sizeof(TensorImpl));
+    }
+    if (use.has_buffer && !use.stock_form) {
+      for (Py_ssize_t i = 0; i < live; ++i) {
+        auto& slot = slots[i];
+        slot.state = state_of(state_, slot.object, slot.exact);
+        if (slot.state != nullptr) {
+          prefetch(slot.state, sizeof(PyDictObject));
+        }
+      }
+    }
+    for (Py_ssize_t i = 0; i < live; ++i) {
+      auto& slot = slots[i];
+      if (slot.state != nullptr) {
+        if (!PyDict_Check(slot.state)) {
+          throw py::type_error(c10::str(
+              function_, ": the state of ", place(use, slot.index), " is a ", Py_TYPE(slot.state)->tp_name,
+              "; it has to be a dict"));
+        }
+        prefetch(reinterpret_cast<PyDictObject*>(slot.state)->ma_keys, 3 * kLine);
+      }
+      if (slot.param->has_storage()) {
+        prefetch(slot.param->unsafe_storage().unsafeGetStorageImpl(), kLine);
+      }
+      if (slot.grad->has_storage()) {
+        prefetch(slot.grad->unsafe_storage().unsafeGetStorageImpl(), kLine);
+      }
+      touch_version(slot.param);
+    }
+    for (Py_ssize_t i = 0; i < live; ++i) {
+      auto& slot = slots[i];
+      if (slot.state != nullptr) {
+        PyObject* buffer = PyDict_GetItemWithError(slot.state, buffer_key_);
+        if (buffer == nullptr && PyErr_Occurred() != nullptr) {
+          throw py::error_already_set();
+        }
+        if (buffer != nullptr && buffer != Py_None) {
+          slot.buffer_object = buffer;
+          prefetch(buffer, kLine);
+        }
+      }
+    }
+    for (Py_ssize_t i = 0; i < live; ++i) {
+      auto& slot = slots[i];
+      if (slot.buffer_object != nullptr) {
+        if (!THPVariable_Check(slot.buffer_object)) {
+          throw py::type_error(c10::str(
+              function_, ": ", py::cast<std::string>(buffer_key_), " of ", place(use, slot.index), " is a ",
+              Py_TYPE(slot.buffer_object)->tp_name, "; it has to be a tensor or None"));
+        }
+        slot.buffer = THPVariable_Unpack(slot.buffer_object).unsafeGetTensorImpl();
+        prefetch(slot.buffer, sizeof(TensorImpl));
+      }
+      if (is_plain(slot.param) && slot.param->has_storage()) {
+        prefetch(data_of(slot.param), kLine);
+      }
+      if (is_plain(slot.grad) && slot.grad->has_storage()) {
+        prefetch(data_of(slot.grad), kLine);
+      }
+    }
+    for (Py_ssize_t i = 0; i < live; ++i) {
+      auto& slot = slots[i];
+      if (slot.buffer != nullptr && slot.buffer->has_storage()) {
+        prefetch(slot.buffer->unsafe_storage().unsafeGetStorageImpl(), kLine);
+        touch_version(slot.buffer);
+      }
+    }
+    for (Py_ssize_t i = 0; i < live; ++i) {
+      if (use.stock_form) {
+        add_to_rest(slots[i].object, use);
+      } else {
+        emit(slots[i], use);
+      }
+    }
+  }
+}
+
+void ParamWalk::emit(const Slot& slot, const GroupUse& use) {
+  TensorImpl* const param = slot.param;
+  TensorImpl* const grad = slot.grad;
+  TensorImpl* const buffer = slot.buffer;
+  if (!is_plain(param) || !is_plain(grad) || (buffer != nullptr && !is_plain(buffer)) ||
+      (!slot.exact && overrides_operators(slot.object)) || param->is_inference() ||
+      (buffer != nullptr && (buffer->is_inference() || !THPVariable_CheckExact(slot.buffer_object)))) {
+    add_to_rest(slot.object, use);
+    return;
+  }
+  // Bad input first, so that an error is raised before anything is written, whatever takes the tensor later.
+  const auto check = [&](const char* what, const TensorImpl* tensor, const char* mend) {
+    TORCH_CHECK_VALUE(
+        tensor->sizes() == param->sizes(), function_, ": ", what, " of ", place(use, slot.index), " has shape ",
+        tensor->sizes(), "; the parameter has ", param->sizes(), ". ", mend);
+    TORCH_CHECK_VALUE(
+        tensor->device() == param->device(), function_, ": ", what, " of ", place(use, slot.index), " is on ",
+        tensor->device(), "; the parameter is on ", param->device(), ". ", mend);
+    TORCH_CHECK_TYPE(
+        c10::canCast(type_of(param), type_of(tensor)) && c10::canCast(type_of(tensor), type_of(param)), function_, ": ", what, " of ", place(use, slot.index), " is ",
+        type_of(tensor), "; the parameter is ", type_of(param), ". ", mend);
+  };
+  check("the gradient", grad, "Set .grad to None and run backward again.");
+  if (buffer != nullptr) {
+    check("momentum_buffer", buffer, "Delete it from the optimizer's state, or give it the parameter's.");
+  }
+  const c10::ScalarType type = type_of(param);
+  if (!has_kernel(param->device().type()) || !has_kernel(param->device().type(), type, type_of(grad)) ||
+      !param->is_non_overlapping_and_dense() ||
+      (buffer != nullptr && (type_of(buffer) != type || !same_layout(param, buffer)))) {
+    add_to_rest(slot.object, use);
+    return;
+  }
+  char* grad_data = nullptr;
+  TensorImpl* laid_out = grad;
+  if (same_layout(param, grad)) {
+    grad_data = data_of(grad);
+  } else {
+    auto copy = at::empty_strided(param->sizes(), param->strides(), slot.meta->grad_.options().requires_grad(false));
+    {
+      at::NoGradGuard no_grad;
+      copy.copy_(slot.meta->grad_);
+    }
+    laid_out = copy.unsafeGetTensorImpl();
+    grad_data = data_of(laid_out);
+    copied_.push_back({slot.meta->grad_, std::move(copy)});
+  }
+  auto& batch = batch_for(param->device(), type, type_of(grad));
+  const bool fresh = use.has_buffer && buffer == nullptr;
+  if (fresh) {
+    const auto batch_index = static_cast<size_t>(&batch - batches_.data());
+    fresh_.push_back({slot.object, slot.state, batch_index, batch.updates.size(), at::Tensor()});
+  }
+  char* buffer_data = nullptr;
+  if (buffer != nullptr) {
+    buffer_data = data_of(buffer);
+    __builtin_prefetch(buffer_data, 1);
+  }
+  batch.updates.push_back({data_of(param), grad_data, buffer_data, param->numel(), use.index, fresh});
+  batch.tensors.push_back({param, laid_out, buffer});
+  batch.launch.numel += param->numel();
+}
+
+bool ParamWalk::has_overlap() const {
+  // Two tensors share memory only if they share a storage, or if memory from elsewhere (NumPy, another process)
+  // was wrapped more than once. So a set of storages settles the common case, and only otherwise are the
+  // intervals themselves compared.
+  thread_local std::vector<const c10::StorageImpl*> seen;
+  size_t count = 0;
+  for (const auto& batch : batches_) {
+    count += 2 * batch.updates.size();
+  }
+  size_t capacity = 16;
+  while (capacity < 2 * count) {
+    capacity *= 2;
+  }
+  seen.assign(capacity, nullptr);
+  bool suspicious = false;
+  const auto add = [&](const TensorImpl* tensor) {
+    if (tensor == nullptr || tensor->numel() == 0) {
+      return;
+    }
+    const auto* storage = tensor->unsafe_storage().unsafeGetStorageImpl();
+    suspicious |= !storage->resizable();
+    const auto mixed = reinterpret_cast<uintptr_t>(storage) * uint64_t{0x9e3779b97f4a7c15};
+    size_t place = (mixed >> 32) & (capacity - 1);
+    while (seen[place] != nullptr) {
+      if (seen[place] == storage) {
+        suspicious = true;
+        return;
+      }
+      place = (place + 1) & (capacity - 1);
+    }
+    seen[place] = storage;
+  };
+  for (const auto& batch : batches_) {
+    for (const auto& tensors : batch.tensors) {
+      add(tensors.param);
+      add(tensors.buffer);
+    }
+  }
+  if (!suspicious) {
+    return false;
+  }
+  std::vector<std::pair<const char*, const char*>> written;
+  written.reserve(count);
+  for (const auto& batch : batches_) {
+    const auto itemsize = static_cast<int64_t>(c10::elementSize(batch.launch.param_type));
+    for (const auto& update : batch.updates) {
+      for (const void* data : {update.param, update.momentum}) {
+        if (data != nullptr) {
+          const auto* begin = static_cast<const char*>(data);
+          written.emplace_back(begin, begin + update.numel * itemsize);
+        }
+      }
+    }
+  }
+  std::sort(written.begin(), written.end());
+  for (size_t i = 1; i < written.size(); ++i) {
+    if (written[i].first < written[i - 1].second) {
+      return true;
+    }
+  }
+  return false;
+}
+
+void ParamWalk::make_fresh_buffers() {
+  if (fresh_.empty()) {
+    return;
+  }
+  for (auto& fresh : fresh_) {
+    at::NoGradGuard no_grad;
+    fresh.buffer = at::empty_like(THPVariable_Unpack(fresh.param));
+  }
+  // Entering them can fail half-way only for want of memory; then what was entered is taken out again.
+  size_t entered = 0;
+  try {
+    for (; entered < fresh_.size(); ++entered) {
+      const auto& fresh = fresh_[entered];
+      const auto buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(fresh.buffer));
+      auto entry = fresh.state != nullptr ? py::reinterpret_borrow<py::object>(fresh.state) : py::dict();
+      if (PyDict_SetItem(entry.ptr(), buffer_key_, buffer.ptr()) != 0 ||
+          (fresh.state == nullptr && PyDict_SetItem(state_, fresh.param, entry.ptr()) != 0)) {
+        throw py::error_already_set();
+      }
+    }
+  } catch (...) {
+    py::error_scope keep;
+    for (size_t i = 0; i <= entered && i < fresh_.size(); ++i) {
+      PyObject* const inner = fresh_[i].state;
+      if ((inner != nullptr ? PyDict_DelItem(inner, buffer_key_) : PyDict_DelItem(state_, fresh_[i].param)) != 0) {
+        PyErr_Clear();
+      }
+    }
+    throw;
+  }
+  for (const auto& fresh : fresh_) {
+    batches_[fresh.batch].updates[fresh.update].momentum = data_of(fresh.buffer.unsafeGetTensorImpl());
+  }
+}
+
+void ParamWalk::return_copied_grads() {
+  at::NoGradGuard no_grad;
+  for (auto& grad : copied_) {
+    grad.original.copy_(grad.copy);
+  }
+}
+
+std::vector<c10::Storage> ParamWalk::hold_storages() const {
+  std::vector<c10::Storage> held;
+  for (const auto& batch : batches_) {
+    held.reserve(held.size() + 3 * batch.tensors.size());
+    for (const auto& tensors : batch.tensors) {
+      for (const auto* tensor : {tensors.param, tensors.grad, tensors.buffer}) {
+        if (tensor != nullptr) {
+          held.push_back(tensor->unsafe_storage());
+        }
+      }
+    }
+  }
+  for (const auto& fresh : fresh_) {
+    held.push_back(fresh.buffer.storage());
+  }
+  return held;
+}
+
+void ParamWalk::bump_versions() {
+  for (const auto& batch : batches_) {
+    for (const auto& tensors : batch.tensors) {
+      tensors.param->bump_version();
+      if (tensors.buffer != nullptr) {
+        tensors.buffer->bump_version();
+      }
+    }
+  }
+}
+
+void ParamWalk::drop_frozen_grads() {
+  // Letting go of a gradient can run a user's code, so all are detached before the first is let go.
+  std::vector<at::Tensor> dropped;
+  dropped.reserve(frozen_.size());
+  for (auto* param : frozen_) {
+    dropped.push_back(std::move(static_cast<AutogradMeta*>(param->autograd_meta())->grad_));
+  }
+  frozen_.clear();
+}
+
+}  // namespace torch_freeze

@@ -1,0 +1,95 @@
+// The walk over an optimizer's live Python objects: the only C++ that knows dicts, lists and `.grad`.
+//
+// Nothing is kept from one step to the next. What a step finds is collected first, checked as a whole, and only
+// then written: an error anywhere leaves parameters, gradients and state as they were.
+#pragma once
+
+#include <c10/core/TensorImpl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <vector>
+
+#include "tensor_update.h"
+
+namespace torch_freeze {
+
+// How the parameters of one group are to be taken.
+struct GroupUse {
+  int32_t index = 0;        // of the group in param_groups
+  bool has_buffer = false;  // the state keeps a buffer per parameter
+  bool stock_form = false;  // every trainable parameter goes to the rest
+};
+
+// The tensors behind the pointers of one TensorUpdate.
+struct UpdateTensors {
+  c10::TensorImpl* param;
+  c10::TensorImpl* grad;
+  c10::TensorImpl* buffer;  // null: none in the state yet, or none wanted
+};
+
+// What one launch covers.
+struct WalkBatch {
+  UpdateBatch launch;  // `updates`, `count` and `groups` are filled in at the launch
+  std::vector<TensorUpdate> updates;
+  std::vector<UpdateTensors> tensors;
+};
+
+class ParamWalk {
+ public:
+  // The state maps a parameter to a dict that holds its buffer under `buffer_key`; `function` names the caller in
+  // error messages.
+  ParamWalk(const char* function, PyObject* buffer_key) : function_(function), buffer_key_(buffer_key) {}
+
+  // Collects the parameters of one group. Throws on what no kernel and no fallback can take.
+  void add_group(PyObject* params, const GroupUse& use);
+
+  // What the kernels do not cover, as [(group index, [parameter, …]), …]; null where they cover everything.
+  const pybind11::object& rest() const { return rest_; }
+  bool has_fresh() const { return !fresh_.empty(); }
+  std::vector<WalkBatch>& batches() { return batches_; }
+  // Whether two of the tensors to be written share memory, so that their order matters.
+  bool has_overlap() const;
+
+  // Makes the buffers that are missing and enters them into the state; all of them or none.
+  void make_fresh_buffers();
+  // Where gradients were copied into another layout and then changed, brings them back.
+  void return_copied_grads();
+  // Keeps the memory behind every update alive for as long as the result lives.
+  std::vector<c10::Storage> hold_storages() const;
+  // Tells autograd what was written.
+  void bump_versions();
+  // Sets `.grad` of every frozen parameter to None.
+  void drop_frozen_grads();
+  // Forgets everything but the capacity of its vectors, so that a steady step allocates nothing.
+  void reset(PyObject* state);
+
+ private:
+  struct Slot;
+  struct Fresh {
+    PyObject* param;  // owned by the group's list
+    PyObject* state;  // its entry in the state, or null
+    size_t batch;
+    size_t update;
+    at::Tensor buffer;
+  };
+  struct CopiedGrad {
+    at::Tensor original;
+    at::Tensor copy;
+  };
+
+  void emit(const Slot& slot, const GroupUse& use);
+  void add_to_rest(PyObject* param, const GroupUse& use);
+  WalkBatch& batch_for(c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type);
+
+  const char* function_;
+  PyObject* state_ = nullptr;
+  PyObject* buffer_key_;
+  std::vector<WalkBatch> batches_;
+  std::vector<c10::TensorImpl*> frozen_;
+  std::vector<Fresh> fresh_;
+  std::vector<CopiedGrad> copied_;
+  pybind11::object rest_;
+  int32_t rest_group_ = -1;
+};
+
+}  // namespace torch_freeze

@@ -1,0 +1,257 @@
+// The SGD step on the CPU: one parallel region, vectorised for what torch itself picked on this machine.
+
+#include <ATen/Version.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Exception.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <string>
+#include <type_traits>
+
+#include "multi_tensor_cpu.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define TORCH_FREEZE_X86 1
+#include <immintrin.h>
+#endif
+
+namespace torch_freeze {
+namespace {
+
+// Stock rounds once where its vector type has a fused multiply-add, twice where it has none.
+struct FusedArith {
+  static TORCH_FREEZE_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+  static TORCH_FREEZE_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+};
+struct SeparateArith {
+  template <class T>
+  static TORCH_FREEZE_INLINE T fma(T a, T b, T c) {
+    return a * b + c;
+  }
+};
+
+template <class Variant, class Arith, class T>
+TORCH_FREEZE_INLINE void update_block(
+    T* __restrict param, const T* __restrict grad, T* __restrict momentum, int64_t n, const SgdScalars<T>& scalars) {
+  const SgdScalars<T> s = scalars;
+  for (int64_t i = 0; i < n; ++i) {
+    T p = param[i];
+    T m = Variant::kMomentum == MomentumUse::kAccumulate ? momentum[i] : T(0);
+    sgd_element<Variant, Arith>(p, m, grad[i], s);
+    if constexpr (Variant::kMomentum != MomentumUse::kNone) {
+      momentum[i] = m;
+    }
+    param[i] = p;
+  }
+}
+
+using Bits32 [[gnu::may_alias]] = uint32_t;
+using Bits16 [[gnu::may_alias]] = uint16_t;
+
+TORCH_FREEZE_INLINE void widen_bfloat16(const c10::BFloat16* from, float* to, int64_t n) {
+  const auto* in = reinterpret_cast<const Bits16*>(from);
+  auto* out = reinterpret_cast<Bits32*>(to);
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = static_cast<uint32_t>(in[i]) << 16;
+  }
+}
+
+// Round to nearest, ties to even; every NaN becomes the quiet one, as c10::BFloat16 does.
+TORCH_FREEZE_INLINE void narrow_bfloat16(const float* from, c10::BFloat16* to, int64_t n) {
+  const auto* in = reinterpret_cast<const Bits32*>(from);
+  auto* out = reinterpret_cast<Bits16*>(to);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = in[i];
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    out[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  }
+}
+
+// What differs from one instruction set to the next: rounding, and how fp16 is widened and narrowed.
+struct Baseline {
+  static void widen(const c10::Half* from, float* to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      to[i] = static_cast<float>(from[i]);
+    }
+  }
+  static void narrow(const float* from, c10::Half* to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      to[i] = static_cast<c10::Half>(from[i]);
+    }
+  }
+};
+
+#ifdef TORCH_FREEZE_X86
+struct F16c {
+  __attribute__((target("avx2,f16c"))) static void widen(const c10::Half* from, float* to, int64_t n) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+    }
+    Baseline::widen(from + i, to + i, n - i);
+  }
+  __attribute__((target("avx2,f16c"))) static void narrow(const float* from, c10::Half* to, int64_t n) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+      _mm_storeu_si128(
+          reinterpret_cast<__m128i*>(to + i),
+          _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+    Baseline::narrow(from + i, to + i, n - i);
+  }
+};
+#endif
+
+template <class Convert>
+TORCH_FREEZE_INLINE void widen(const c10::BFloat16* from, float* to, int64_t n) {
+  widen_bfloat16(from, to, n);
+}
+template <class Convert>
+TORCH_FREEZE_INLINE void widen(const c10::Half* from, float* to, int64_t n) {
+  Convert::widen(from, to, n);
+}
+template <class Convert>
+TORCH_FREEZE_INLINE void narrow(const float* from, c10::BFloat16* to, int64_t n) {
+  narrow_bfloat16(from, to, n);
+}
+template <class Convert>
+TORCH_FREEZE_INLINE void narrow(const float* from, c10::Half* to, int64_t n) {
+  Convert::narrow(from, to, n);
+}
+
+// Narrow types pass through this many fp32 elements at a time, and gradients are unscaled so: all in L1.
+constexpr int64_t kBlockNumel = 512;
+
+template <class Variant, class Arith, class Convert, class T>
+TORCH_FREEZE_INLINE void update_span(
+    T* param, T* grad, T* momentum, int64_t n, const SgdGroup& group, const float* grad_scale) {
+  using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  constexpr bool kNarrow = !std::is_same_v<T, Acc>;
+  constexpr bool kHasMomentum = Variant::kMomentum != MomentumUse::kNone;
+  const SgdScalars<Acc> scalars = sgd_scalars<Acc>(group);
+  if constexpr (!kNarrow) {
+    if (grad_scale == nullptr) {
+      update_block<Variant, Arith>(param, grad, momentum, n, scalars);
+      return;
+    }
+  }
+  const Acc scale = grad_scale == nullptr ? Acc(1) : static_cast<Acc>(*grad_scale);
+  for (int64_t i = 0; i < n; i += kBlockNumel) {
+    const int64_t size = n - i < kBlockNumel ? n - i : kBlockNumel;
+    if constexpr (kNarrow) {
+      alignas(64) Acc p[kBlockNumel];
+      alignas(64) Acc g[kBlockNumel];
+      alignas(64) Acc m[kBlockNumel];
+      widen<Convert>(param + i, p, size);
+      widen<Convert>(grad + i, g, size);
+      if constexpr (Variant::kMomentum == MomentumUse::kAccumulate) {
+        widen<Convert>(momentum + i, m, size);
+      } else if constexpr (kHasMomentum) {
+        std::fill_n(m, size, Acc(0));
+      }
+      if (grad_scale != nullptr) {
+        for (int64_t j = 0; j < size; ++j) {
+          g[j] = g[j] / scale;
+        }
+        narrow<Convert>(g, grad + i, size);
+      }
+      update_block<Variant, Arith, Acc>(p, g, m, size, scalars);
+      narrow<Convert>(p, param + i, size);
+      if constexpr (kHasMomentum) {
+        narrow<Convert>(m, momentum + i, size);
+      }
+    } else {
+      for (int64_t j = i; j < i + size; ++j) {
+        grad[j] = grad[j] / scale;
+      }
+      update_block<Variant, Arith>(param + i, grad + i, kHasMomentum ? momentum + i : nullptr, size, scalars);
+    }
+  }
+}
+
+// One entry per instruction set: the same code, inlined whole and compiled for it.
+struct BaselineTarget {
+#ifdef TORCH_FREEZE_X86
+  using Arith = SeparateArith;
+#else
+  using Arith = FusedArith;
+#endif
+  template <class Variant, class T>
+  static void run(T* p, T* g, T* m, int64_t n, const SgdGroup& group, const float* grad_scale) {
+    update_span<Variant, Arith, Baseline>(p, g, m, n, group, grad_scale);
+  }
+};
+
+#ifdef TORCH_FREEZE_X86
+struct Avx2Target {
+  template <class Variant, class T>
+  __attribute__((target("avx2,fma,f16c"))) static void run(
+      T* p, T* g, T* m, int64_t n, const SgdGroup& group, const float* grad_scale) {
+    update_span<Variant, FusedArith, F16c>(p, g, m, n, group, grad_scale);
+  }
+};
+struct Avx512Target {
+  template <class Variant, class T>
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"))) static void run(
+      T* p, T* g, T* m, int64_t n, const SgdGroup& group, const float* grad_scale) {
+    update_span<Variant, FusedArith, F16c>(p, g, m, n, group, grad_scale);
+  }
+};
+#endif
+
+template <class Target, class T>
+void step(const UpdateBatch& batch) {
+  for_each_span(
+      batch.updates, batch.count, batch.numel, [&batch](const TensorUpdate& update, int64_t begin, int64_t end) {
+        const SgdGroup& group = batch.groups[update.group];
+        with_sgd_variant(group, update.fresh, [&](auto variant) {
+          auto* momentum = static_cast<T*>(update.momentum);
+          Target::template run<decltype(variant), T>(
+              static_cast<T*>(update.param) + begin,
+              static_cast<T*>(update.grad) + begin,
+              momentum == nullptr ? nullptr : momentum + begin,
+              end - begin,
+              group,
+              batch.grad_scale);
+        });
+      });
+}
+
+template <class T>
+void step_on_this_machine(const UpdateBatch& batch) {
+#ifdef TORCH_FREEZE_X86
+  // Torch's own choice, not the processor's: with ATEN_CPU_CAPABILITY=default stock has no fused multiply-add.
+  static const std::string capability = at::get_cpu_capability();
+  if (capability == "AVX512") {
+    return step<Avx512Target, T>(batch);
+  }
+  if (capability == "AVX2") {
+    return step<Avx2Target, T>(batch);
+  }
+#endif
+  step<BaselineTarget, T>(batch);
+}
+
+}  // namespace
+
+void sgd_step_cpu(const UpdateBatch& batch) {
+  if (batch.found_inf != nullptr && *batch.found_inf != 0) {
+    return;
+  }
+  switch (batch.param_type) {
+    case c10::kFloat:
+      return step_on_this_machine<float>(batch);
+    case c10::kDouble:
+      return step_on_this_machine<double>(batch);
+    case c10::kBFloat16:
+      return step_on_this_machine<c10::BFloat16>(batch);
+    case c10::kHalf:
+      return step_on_this_machine<c10::Half>(batch);
+    default:
+      TORCH_INTERNAL_ASSERT(false, "sgd_step_cpu: no kernel for ", batch.param_type);
+  }
+}
+
+}  // namespace torch_freeze

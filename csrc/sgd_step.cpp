@@ -1,0 +1,336 @@
+#include "sgd_step.h"
+
+#include <ATen/record_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <vector>
+
+#include "param_walk.h"
+
+namespace torch_freeze {
+namespace {
+
+namespace py = pybind11;
+
+constexpr const char* kStep = "FrozenAwareSGD.step";
+
+// From this many elements on, other Python threads may run while the CPU computes.
+constexpr int64_t kReleaseGilNumel = 1 << 20;
+
+// Keys are interned once: a look-up then compares pointers.
+struct Keys {
+  static PyObject* intern(const char* text) {
+    PyObject* key = PyUnicode_InternFromString(text);
+    if (key == nullptr) {
+      throw py::error_already_set();
+    }
+    return key;
+  }
+  PyObject* params = intern("params");
+  PyObject* lr = intern("lr");
+  PyObject* momentum = intern("momentum");
+  PyObject* dampening = intern("dampening");
+  PyObject* weight_decay = intern("weight_decay");
+  PyObject* nesterov = intern("nesterov");
+  PyObject* maximize = intern("maximize");
+  PyObject* foreach = intern("foreach");
+  PyObject* fused = intern("fused");
+  PyObject* differentiable = intern("differentiable");
+  PyObject* momentum_buffer = intern("momentum_buffer");
+};
+
+const Keys& keys() {
+  static const Keys& interned = *new Keys();
+  return interned;
+}
+
+// One param group, read afresh at every step.
+class GroupReader {
+ public:
+  GroupReader(PyObject* group, int32_t index) : group_(group), index_(index) {
+    if (!PyDict_Check(group)) {
+      throw py::type_error(
+          c10::str(kStep, ": param_groups[", index, "] is a ", Py_TYPE(group)->tp_name, "; it has to be a dict"));
+    }
+  }
+
+  PyObject* item(PyObject* key) const {
+    PyObject* value = PyDict_GetItemWithError(group_, key);
+    if (value == nullptr) {
+      if (PyErr_Occurred() == nullptr) {
+        PyErr_Format(PyExc_KeyError, "%s: param_groups[%d] has no %R", kStep, index_, key);
+      }
+      throw py::error_already_set();
+    }
+    return value;
+  }
+
+  bool flag(PyObject* key) const {
+    PyObject* value = item(key);
+    if (value == Py_False || value == Py_None) {
+      return false;
+    }
+    const int truth = PyObject_IsTrue(value);
+    if (truth < 0) {
+      throw py::error_already_set();
+    }
+    return truth != 0;
+  }
+
+  // The tensor under `key`, or null where it is a plain number.
+  const at::Tensor* tensor(PyObject* key) const {
+    PyObject* value = item(key);
+    if (PyFloat_CheckExact(value) || PyLong_CheckExact(value) || !THPVariable_Check(value)) {
+      return nullptr;
+    }
+    const auto& tensor = THPVariable_Unpack(value);
+    TORCH_CHECK_VALUE(
+        tensor.numel() == 1, kStep, ": ", py::cast<std::string>(key), " of param_groups[", index_,
+        "] is a tensor of ", tensor.numel(), " elements; Tensor lr must be 1-element");
+    return &tensor;
+  }
+
+  double number(PyObject* key) const {
+    PyObject* value = item(key);
+    if (PyFloat_CheckExact(value)) {
+      return PyFloat_AS_DOUBLE(value);
+    }
+    if (const auto* found = tensor(key)) {
+      return found->item<double>();
+    }
+    const double number = PyFloat_AsDouble(value);
+    if (number == -1.0 && PyErr_Occurred() != nullptr) {
+      PyErr_Clear();
+      throw py::type_error(c10::str(
+          kStep, ": ", py::cast<std::string>(key), " of param_groups[", index_, "] is a ", Py_TYPE(value)->tp_name,
+          "; it has to be a number"));
+    }
+    return number;
+  }
+
+  bool wants_gradient(PyObject* key) const {
+    const auto* found = tensor(key);
+    return found != nullptr && found->requires_grad();
+  }
+
+  // Stock's own implementation is asked for, or a derivative that only its separate operators have.
+  bool wants_stock_form() const {
+    PyObject* fused = item(keys().fused);
+    const bool kernels = fused == Py_None ? item(keys().foreach) == Py_None : flag(keys().fused);
+    return !kernels || flag(keys().differentiable) || wants_gradient(keys().lr) || wants_gradient(keys().weight_decay);
+  }
+
+ private:
+  PyObject* group_;
+  int32_t index_;
+};
+
+// One step's working memory, kept for its capacity alone.
+struct StepWork {
+  ParamWalk walk{kStep, keys().momentum_buffer};
+  std::vector<SgdGroup> groups;
+  std::vector<at::Tensor> device_lrs;  // per group; undefined where lr is a number
+  bool has_device_lr = false;
+};
+
+// A GradScaler's scalar as one float on `device`, whatever it came as.
+at::Tensor on_device(const py::object& scalar, c10::Device device) {
+  at::Tensor tensor = THPVariable_Check(scalar.ptr())
+      ? THPVariable_Unpack(scalar.ptr()).detach()
+      : at::scalar_tensor(py::cast<double>(scalar), at::kFloat);
+  TORCH_CHECK_VALUE(tensor.numel() == 1, kStep, ": grad_scale and found_inf hold one number; got ", tensor.numel());
+  return tensor.to(device, at::kFloat);
+}
+
+void launch(const UpdateBatch& batch) {
+  if (batch.device.is_cuda()) {
+#ifdef WITH_CUDA
+    sgd_step_cuda(batch);
+#endif
+  } else {
+    sgd_step_cpu(batch);
+  }
+}
+
+// Tensors that share memory are updated one after the other, as stock does.
+void launch_in_order(const UpdateBatch& batch) {
+  UpdateBatch one = batch;
+  one.count = 1;
+  for (int64_t i = 0; i < batch.count; ++i) {
+    one.updates = batch.updates + i;
+    one.numel = batch.updates[i].numel;
+    launch(one);
+  }
+}
+
+void run(StepWork& work, const py::object& grad_scale, const py::object& found_inf) {
+  const bool in_order = work.walk.has_overlap();
+  int64_t cpu_numel = 0;
+  for (const auto& batch : work.walk.batches()) {
+    cpu_numel += batch.launch.device.is_cpu() ? batch.launch.numel : 0;
+  }
+  const auto launch_all = [&] {
+    for (auto& batch : work.walk.batches()) {
+      UpdateBatch& update = batch.launch;
+      if (batch.updates.empty()) {
+        continue;
+      }
+      update.updates = batch.updates.data();
+      update.count = static_cast<int64_t>(batch.updates.size());
+      update.groups = work.groups.data();
+      update.group_count = static_cast<int64_t>(work.groups.size());
+      at::Tensor scale;
+      at::Tensor inf;
+      if (!grad_scale.is_none()) {
+        scale = on_device(grad_scale, update.device);
+      }
+      if (!found_inf.is_none()) {
+        inf = on_device(found_inf, update.device);
+      }
+      update.grad_scale = scale.defined() ? scale.const_data_ptr<float>() : nullptr;
+      update.found_inf = inf.defined() ? inf.const_data_ptr<float>() : nullptr;
+      std::vector<SgdGroup> host_groups;
+      if (work.has_device_lr) {
+        // A learning rate on another device is fetched, as stock fetches it.
+        host_groups = work.groups;
+        for (size_t i = 0; i < host_groups.size(); ++i) {
+          const auto& lr = work.device_lrs[i];
+          if (lr.defined() && lr.device() != update.device) {
+            host_groups[i].lr = lr.item<double>();
+            host_groups[i].device_lr = nullptr;
+          }
+        }
+        update.groups = host_groups.data();
+      }
+      in_order ? launch_in_order(update) : launch(update);
+    }
+  };
+  if (cpu_numel >= kReleaseGilNumel && grad_scale.is_none() && found_inf.is_none() && !work.has_device_lr) {
+    const auto held = work.walk.hold_storages();
+    work.walk.bump_versions();
+    work.walk.drop_frozen_grads();
+    py::gil_scoped_release release;
+    launch_all();
+  } else {
+    launch_all();
+    work.walk.bump_versions();
+    if (!grad_scale.is_none()) {
+      work.walk.return_copied_grads();
+    }
+    work.walk.drop_frozen_grads();
+  }
+}
+
+py::object step(
+    StepWork& work,
+    const py::list& param_groups,
+    const py::dict& state,
+    const py::object& grad_scale,
+    const py::object& found_inf,
+    bool rest_done) {
+  work.walk.reset(state.ptr());
+  work.groups.clear();
+  work.device_lrs.clear();
+  work.has_device_lr = false;
+  const Py_ssize_t group_count = PyList_GET_SIZE(param_groups.ptr());
+  for (Py_ssize_t i = 0; i < group_count; ++i) {
+    const GroupReader reader(PyList_GET_ITEM(param_groups.ptr(), i), static_cast<int32_t>(i));
+    GroupUse use;
+    use.index = static_cast<int32_t>(i);
+    use.stock_form = reader.wants_stock_form();
+    SgdGroup& group = work.groups.emplace_back();
+    if (!use.stock_form) {
+      const at::Tensor* lr = reader.tensor(keys().lr);
+      if (lr != nullptr && lr->is_cuda() && (lr->scalar_type() == at::kFloat || lr->scalar_type() == at::kDouble)) {
+        work.has_device_lr = true;
+        work.device_lrs.resize(group_count);
+        work.device_lrs[i] = *lr;
+        group.device_lr = lr->const_data_ptr();
+        group.device_lr_is_double = lr->scalar_type() == at::kDouble;
+      } else {
+        group.lr = reader.number(keys().lr);
+      }
+      group.momentum = reader.number(keys().momentum);
+      group.dampening = reader.number(keys().dampening);
+      group.weight_decay = reader.number(keys().weight_decay);
+      group.nesterov = reader.flag(keys().nesterov);
+      group.maximize = reader.flag(keys().maximize);
+      use.has_buffer = group.momentum != 0;
+    }
+    work.walk.add_group(reader.item(keys().params), use);
+  }
+  if (work.walk.rest() && !rest_done) {
+    return work.walk.rest();
+  }
+  // An overflow must leave no trace, a new buffer included. On a GPU asking costs a synchronisation, so it is
+  // asked only where there are buffers to be made: never in a steady state.
+  if (!found_inf.is_none() && work.walk.has_fresh() && on_device(found_inf, c10::kCPU).item<float>() != 0) {
+    work.walk.drop_frozen_grads();
+    return py::none();
+  }
+  work.walk.make_fresh_buffers();
+  run(work, grad_scale, found_inf);
+  return py::none();
+}
+
+}  // namespace
+
+py::object sgd_step(
+    const py::list& param_groups,
+    const py::dict& state,
+    const py::object& grad_scale,
+    const py::object& found_inf,
+    bool rest_done) {
+  static thread_local StepWork shared;
+  static thread_local bool busy = false;
+  if (busy) {
+    // A step within a step, from code that letting go of a gradient ran.
+    StepWork own;
+    return step(own, param_groups, state, grad_scale, found_inf, rest_done);
+  }
+  struct Guard {
+    Guard() { busy = true; }
+    ~Guard() {
+      shared.walk.reset(nullptr);  // holds no tensor until the next step
+      shared.device_lrs.clear();
+      busy = false;
+    }
+  } guard;
+  return step(shared, param_groups, state, grad_scale, found_inf, rest_done);
+}
+
+void zero_grad(const py::list& param_groups, bool set_to_none) {
+  std::vector<at::Tensor> dropped;
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups.ptr()); ++g) {
+    const GroupReader reader(PyList_GET_ITEM(param_groups.ptr(), g), static_cast<int32_t>(g));
+    const auto params = py::reinterpret_borrow<py::sequence>(reader.item(keys().params));
+    for (const auto param : params) {
+      if (!THPVariable_Check(param.ptr())) {
+        throw py::type_error(c10::str(
+            "FrozenAwareSGD.zero_grad: param_groups[", g, "]['params'] holds a ", Py_TYPE(param.ptr())->tp_name,
+            "; an optimizer takes tensors"));
+      }
+      at::Tensor& grad = THPVariable_Unpack(param.ptr()).mutable_grad();
+      if (!grad.defined()) {
+        continue;
+      }
+      if (set_to_none) {
+        dropped.push_back(std::move(grad));
+        grad = at::Tensor();
+      } else {
+        if (grad.grad_fn() != nullptr) {
+          grad.detach_();
+        } else {
+          grad.requires_grad_(false);
+        }
+        grad.zero_();
+      }
+    }
+  }
+}
+
+bool is_observed() {
+  return at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE).has_value();
+}
+
+}  // namespace torch_freeze

@@ -1,0 +1,24 @@
+// One step of SGD over an optimizer's live param_groups and state.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+namespace torch_freeze {
+
+// Updates every trainable parameter and drops the gradients of the frozen ones; returns None. What no kernel
+// covers is not touched: where there is such a thing, and `rest_done` is false, nothing at all is done and it is
+// returned as [(group index, [parameter, …]), …].
+pybind11::object sgd_step(
+    const pybind11::list& param_groups,
+    const pybind11::dict& state,
+    const pybind11::object& grad_scale,
+    const pybind11::object& found_inf,
+    bool rest_done);
+
+// `.grad = None`, or zero where `set_to_none` is false, for every parameter.
+void zero_grad(const pybind11::list& param_groups, bool set_to_none);
+
+// Whether a profiler or another observer wants to hear of each step.
+bool is_observed();
+
+}  // namespace torch_freeze
