@@ -1,7 +1,7 @@
 """Build ``torch_freeze._C`` against the torch of the environment it is installed into.
 
-Environment variables: ``USE_CUDA=0/1`` forces CUDA code off or on, ``TORCH_CUDA_ARCH_LIST`` names the
-architectures, ``MAX_JOBS`` limits the compiler processes, ``DEBUG=1`` builds with ``-O0 -g``.
+Environment variables: ``USE_CUDA=0/1`` forces CUDA code off or on, ``TORCH_CUDA_ARCH_LIST`` names
+the architectures, ``MAX_JOBS`` limits the compiler processes, ``DEBUG=1`` builds with ``-O0 -g``.
 """
 
 from __future__ import annotations
@@ -92,15 +92,16 @@ def architecture_flags(torch: ModuleType, known: list[int]) -> list[str]:
 
         return list(_get_cuda_arch_flags())
     gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    chosen = sorted({max(k for k in known if k <= 10 * gpu[0] + gpu[1]) for gpu in gpus})
+    wanted = {10 * major + minor for major, minor in gpus}
+    chosen = sorted({max((k for k in known if k <= w), default=known[0]) for w in wanted})
     if not gpus:
-        chosen = [min(k for k in known if k // 10 == g) for g in sorted({k // 10 for k in known} - {7})]
+        chosen = [c for c in known if c >= 80 and c == min(k for k in known if k // 10 == c // 10)]
     flags = [f"-gencode=arch=compute_{c},code=sm_{c}" for c in chosen]
     return [*flags, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
 
 
 def import_torch() -> ModuleType:
-    """Import torch; from an isolated build too, where pip hides the environment it installs into."""
+    """Import torch; from an isolated build too, where pip hides the environment it builds for."""
     paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     sys.path += [path for path in paths if path not in sys.path]
     try:
@@ -109,7 +110,7 @@ def import_torch() -> ModuleType:
         if error.name != "torch":
             raise
         raise SystemExit(
-            f"torch_freeze is compiled against the installed torch, and {sys.prefix} has none. Run\n"
+            f"torch_freeze is compiled against the installed torch; {sys.prefix} has none. Run\n"
             "    pip install torch setuptools ninja\n    pip install --no-build-isolation ."
         ) from None
     return torch
@@ -129,9 +130,9 @@ def configure(torch: ModuleType) -> tuple[Extension, dict[str, object]]:
     includes = cpp_extension.include_paths()
     # Contracted products and sums would not round as stock's do.
     host = ["-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    # -fopenmp is for the compiler alone: GOMP_* stay undefined and resolve at load time to the libgomp
-    # that torch brings, so that one pool of threads, sized by torch, serves both. Clang calls a runtime
-    # that torch does not bring; there the linker adds it.
+    # -fopenmp is for the compiler alone: GOMP_* stay undefined and resolve at load time to the
+    # libgomp that torch brings, so that one pool of threads, sized by torch, serves both. Clang
+    # calls a runtime that torch does not bring; there the linker adds it.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     extension = Extension(
         NAME,
@@ -165,7 +166,7 @@ def configure(torch: ModuleType) -> tuple[Extension, dict[str, object]]:
     # Most Pythons' own flags have -g and -DNDEBUG.
     level = ["-O0", "-g", "-UNDEBUG"] if debug else ["-O3", "-g0"]
     cxx = [*level, *host, "-fno-math-errno", *openmp, *system]
-    extension.extra_compile_args = {"cxx": cxx, "nvcc": [*nvcc, *system]}  # type: ignore[assignment]
+    extension.extra_compile_args = {"cxx": cxx, "nvcc": [*nvcc, *system]}
     return extension, {
         "torch": torch.__version__,
         "cuda": torch.version.cuda if codes else None,
@@ -177,9 +178,10 @@ def configure(torch: ModuleType) -> tuple[Extension, dict[str, object]]:
 
 
 class BuildExt(build_ext):
-    """Hand over to torch's BuildExtension, importing torch only when there is something to compile."""
+    """Hand over to torch's BuildExtension; metadata and sdists are made without importing torch."""
 
     def run(self) -> None:
+        """Compile, and record beside the module what it was compiled for."""
         torch = import_torch()
         extension, info = configure(torch)
         from torch.utils.cpp_extension import BuildExtension

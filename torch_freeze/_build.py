@@ -25,7 +25,7 @@ class BuildInfo:
         torch: version of the torch it was compiled against, and works with.
         cuda: CUDA version of that torch; None when the module has no CUDA code.
         architectures: GPU code in the module: ``sm_90`` runs on compute capability 9.x,
-            ``compute_90`` is PTX, compiled when first used on 9.0 or later. Empty without CUDA code.
+            ``compute_90`` is PTX, compiled when first used on 9.0 or later. Empty without CUDA.
         compiler: first line of the C++ compiler's ``--version``.
         debug: whether it was built with ``DEBUG=1``, unoptimised and with debug symbols.
         cpu_only_because: why there is no CUDA code; None when there is.
@@ -113,8 +113,8 @@ def load_extension() -> ModuleType:
         return importlib.import_module(_MODULE)
     except ImportError as error:
         raise ImportError(
-            f"torch_freeze was built for this torch {torch.__version__}, yet its module does not load "
-            f"({error}). {_command()}"
+            f"torch_freeze was built for this torch {torch.__version__}, yet its module does not "
+            f"load ({error}). {_command()}"
         ) from error
 
 
@@ -124,4 +124,5 @@ def _command() -> str:
     pip = f"{sys.executable} -m pip install --no-build-isolation"
     if (source / "setup.py").is_file() and (source / "csrc").is_dir():
         return f"Build it with\n    {pip} -e {source}"
-    return f"Build it, in the folder of torch_freeze's source, with\n    {pip} --force-reinstall --no-deps ."
+    pip += " --force-reinstall --no-deps"
+    return f"Build it, in the folder of torch_freeze's source, with\n    {pip} ."

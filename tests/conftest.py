@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+import torch_freeze
+
+# Shared machines pause for seconds; how long an example takes says nothing about it.
+hypothesis.settings.register_profile("torch_freeze", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("torch_freeze")
+
+
+def pytest_report_header() -> str:
+    return str(torch_freeze.build_info())
+
+
+def _why_no_gpu() -> str | None:
+    info = torch_freeze.build_info()
+    if not info.cuda:
+        return f"no CUDA code in this build: {info.cpu_only_because}"
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _why_no_gpu()
+    if reason:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
