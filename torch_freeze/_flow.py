@@ -1,0 +1,280 @@
+"""How far backward runs: estimated from registration order, or measured by one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from ._select import ParamEntry, Tree, is_lazy, unwrap
+
+Kind = Literal["nothing frozen", "everything frozen", "stops early", "runs through", "mixed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Where the freeze sits in the backward pass.
+
+    Freezing a weight always saves its weight gradient. The gradient of its *input* is saved only
+    when nothing before it trains: backward then stops. A frozen tail behind trainable layers
+    still backpropagates, which is why freezing may give less speed than hoped for.
+
+    Attributes:
+        kind: "stops early" (no frozen parameter has backward running through it), "runs through"
+            (all have), "mixed", "nothing frozen" or "everything frozen".
+        measured: True when an example was run, False for an estimate by registration order.
+        stops_early: whether some frozen parameters are never reached by backward.
+        first_trainable: name of the first trainable parameter, where backward ends; else None.
+        skipped, crossed: elements of frozen parameters that backward does not reach, and of those
+            it runs through.
+        weight_gradient_saved: share (0 to 1) of the weight-gradient work saved; by FLOPs when
+            measured, else by parameter count.
+        backward_saved: share (0 to 1) of weight-gradient and input-gradient work together, taking
+            a layer's two as equally dear, which they are for matrices and convolutions.
+        sentence: the same in words.
+    """
+
+    kind: Kind
+    measured: bool
+    stops_early: bool
+    first_trainable: str | None
+    skipped: int
+    crossed: int
+    weight_gradient_saved: float
+    backward_saved: float
+    sentence: str
+
+
+@dataclass(slots=True)
+class _Use:
+    """What one parameter costs and whether the gradient of its input is wanted."""
+
+    name: str
+    numel: int
+    trainable: bool
+    work: float
+    reached: bool
+    reached_if_all_train: bool
+
+
+def estimate_flow(entries: list[ParamEntry]) -> Flow:
+    """Flow by the order of registration, which is the order of use in most models, not in all."""
+    uses: list[_Use] = []
+    trains_before = False
+    first_owner: str | None = None
+    for entry in entries:
+        p = entry.parameter
+        numel = 0 if is_lazy(p) else p.numel()
+        owner = entry.name.rpartition(".")[0]
+        if first_owner is None:
+            first_owner = owner
+        trainable = p.requires_grad
+        uses.append(_Use(entry.name, numel, trainable, numel, trains_before, owner != first_owner))
+        trains_before = trains_before or trainable
+    # Siblings of one module (weight and bias) share one input: a frozen weight whose own bias is
+    # the first to train is reached by nothing, and a trainable bias before its weight is the same.
+    first = next((use.name for use in uses if use.trainable), None)
+    if first is not None:
+        owner = first.rpartition(".")[0]
+        for use in uses:
+            if use.name.rpartition(".")[0] == owner:
+                use.reached = False
+    return _flow(uses, first, measured=False, by_flops=False)
+
+
+def measure_flow(tree: Tree, example: Any) -> Flow:
+    """Flow as autograd has it, from one forward pass over `example`."""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example, Mapping):
+        kwargs = dict(example)
+    elif isinstance(example, tuple):
+        args = example
+    else:
+        args = (example,)
+    model = unwrap(tree.root.module)
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    # Statistics are written into copies, so a norm in train mode is not moved by the pass.
+    buffers = {name: b.clone() for name, b in model.named_buffers() if not is_lazy(b)}
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    watch = _Watch({id(e.parameter): e for e in tree.params.values()})
+    try:
+        with (
+            torch.random.fork_rng([d.index for d in devices]),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+            watch,
+        ):
+            functional_call(model, buffers, args, kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+    first = next((e.name for e in watch.order if e.parameter.requires_grad), None)
+    by_flops = sum(watch.flops.values()) > 0
+    first_key = id(watch.order[0].parameter) if watch.order else None
+    uses = []
+    for key, entry in watch.entries.items():
+        p = entry.parameter
+        numel = 0 if is_lazy(p) else p.numel()
+        work = watch.flops.get(key, 0.0) if by_flops else float(numel)
+        trainable = p.requires_grad
+        uses.append(
+            _Use(entry.name, numel, trainable, work, key in watch.reached, key != first_key)
+        )
+    unused = [
+        e.name
+        for key, e in watch.entries.items()
+        if e.parameter.requires_grad and key not in watch.used
+    ]
+    return _flow(uses, first, measured=True, by_flops=by_flops, unused=unused)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
+    """Sees every operation of a forward pass: which parameters it uses, on what input.
+
+    Works on operations, not on modules: attention calls its projections' weights without calling
+    the projection modules, and tied weights are used away from their owner.
+    """
+
+    def __init__(self, entries: dict[int, ParamEntry]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call,unused-ignore]
+        self.entries = entries
+        self.order: list[ParamEntry] = []
+        self.used: set[int] = set()
+        self.reached: set[int] = set()
+        self.flops: dict[int, float] = {}
+        # Views and casts of a parameter count as the parameter. They are known by their storage;
+        # keeping a reference to each keeps its address from being used again.
+        self._sources: dict[int, frozenset[int]] = {}
+        self._kept: list[torch.Tensor] = []
+        for key, entry in entries.items():
+            if not is_lazy(entry.parameter):
+                self._mark(entry.parameter, frozenset([key]))
+
+    def _mark(self, tensor: torch.Tensor, source: frozenset[int]) -> None:
+        self._sources[_storage(tensor)] = source
+        self._kept.append(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        from_params: set[int] = set()
+        others: list[torch.Tensor] = []
+        for value in tree_iter((args, kwargs)):
+            if isinstance(value, torch.Tensor):
+                source = self._sources.get(_storage(value))
+                if source is None:
+                    others.append(value)
+                else:
+                    from_params |= source
+        if not from_params:
+            return out
+        if not others:
+            source = frozenset(from_params)
+            for value in tree_iter(out):
+                if isinstance(value, torch.Tensor):
+                    self._mark(value, source)
+            return out
+        # Autograd works above this mode, so the inputs still say whether they are tracked.
+        tracked = any(value.requires_grad for value in others)
+        count = flop_registry.get(getattr(func, "_overloadpacket", None))
+        flops = float(count(*args, **kwargs, out_val=out)) if count is not None else 0.0
+        weights = [key for key in from_params if self.entries[key].parameter.dim() > 1]
+        for key in from_params:
+            if key not in self.used:
+                self.used.add(key)
+                self.order.append(self.entries[key])
+            if tracked:
+                self.reached.add(key)
+        for key in weights:
+            self.flops[key] = self.flops.get(key, 0.0) + flops / len(weights)
+        return out
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        # Sparse tensors and some subclasses have no storage of their own.
+        return -id(tensor)
+
+
+def _flow(
+    uses: list[_Use],
+    first: str | None,
+    *,
+    measured: bool,
+    by_flops: bool,
+    unused: list[str] | None = None,
+) -> Flow:
+    frozen = [use for use in uses if not use.trainable]
+    crossed = sum(use.numel for use in frozen if use.reached)
+    skipped = sum(use.numel for use in frozen if not use.reached)
+    work = sum(use.work for use in uses)
+    saved = sum(use.work for use in frozen)
+    everything = work + sum(use.work for use in uses if use.reached_if_all_train)
+    now = work - saved + sum(use.work for use in uses if use.reached)
+    weight_saved = saved / work if work else float(bool(frozen) and len(frozen) == len(uses))
+    backward_saved = max(0.0, 1 - now / everything) if everything else weight_saved
+    kind: Kind
+    if not frozen:
+        kind = "nothing frozen"
+        said = "runs through the whole model: nothing is frozen."
+    elif len(frozen) == len(uses):
+        kind, weight_saved, backward_saved = "everything frozen", 1.0, 1.0
+        said = "does not run: everything is frozen, and backward() on the loss raises."
+    else:
+        total = f"{crossed + skipped:,}"
+        if not any(use.reached for use in frozen):
+            kind = "stops early"
+            said = f"stops early: all {total} frozen parameters come before the first trainable one"
+            said += f" ({first})." if first else "."
+        elif any(not use.reached and use.numel for use in frozen):
+            kind = "mixed"
+            said = (
+                f"stops early for {skipped:,} of {total} frozen parameters; it still runs through "
+                f"the other {crossed:,}, which come after {first}: there the input gradients are "
+                "computed all the same."
+            )
+        else:
+            kind = "runs through"
+            said = (
+                f"does not stop early: all {total} frozen parameters come after a trainable one "
+                f"({first}), so it runs through them and computes their input gradients."
+            )
+        said += (
+            f" Weight-gradient work saved: {100 * weight_saved:.1f} %; backward work of these "
+            f"layers saved: {100 * backward_saved:.1f} %."
+        )
+        if not measured:
+            said += (
+                " (Estimated from the order of registration and parameter counts; "
+                "give example=... to measure.)"
+            )
+        elif by_flops:
+            said += " (Measured on the example, by FLOPs of matrix products and convolutions.)"
+        else:
+            said += " (Measured on the example, by parameter counts: it has no matrix product.)"
+    if unused:
+        said += (
+            f" The example uses {len(unused)} trainable parameters nowhere, such as {unused[0]}."
+        )
+    return Flow(
+        kind=kind,
+        measured=measured,
+        stops_early=kind in ("stops early", "mixed", "everything frozen"),
+        first_trainable=first,
+        skipped=skipped,
+        crossed=crossed,
+        weight_gradient_saved=weight_saved,
+        backward_saved=backward_saved,
+        sentence=said,
+    )

@@ -1,0 +1,394 @@
+"""Names to parameters: one walk over a model, and the selectors resolved against it."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+#: What a user may name: a glob, a regex, a module or parameter of the model, a module class, or a
+#: callable (name, parameter) -> bool; or an iterable of these.
+Selector: TypeAlias = (
+    str
+    | re.Pattern[str]
+    | nn.Module
+    | torch.Tensor
+    | type[nn.Module]
+    | Callable[[str, nn.Parameter], bool]
+    | Iterable["Selector"]
+)
+
+# Wrappers register the user's model as a child under these names. The underscored ones are
+# private to torch; "module" is an ordinary word, so there the wrapper's class decides.
+_WRAPPER_CHILDREN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def wrapped_child(module: nn.Module) -> str | None:
+    """The name under which a wrapper (DDP, compile, FSDP1, checkpointing) keeps the real module."""
+    for name in _WRAPPER_CHILDREN:
+        if name in module._modules:
+            return name
+    if isinstance(module, (DistributedDataParallel, DataParallel)):
+        return "module"
+    return None
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module under any number of wrappers."""
+    while (name := wrapped_child(module)) is not None:
+        inner = module._modules[name]
+        if inner is None:
+            break
+        module = inner
+    return module
+
+
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether a lazy module's parameter or buffer has no shape yet."""
+    return isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
+
+
+@dataclass(slots=True, eq=False)
+class ParamEntry:
+    """One parameter and every name it has; the first name is the one reports use."""
+
+    parameter: nn.Parameter
+    names: list[str] = field(default_factory=list)
+    raw_names: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+@dataclass(slots=True, eq=False)
+class ModuleEntry:
+    """One module, every name it has, and what it owns directly."""
+
+    module: nn.Module
+    names: list[str] = field(default_factory=list)
+    raw_names: list[str] = field(default_factory=list)
+    params: list[tuple[str, ParamEntry]] = field(default_factory=list)
+    children: list[tuple[str, ModuleEntry]] = field(default_factory=list)
+    parents: list[ModuleEntry] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    def subtree(self, seen: set[int]) -> Iterator[ModuleEntry]:
+        """Self and all modules below that are not in `seen` yet, in registration order."""
+        stack = [self]
+        while stack:
+            entry = stack.pop()
+            if id(entry) in seen:
+                continue
+            seen.add(id(entry))
+            yield entry
+            stack.extend(child for _, child in reversed(entry.children))
+
+    def parameters(self) -> Iterator[ParamEntry]:
+        """The parameters of the subtree, each once, in registration order."""
+        seen: set[int] = set()
+        for entry in self.subtree(set()):
+            for _, param in entry.params:
+                if id(param) not in seen:
+                    seen.add(id(param))
+                    yield param
+
+
+class Tree:
+    """A model's modules and parameters by identity, with all their names, from a single walk.
+
+    Names leave out the wrappers' segments ("module.", "_orig_mod."); `raw_names` keep them.
+    Parameters are told apart by identity, never by value: two equal layers are two layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.params: dict[int, ParamEntry] = {}
+        self.modules: dict[int, ModuleEntry] = {}
+        self.ddp: list[nn.Module] = []
+        self._aliases: dict[str, ParamEntry] | None = None
+        self.root = self._walk(model, "", "", None)
+
+    def _walk(
+        self, module: nn.Module, name: str, raw: str, parent: ModuleEntry | None
+    ) -> ModuleEntry:
+        child = wrapped_child(module) if module._modules else None
+        if child is not None and (inner := module._modules[child]) is not None:
+            if isinstance(module, DistributedDataParallel):
+                self.ddp.append(module)
+            entry = self._walk(inner, name, raw + child + ".", parent)
+            # A wrapper is found by identity too: freeze(model, compiled_block).
+            self.modules[id(module)] = entry
+            return entry
+        entry = self.modules.get(id(module)) or ModuleEntry(module)
+        first_visit = not entry.names
+        self.modules[id(module)] = entry
+        # `name` and `raw` end in a dot, ready to prefix what lies below.
+        entry.names.append(name[:-1])
+        entry.raw_names.append(raw[:-1])
+        if parent is not None:
+            entry.parents.append(parent)
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            owned = self.params.get(id(parameter))
+            if owned is None:
+                owned = self.params[id(parameter)] = ParamEntry(parameter)
+            owned.names.append(name + key)
+            owned.raw_names.append(raw + key)
+            if first_visit:
+                entry.params.append((key, owned))
+        for key, sub in module._modules.items():
+            if sub is None:
+                continue
+            below = self._walk(sub, f"{name}{key}.", f"{raw}{key}.", entry)
+            if first_visit:
+                entry.children.append((key, below))
+        return entry
+
+    def unique_modules(self) -> Iterator[ModuleEntry]:
+        """Every module once, in registration order."""
+        return self.root.subtree(set())
+
+    def everything(self) -> Selection:
+        """All modules and parameters."""
+        selection = Selection()
+        selection.names.add("")
+        selection.add_module(self.root, set())
+        return selection
+
+    def parameter_named(self, name: str) -> ParamEntry | None:
+        """The parameter with this name, whichever of its names it is."""
+        if self._aliases is None:
+            self._aliases = {n: p for p in self.params.values() for n in (*p.raw_names, *p.names)}
+        return self._aliases.get(name)
+
+    def tied(self) -> list[ParamEntry]:
+        """Parameters that have more than one name."""
+        return [entry for entry in self.params.values() if len(entry.names) > 1]
+
+
+@dataclass(slots=True)
+class Selection:
+    """What selectors name: parameters, the modules they lie in, and the names that matched."""
+
+    params: dict[int, ParamEntry] = field(default_factory=dict)
+    modules: dict[int, ModuleEntry] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    #: Modules that a selector named itself, in the order named (not what lies below them).
+    heads: dict[int, ModuleEntry] = field(default_factory=dict)
+
+    def add_param(self, entry: ParamEntry) -> None:
+        self.params[id(entry)] = entry
+
+    def add_module(self, entry: ModuleEntry, seen: set[int]) -> None:
+        self.heads[id(entry)] = entry
+        for below in entry.subtree(seen):
+            self.modules[id(below)] = below
+            for _, param in below.params:
+                self.params[id(param)] = param
+
+    def named_alias(self, alias: str) -> bool:
+        """Whether this very name of a tied parameter, or a module above it, was named."""
+        if "" in self.names:
+            return True
+        parts = alias.split(".")
+        return any(".".join(parts[:n]) in self.names for n in range(1, len(parts) + 1))
+
+
+def check_model(model: object, caller: str) -> nn.Module:
+    """`model` if it is one, else a TypeError that shows the call that was meant."""
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, str):
+        raise TypeError(
+            f"{caller}: the first argument is the model; got the str {model!r}. "
+            f"Write {caller}(model, {model!r})."
+        )
+    raise TypeError(
+        f"{caller}: the first argument is the model (a torch.nn.Module); "
+        f"got {type(model).__name__}."
+    )
+
+
+def flatten(what: Iterable[Selector]) -> list[Selector]:
+    """Selectors with lists, tuples and generators of selectors opened up."""
+    flat: list[Selector] = []
+    for item in what:
+        # Modules and tensors are iterable as well, but stand for themselves here.
+        if isinstance(item, (str, re.Pattern, nn.Module, torch.Tensor, type)):
+            flat.append(item)
+        elif isinstance(item, Iterable):
+            flat.extend(flatten(item))
+        else:
+            flat.append(item)
+    return flat
+
+
+def as_selectors(what: Selector) -> list[Selector]:
+    """`exclude` and its like: one selector or an iterable of them, as a flat list."""
+    return flatten([what])
+
+
+def select(tree: Tree, what: Iterable[Selector], caller: str) -> Selection:
+    """Resolve selectors; each must match something.
+
+    Raises:
+        ValueError: a selector matches nothing; the message has the nearest names.
+        TypeError: a selector is of no known kind.
+    """
+    selection = Selection()
+    seen: set[int] = set()
+    for item in what:
+        _select_one(tree, item, selection, seen, caller)
+    return selection
+
+
+def _select_one(
+    tree: Tree, item: Selector, selection: Selection, seen: set[int], caller: str
+) -> None:
+    if isinstance(item, str):
+        if not _by_name(tree, _glob(tree, item), selection, seen):
+            raise ValueError(_no_match(tree, item, caller))
+    elif isinstance(item, re.Pattern):
+        if not isinstance(item.pattern, str):
+            raise TypeError(f"{caller}: the regex {item.pattern!r} is over bytes; names are str.")
+        found = item.search
+        if not _by_name(tree, lambda name: found(name) is not None, selection, seen):
+            raise ValueError(_no_match(tree, item, caller))
+    elif isinstance(item, nn.Module):
+        entry = tree.modules.get(id(item)) or tree.modules.get(id(unwrap(item)))
+        if entry is None:
+            raise ValueError(
+                f"{caller}: the given {type(item).__name__} is not part of this model "
+                f"({type(tree.root.module).__name__}); pass one of its own modules or a name."
+            )
+        selection.names.update(entry.names)
+        selection.add_module(entry, seen)
+    elif isinstance(item, torch.Tensor):
+        owned = tree.params.get(id(item))
+        if owned is None:
+            raise ValueError(
+                f"{caller}: the given tensor of shape {list(item.shape)} is not a parameter of "
+                f"this model ({type(tree.root.module).__name__}); pass one of its own parameters "
+                "or a name."
+            )
+        selection.names.update(owned.names)
+        selection.add_param(owned)
+    elif isinstance(item, type):
+        if not issubclass(item, nn.Module):
+            raise TypeError(f"{caller}: {item.__name__} is not a class of modules.")
+        found_any = False
+        for module in list(tree.unique_modules()):
+            if isinstance(module.module, item):
+                found_any = True
+                selection.names.update(module.names)
+                selection.add_module(module, seen)
+        if not found_any:
+            kinds = Counter(type(m.module).__name__ for m in tree.unique_modules())
+            near = ", ".join(f"{kind} ({n})" for kind, n in kinds.most_common(6))
+            raise ValueError(
+                f"{caller}: the model has no module of class {item.__name__}; it has {near}."
+            )
+    elif callable(item):
+        found_any = False
+        for owned in tree.params.values():
+            matched = [name for name in owned.names if item(name, owned.parameter)]
+            if matched:
+                found_any = True
+                selection.names.update(matched)
+                selection.add_param(owned)
+        if not found_any:
+            called = getattr(item, "__name__", type(item).__name__)
+            raise ValueError(
+                f"{caller}: the callable {called} is true for none of the model's "
+                f"{len(tree.params)} parameters."
+            )
+    else:
+        raise TypeError(
+            f"{caller}: cannot select by {type(item).__name__}; give a name or glob, a compiled "
+            "regex, a module, a parameter, a module class or a callable (name, parameter) -> bool."
+        )
+
+
+def _glob(tree: Tree, pattern: str) -> Callable[[str], bool]:
+    # A name may itself hold glob characters (ParameterDict keys): what exists is meant literally.
+    if not any(char in pattern for char in "*?["):
+        return pattern.__eq__
+    for module in tree.unique_modules():
+        if pattern in module.names or pattern in module.raw_names:
+            return pattern.__eq__
+    if tree.parameter_named(pattern) is not None:
+        return pattern.__eq__
+    matches = re.compile(fnmatch.translate(pattern)).match
+    return lambda name: matches(name) is not None
+
+
+def _by_name(
+    tree: Tree, matches: Callable[[str], bool], selection: Selection, seen: set[int]
+) -> bool:
+    found = False
+    for module in list(tree.unique_modules()):
+        for name, raw in zip(module.names, module.raw_names, strict=True):
+            if name and (matches(name) or (raw != name and matches(raw))):
+                found = True
+                selection.names.add(name)
+                selection.add_module(module, seen)
+    for param in tree.params.values():
+        for name, raw in zip(param.names, param.raw_names, strict=True):
+            if matches(name) or (raw != name and matches(raw)):
+                found = True
+                selection.names.add(name)
+                selection.add_param(param)
+    return found
+
+
+def _no_match(tree: Tree, pattern: str | re.Pattern[str], caller: str) -> str:
+    text = pattern if isinstance(pattern, str) else pattern.pattern
+    kind = "pattern" if isinstance(pattern, str) else "regex"
+    near = nearest(tree, text)
+    said = f"{caller}: the {kind} {text!r} matches no parameter or module of this model. "
+    if near:
+        return said + "Nearest: " + ", ".join(repr(name) for name in near) + "."
+    top = [name for name, _ in tree.root.children][:6] + [n for n, _ in tree.root.params][:6]
+    return said + "Its top level has: " + (", ".join(map(repr, top)) or "nothing") + "."
+
+
+def nearest(tree: Tree, text: str) -> list[str]:
+    """Up to three patterns that do match and look like `text`."""
+    if not text:
+        return []
+    # Numbered siblings are folded into one star so that a large model stays quick to search.
+    folded: dict[str, None] = {}
+    literal: dict[str, None] = {}
+    named: list[ModuleEntry | ParamEntry] = [*tree.unique_modules(), *tree.params.values()]
+    for entry in named:
+        for name in entry.names:
+            if not name:
+                continue
+            if len(literal) < 4000:
+                literal[name] = None
+            folded[re.sub(r"(?<![^.])\d+(?![^.])", "*", name)] = None
+    last = {name.rsplit(".", 1)[-1] for name in folded}
+    tail = text.strip(".*")
+    found = [f"*.{tail}"] if tail in last and text != f"*.{tail}" else []
+    found += [f"*{tail}*"] if not found and any(tail in name for name in folded) and tail else []
+    pool = list(folded) if "*" in text else list(literal)
+    found += difflib.get_close_matches(text, pool, n=3, cutoff=0.6)
+    if len(found) < 2:
+        found += difflib.get_close_matches(text, list(folded), n=2, cutoff=0.6)
+    if not found:
+        close = difflib.get_close_matches(tail, last, n=2, cutoff=0.6)
+        found = [name if name in literal else f"*.{name}" for name in close]
+    return list(dict.fromkeys(found))[:3]

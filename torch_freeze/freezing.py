@@ -1,0 +1,444 @@
+"""freeze, unfreeze, freeze_except and frozen: say what to freeze in one line and trust it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from . import _hold
+from ._select import (
+    ModuleEntry,
+    ParamEntry,
+    Selection,
+    Selector,
+    Tree,
+    as_selectors,
+    check_model,
+    flatten,
+    select,
+)
+from .report import FreezeReport, build_report
+
+
+def freeze(
+    model: nn.Module,
+    *what: Selector,
+    exclude: Selector = (),
+    hold_norm: bool = True,
+) -> FreezeReport:
+    """Freeze what is named: no gradient, no gradient held, no moving norm statistics.
+
+    Sets `requires_grad` to False and `grad` to None on every named parameter. Batch-norm-like
+    layers inside what is frozen use their running statistics and stop updating them, whatever
+    `model.train()` is called later, until they are unfrozen. Freezing twice changes nothing.
+    Parameters and modules are never replaced, so an optimizer made before or after sees it all.
+
+    Args:
+        model: the model; a DDP-wrapped or compiled one too (names need no "module." then).
+        *what: what to freeze, any of
+            a name or glob over parameter and module names ("layer1", "encoder.layer.*.attention",
+            "*.bias"; `*` matches dots too, and a module stands for all below it),
+            a compiled regex (`search`ed in the same names),
+            a module or parameter of the model,
+            a module class (every instance, subclasses included),
+            a callable (name, parameter) -> bool,
+            or a list of these. Nothing given: everything.
+        exclude: what to leave as it is, in the same terms.
+        hold_norm: False leaves batch-norm-like layers in their own mode.
+
+    Returns:
+        A FreezeReport: what was named, what changed, and the state of the model.
+
+    Raises:
+        ValueError: something named (or excluded) matches nothing, with the nearest names; or a
+            module or parameter is not the model's; or nothing is left to freeze.
+        TypeError: `model` is not a module, or a selector is of no known kind.
+
+    Warns:
+        UserWarning: the model is DDP-wrapped already and its frozen set changes; DDP fixes which
+            gradients it reduces when it wraps.
+
+    Note:
+        A tied parameter is one tensor: named by any of its names it is frozen under all of them,
+        and the report says so. A norm is held when it is named (itself, its class or a module
+        around it) or all its parameters are, unless a part of it stays trainable; one with
+        `affine=False` also when all parameters of the module around it are. What counts as a
+        batch-norm-like layer: torch's batch and instance norms that track statistics, and any
+        other module owning a buffer named `running_...`.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_freeze import freeze
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+        >>> freeze(model, "0", nn.BatchNorm2d).frozen_names
+        ('0.weight', '0.bias', '1.weight', '1.bias')
+        >>> model.train()[1].training
+        False
+        >>> freeze(model, "layer1")
+        Traceback (most recent call last):
+        ...
+        ValueError: freeze: the pattern 'layer1' matches no parameter or module of this model. \
+Its top level has: '0', '1', '2'.
+    """
+    return _freeze(model, what, exclude, hold_norm, "freeze")
+
+
+def unfreeze(model: nn.Module, *what: Selector, exclude: Selector = ()) -> FreezeReport:
+    """Make what is named trainable again and give its norms back their own mode.
+
+    A norm's own mode is the one the last `model.train()` or `model.eval()` asked for, also while
+    it was held. Unfreezing twice changes nothing; nothing is added to or removed from any
+    optimizer.
+
+    Args:
+        model: the model.
+        *what: what to unfreeze, in the terms of `freeze`. Nothing given: everything.
+        exclude: what to leave as it is, in the same terms.
+
+    Returns:
+        A FreezeReport: what was named, what changed, and the state of the model.
+
+    Raises:
+        ValueError: as `freeze`; and when a named parameter cannot train (an integer or otherwise
+            not differentiable dtype, or an inference tensor). Nothing is changed then.
+        TypeError: as `freeze`.
+
+    Warns:
+        UserWarning: as `freeze`.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_freeze import freeze, unfreeze
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+        >>> _ = freeze(model)
+        >>> unfreeze(model, "1").trainable_names
+        ('1.weight', '1.bias')
+    """
+    check_model(model, "unfreeze")
+    tree = Tree(model)
+    selection, excluded = _resolve(tree, what, exclude, "unfreeze")
+    changed, released = thaw(tree, selection, excluded, "unfreeze")
+    if changed:
+        _warn_ddp(tree, "unfreeze", stacklevel=3)
+    return _call_report(tree, "unfreeze", selection, changed, released=released)
+
+
+def freeze_except(model: nn.Module, *what: Selector, hold_norm: bool = True) -> FreezeReport:
+    """Freeze everything but what is named. What is named stays as it is, trainable or not.
+
+    Args:
+        model: the model.
+        *what: what to leave, in the terms of `freeze`; at least one.
+        hold_norm: as in `freeze`.
+
+    Returns:
+        A FreezeReport.
+
+    Raises:
+        ValueError: nothing is named, or something named matches nothing.
+        TypeError: as `freeze`.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_freeze import freeze_except
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+        >>> freeze_except(model, "1").trainable_names
+        ('1.weight', '1.bias')
+    """
+    check_model(model, "freeze_except")
+    if not flatten(what):
+        raise ValueError(
+            "freeze_except: name what stays trainable; to freeze everything write freeze(model)."
+        )
+    return _freeze(model, (), what, hold_norm, "freeze_except")
+
+
+@contextmanager
+def frozen(
+    model: nn.Module, *what: Selector, exclude: Selector = (), hold_norm: bool = True
+) -> Iterator[FreezeReport]:
+    """Freeze for the length of a `with` block, then restore exactly what was there before.
+
+    Restored, also after an exception: every named parameter's `requires_grad` and `grad` (the
+    same tensor object), and every norm's hold. A norm that was not held before gets its own mode,
+    as the last `train()` or `eval()` inside the block left it.
+
+    Args:
+        model: the model.
+        *what: what to freeze, in the terms of `freeze`. Nothing given: everything.
+        exclude: what to leave as it is, in the same terms.
+        hold_norm: as in `freeze`.
+
+    Yields:
+        The FreezeReport of the freeze.
+
+    Raises:
+        ValueError, TypeError: as `freeze`.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_freeze import frozen
+        >>> critic = nn.Linear(4, 1)
+        >>> with frozen(critic):
+        ...     critic.weight.requires_grad
+        False
+        >>> critic.weight.requires_grad
+        True
+    """
+    check_model(model, "frozen")
+    tree = Tree(model)
+    selection, excluded = _resolve(tree, what, exclude, "frozen")
+    before = [
+        (entry.parameter, entry.parameter.requires_grad, entry.parameter.grad)
+        for entry in selection.params.values()
+    ]
+    norms = [entry.module for entry in _norms(tree) if _touches(entry, selection)]
+    were_held = [norm for norm in norms if _hold.held_by(norm) is not None]
+    changed, held = chill(tree, selection, excluded, hold_norm)
+    if changed:
+        _warn_ddp(tree, "frozen", stacklevel=4)
+    try:
+        yield _call_report(tree, "frozen", selection, changed, held=held)
+    finally:
+        for parameter, required, grad in before:
+            parameter.requires_grad = required
+            # A gradient cannot be given back as it was to a model converted inside the block.
+            parameter.grad = None if grad is None else grad.to(parameter.device, parameter.dtype)
+        for entry in held:
+            _hold.release(entry.module)
+        for norm in were_held:
+            _hold.hold(norm)
+
+
+def _freeze(
+    model: nn.Module,
+    what: Iterable[Selector],
+    exclude: Selector,
+    hold_norm: bool,
+    caller: str,
+) -> FreezeReport:
+    check_model(model, caller)
+    tree = Tree(model)
+    selection, excluded = _resolve(tree, what, exclude, caller)
+    changed, held = chill(tree, selection, excluded, hold_norm)
+    if changed:
+        _warn_ddp(tree, caller, stacklevel=4)
+    return _call_report(tree, caller, selection, changed, held=held)
+
+
+def _call_report(
+    tree: Tree,
+    action: str,
+    selection: Selection,
+    changed: list[ParamEntry],
+    held: Sequence[ModuleEntry] = (),
+    released: Sequence[ModuleEntry] = (),
+) -> FreezeReport:
+    return build_report(
+        tree,
+        action=action,
+        matched=tuple(entry.name for entry in selection.params.values()),
+        changed=tuple(entry.name for entry in changed),
+        held=tuple(entry.name for entry in held),
+        released=tuple(entry.name for entry in released),
+        notes=_half_named(tree, selection, "trainable" if action == "unfreeze" else "frozen"),
+    )
+
+
+def _resolve(
+    tree: Tree, what: Iterable[Selector], exclude: Selector, caller: str
+) -> tuple[Selection, Selection]:
+    """What is named less what is excluded, and what is excluded."""
+    given = tuple(what)
+    wanted = flatten(given)
+    if given and not wanted:
+        raise ValueError(f"{caller}: an empty list names nothing; leave it out to mean everything.")
+    excluded = select(tree, as_selectors(exclude), caller)
+    selection = select(tree, wanted, caller) if wanted else tree.everything()
+    subtract(selection, excluded)
+    norms = any(_hold.is_norm(entry.module) for entry in selection.modules.values())
+    if not selection.params and not norms:
+        if excluded.params:
+            raise ValueError(f"{caller}: exclude leaves nothing of what is named.")
+        named = ", ".join(repr(name) for name in sorted(selection.names) if name)
+        raise ValueError(f"{caller}: {named or 'the model'} has no parameters.")
+    return selection, excluded
+
+
+def subtract(selection: Selection, excluded: Selection) -> None:
+    """Take what is excluded out of a selection."""
+    for key in excluded.params:
+        selection.params.pop(key, None)
+    for key in excluded.modules:
+        selection.modules.pop(key, None)
+
+
+def chill(
+    tree: Tree, selection: Selection, excluded: Selection, hold_norm: bool
+) -> tuple[list[ParamEntry], list[ModuleEntry]]:
+    """Freeze a selection; the parameters and norms that changed."""
+    changed = []
+    for entry in selection.params.values():
+        parameter = entry.parameter
+        if parameter.requires_grad:
+            parameter.requires_grad = False
+            changed.append(entry)
+        if parameter.grad is not None:
+            parameter.grad = None
+    if not hold_norm:
+        return changed, []
+    norms = _follow(tree, selection, excluded, trainable=False)
+    return changed, [norm for norm in norms if _hold.hold(norm.module)]
+
+
+def thaw(
+    tree: Tree, selection: Selection, excluded: Selection, caller: str
+) -> tuple[list[ParamEntry], list[ModuleEntry]]:
+    """Unfreeze a selection; the parameters and norms that changed."""
+    for entry in selection.params.values():
+        _check_trainable(entry, caller)
+    changed = []
+    for entry in selection.params.values():
+        if not entry.parameter.requires_grad:
+            entry.parameter.requires_grad = True
+            changed.append(entry)
+    norms = _follow(tree, selection, excluded, trainable=True)
+    return changed, [norm for norm in norms if _hold.release(norm.module)]
+
+
+def _norms(tree: Tree) -> list[ModuleEntry]:
+    return [entry for entry in tree.unique_modules() if _hold.is_norm(entry.module)]
+
+
+def _touches(norm: ModuleEntry, selection: Selection) -> bool:
+    return id(norm) in selection.modules or any(
+        id(entry) in selection.params for entry in norm.parameters()
+    )
+
+
+def _follow(
+    tree: Tree, selection: Selection, excluded: Selection, *, trainable: bool
+) -> list[ModuleEntry]:
+    """The norms that go along with what was just frozen (or made trainable)."""
+    following = []
+    around: dict[int, _Around | None] = {}
+    for norm in _norms(tree):
+        own = list(norm.parameters())
+        if own:
+            flags = [entry.parameter.requires_grad for entry in own]
+            # Held only while all of it is frozen; one trainable part gives it back its mode.
+            state = any(flags) if trainable else not any(flags)
+            if state and _touches(norm, selection):
+                following.append(norm)
+            continue
+        if id(norm) in excluded.modules:
+            continue
+        named = id(norm) in selection.modules
+        near = _look_around(norm, selection, trainable, around)
+        # affine=False: nothing of its own says whether it is frozen, the module around it does.
+        # Named, it follows, unless all parameters around it were excluded one by one.
+        follows = near.every and near.touched if near is not None else False
+        if named:
+            follows = near is None or near.some
+        if follows:
+            following.append(norm)
+    return following
+
+
+@dataclass(frozen=True, slots=True)
+class _Around:
+    """The parameters of a module around a norm: do some, do all have the state asked for?"""
+
+    some: bool
+    every: bool
+    touched: bool
+
+
+def _look_around(
+    norm: ModuleEntry,
+    selection: Selection,
+    trainable: bool,
+    known: dict[int, _Around | None],
+) -> _Around | None:
+    """The nearest module around `norm` that has parameters; `known` keeps this linear."""
+    above = norm
+    while above.parents:
+        above = above.parents[0]
+        if id(above) not in known:
+            found = list(above.parameters())
+            flags = [entry.parameter.requires_grad == trainable for entry in found]
+            touched = any(id(entry) in selection.params for entry in found)
+            known[id(above)] = _Around(any(flags), all(flags), touched) if found else None
+        if (around := known[id(above)]) is not None:
+            return around
+    return None
+
+
+def _check_trainable(entry: ParamEntry, caller: str) -> None:
+    parameter = entry.parameter
+    if parameter.requires_grad:
+        return
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        raise ValueError(
+            f"{caller}: {entry.name} has dtype {parameter.dtype}, which cannot train; leave such "
+            "parameters out with exclude=lambda name, p: not p.is_floating_point()."
+        )
+    if parameter.is_inference():
+        raise ValueError(
+            f"{caller}: {entry.name} was made under torch.inference_mode() and cannot train; "
+            "make the model outside of it, or give the module a clone of the parameter."
+        )
+
+
+def _half_named(tree: Tree, selection: Selection, state: str) -> tuple[str, ...]:
+    notes = []
+    for entry in tree.tied():
+        if id(entry) not in selection.params:
+            continue
+        unnamed = [name for name in entry.names if not selection.named_alias(name)]
+        if unnamed:
+            named = next(name for name in entry.names if name not in unnamed)
+            others = ", ".join(unnamed)
+            notes.append(f"{others} is tied to {named}, the same tensor, so it is {state} too")
+    return tuple(notes)
+
+
+def _warn_ddp(tree: Tree, caller: str, stacklevel: int) -> None:
+    if not tree.ddp:
+        return
+    if caller == "unfreeze":
+        does = (
+            "A parameter that was frozen when DDP wrapped the model is not in its buckets: its "
+            "gradient is never averaged, and the processes drift apart without an error."
+        )
+    else:
+        does = (
+            "A parameter that was trainable then is still waited for in backward, and the next "
+            "forward raises 'Expected to have finished reduction in the prior iteration' unless "
+            "DDP was made with find_unused_parameters=True."
+        )
+    warnings.warn(
+        f"{caller}: the model is already wrapped in DistributedDataParallel, which fixes the "
+        f"gradients it reduces when it wraps. {does} Freeze first and wrap then; to change the "
+        "frozen set later, wrap the inner module anew: model = DistributedDataParallel("
+        "model.module).",
+        UserWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def set_frozen(
+    tree: Tree, frozen_set: Selection, managed: Selection, hold_norm: bool, caller: str
+) -> bool:
+    """Make exactly `frozen_set` of `managed` frozen, the rest of it trainable; True if changed."""
+    rest = Selection(dict(managed.params), dict(managed.modules))
+    subtract(rest, frozen_set)
+    thawed, released = thaw(tree, rest, frozen_set, caller)
+    chilled, held = chill(tree, frozen_set, rest, hold_norm)
+    if thawed or chilled:
+        _warn_ddp(tree, "unfreeze" if thawed else caller, stacklevel=4)
+    return bool(thawed or chilled or held or released)

@@ -1,0 +1,641 @@
+"""Freeze schedules: what is frozen when, and three published ones."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from ._hold import held_by, hold, is_norm, release
+from ._select import (
+    ModuleEntry,
+    Selection,
+    Selector,
+    Tree,
+    as_selectors,
+    check_model,
+    flatten,
+    is_lazy,
+    nearest,
+    select,
+)
+from .freezing import set_frozen, subtract
+from .report import _count, _fit
+
+Unit: TypeAlias = Literal["epoch", "step"]
+_WIDTH = 120
+
+
+class FreezeSchedule:
+    """A table of what is frozen from which epoch or step on.
+
+    The parameters that any entry names are managed: at each entry those it names become frozen
+    and the other managed ones trainable. Parameters that no entry names stay as they are. No
+    optimizer is touched: with FrozenAwareSGD over all parameters, learning-rate schedulers,
+    checkpoints and param groups never notice.
+
+    Args:
+        model: the model; DDP-wrapped or compiled ones too.
+        entries: {unit number: what is frozen from there on}, in the terms of `freeze`; an empty
+            list for nothing.
+        unit: what one `step()` stands for, "epoch" or "step".
+        hold_norm: as in `freeze`.
+
+    Raises:
+        ValueError: something named matches nothing (with the nearest names), a unit number is
+            negative, there are no entries, or `unit` is unknown.
+        TypeError: `model` is not a module, `entries` no mapping, or a unit number not an int.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_freeze import FreezeSchedule
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> schedule = FreezeSchedule(model, {0: ["0", "1"], 2: ["0"], 3: []})
+        >>> for epoch in range(3):
+        ...     changed = schedule.step()
+        ...     print(epoch, changed, [layer.weight.requires_grad for layer in model])
+        0 True [False, False, True]
+        1 False [False, False, True]
+        2 True [False, True, True]
+        >>> print(schedule)
+        FreezeSchedule, at epoch 2: manages 56 of 66 parameters; the others stay as they are
+           epoch      frozen  trainable  what is frozen
+               0-         56          0  0, 1
+        >      2-         36         20  0
+               3-          0         56  nothing
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        entries: Mapping[int, Selector],
+        unit: Unit = "epoch",
+        *,
+        hold_norm: bool = True,
+    ) -> None:
+        check_model(model, "FreezeSchedule")
+        if not isinstance(entries, Mapping):
+            raise TypeError(
+                "FreezeSchedule: entries must map unit numbers to what is frozen from there on, "
+                f"such as {{0: ['layer1'], 3: []}}; got {type(entries).__name__}."
+            )
+        if not entries:
+            raise ValueError("FreezeSchedule: there are no entries.")
+        for number in entries:
+            _check_int("FreezeSchedule", "unit number", number, least=0)
+        _check_unit("FreezeSchedule", unit)
+        self.model = model
+        self.unit: Unit = unit
+        self.hold_norm = hold_norm
+        self._entries = {number: as_selectors(entries[number]) for number in sorted(entries)}
+        #: Number of the unit that the last `step()` began; -1 before the first.
+        self.last = -1
+        self._resolve_all("FreezeSchedule")
+
+    def step(self) -> bool:
+        """Begin the next unit: call it at the start of every epoch (or step).
+
+        Returns:
+            Whether anything was frozen or unfrozen.
+        """
+        self.last += 1
+        if not self._applies(self.last):
+            return False
+        tree = Tree(self.model)
+        frozen, managed = self._frozen_at(tree, self.last), self._managed(tree)
+        return set_frozen(tree, frozen, managed, self.hold_norm, type(self).__name__)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and frozen set: plain ints, strings and lists.
+
+        The names of all frozen parameters and held norms of the model are in it, also of those
+        the schedule does not manage.
+        """
+        tree = Tree(self.model)
+        return {
+            "unit": self.unit,
+            "last": self.last,
+            "frozen": [e.name for e in tree.params.values() if not e.parameter.requires_grad],
+            "held": [e.name for e in tree.unique_modules() if held_by(e.module) is not None],
+            **self._settings(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken: position, frozen parameters and held norms.
+
+        Every parameter of the model becomes frozen or trainable as it was then, whether the
+        schedule manages it or not. Names do not depend on wrapping (DDP, compile).
+
+        Raises:
+            ValueError: a name is not in this model, a key is missing, or the state is of a
+                schedule with other settings. Nothing is changed then.
+            TypeError: `state` is not a mapping.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"load_state_dict: expected a mapping, got {type(state).__name__}.")
+        own = {"unit": self.unit, **self._settings()}
+        missing = [key for key in (*own, "last", "frozen", "held") if key not in state]
+        if missing:
+            raise ValueError(f"load_state_dict: the state has no {', '.join(map(repr, missing))}.")
+        for key, value in own.items():
+            if state[key] != value:
+                raise ValueError(
+                    f"load_state_dict: the state was saved with {key}={state[key]!r}, this "
+                    f"schedule has {key}={value!r}; build it with the same arguments."
+                )
+        _check_int("load_state_dict", "'last'", state["last"], least=-1)
+        tree = Tree(self.model)
+        frozen = Selection()
+        for name in state["frozen"]:
+            entry = tree.parameter_named(name)
+            if entry is None:
+                raise ValueError(
+                    f"load_state_dict: the frozen parameter {name!r} is not in this model. "
+                    f"Nearest: {', '.join(map(repr, nearest(tree, name))) or 'none'}."
+                )
+            frozen.add_param(entry)
+        norms = {name: e for e in tree.unique_modules() if is_norm(e.module) for name in e.names}
+        unknown = [name for name in state["held"] if name not in norms]
+        if unknown:
+            raise ValueError(
+                f"load_state_dict: the held norm {unknown[0]!r} is not a norm of this model."
+            )
+        set_frozen(tree, frozen, tree.everything(), False, "load_state_dict")
+        held = {id(norms[name]) for name in state["held"]}
+        for norm in norms.values():
+            if id(norm) in held:
+                hold(norm.module)
+            else:
+                release(norm.module)
+        self.last = state["last"]
+
+    def __str__(self) -> str:
+        tree = Tree(self.model)
+        managed = self._managed(tree)
+        everything = _elements(tree.everything())
+        covered = _elements(managed)
+        where = f"at {self.unit} {self.last}" if self.last >= 0 else "not begun"
+        head = f"{type(self).__name__}, {where}: manages {_count(covered)} of {_count(everything)} "
+        head += "parameters; the others stay as they are" if covered < everything else "parameters"
+        lines = [head, f"  {self.unit:>6}   {'frozen':>9}  {'trainable':>9}  what is frozen"]
+        numbers = list(self._timeline())
+        now = max((number for number in numbers if number <= self.last), default=None)
+        for number in numbers:
+            frozen = _elements(self._frozen_at(tree, number))
+            line = f"{'>' if number == now else ' '} {number:>6}-  {_count(frozen):>9}  "
+            line += f"{_count(covered - frozen):>9}  {self._describe(tree, number)}"
+            lines.append(_fit(line, _WIDTH))
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} of {type(self.model).__name__}, {self.unit} {self.last}, "
+            f"entries at {', '.join(map(str, self._timeline()))}>"
+        )
+
+    def _resolve_all(self, caller: str) -> None:
+        tree = Tree(self.model)
+        for number, wanted in self._entries.items():
+            select(tree, wanted, f"{caller}, entry {number}")
+
+    def _applies(self, number: int) -> bool:
+        return number in self._entries
+
+    def _frozen_at(self, tree: Tree, number: int) -> Selection:
+        """What is frozen at a unit; of the managed parameters."""
+        current = max((n for n in self._entries if n <= number), default=None)
+        return select(tree, self._entries[current] if current is not None else (), "step")
+
+    def _managed(self, tree: Tree) -> Selection:
+        return select(tree, [s for wanted in self._entries.values() for s in wanted], "step")
+
+    def _settings(self) -> dict[str, Any]:
+        """Arguments that a saved state must agree with."""
+        return {}
+
+    def _timeline(self) -> Iterable[int]:
+        return self._entries
+
+    def _describe(self, tree: Tree, number: int) -> str:
+        return ", ".join(_spell(tree, item) for item in self._entries[number]) or "nothing"
+
+
+def gradual_unfreeze(
+    model: nn.Module,
+    groups: Iterable[Selector],
+    every: int = 1,
+    *,
+    unit: Unit = "epoch",
+    hold_norm: bool = True,
+) -> FreezeSchedule:
+    """Train the last group first, then free one more from the output down every few units.
+
+    Source: J. Howard and S. Ruder, "Universal Language Model Fine-tuning for Text Classification"
+    (ULMFiT), 2018, arXiv:1801.06146, section 3.3.
+
+    Args:
+        model: the model.
+        groups: layer groups from input to output, each in the terms of `freeze`. The first
+            `step()` leaves only the last group trainable, each later one frees one more.
+            Parameters in no group stay as they are.
+        every: units between two groups.
+        unit: as in FreezeSchedule.
+        hold_norm: as in `freeze`.
+
+    Returns:
+        A FreezeSchedule.
+
+    Raises:
+        ValueError: a group matches nothing or is empty, no groups, or `every` below 1.
+        TypeError: as FreezeSchedule; or `groups` is one name instead of a list.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_freeze import gradual_unfreeze
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> schedule = gradual_unfreeze(model, ["0", "1", "2"])
+        >>> for epoch in range(3):
+        ...     _ = schedule.step()
+        ...     print([layer.weight.requires_grad for layer in model])
+        [False, False, True]
+        [False, True, True]
+        [True, True, True]
+    """
+    _check_int("gradual_unfreeze", "every", every, least=1)
+    listed = _groups(model, groups, "gradual_unfreeze")
+    count = len(listed)
+    entries = {every * i: listed[: count - 1 - i] for i in range(count)}
+    return _GroupSchedule(model, entries, listed, unit, hold_norm)
+
+
+def freeze_out(
+    model: nn.Module,
+    groups: Iterable[Selector],
+    total_steps: int,
+    *,
+    t0: float = 0.8,
+    how: Literal["cubic", "linear"] = "cubic",
+    scale_lr: bool = True,
+    unit: Unit = "step",
+    hold_norm: bool = True,
+) -> FreezeOutSchedule:
+    """Anneal each group's learning rate to zero by its own cosine, then freeze it; input first.
+
+    Group i of n (counted from 0) trains until the share t_i of the run. The shares rise linearly
+    from `t0` to 1; "cubic" takes their cubes, which freezes early groups sooner and leaves later
+    ones more time. At step t < t_i * total_steps the group's rate is
+
+        lr_i(t) = lr_i(0) / 2 * (1 + cos(pi * t / (t_i * total_steps)))
+
+    with lr_i(0) = lr, or lr / t_i with `scale_lr`, so that every group covers the same ground.
+
+    The schedule itself touches no param group. The rates are learning-rate multipliers for
+    torch's LambdaLR, over an optimizer with one group per layer group; both come from the
+    returned schedule (see the example).
+
+    Source: A. Brock, T. Lim, J. M. Ritchie and N. Weston, "FreezeOut: Accelerate Training by
+    Progressively Freezing Layers", 2017, arXiv:1706.04983. Its defaults (cubic, scaled, t0 0.8
+    before cubing) are the defaults here.
+
+    Args:
+        model: the model.
+        groups: layer groups from input to output, each in the terms of `freeze`. Parameters in no
+            group stay as they are and keep a constant multiplier of 1.
+        total_steps: length of the run, in units.
+        t0: share of the run, in (0, 1], after which the first group freezes; before cubing.
+        how: "cubic" or "linear".
+        scale_lr: raise a group's initial rate as its time is shortened.
+        unit: as in FreezeSchedule.
+        hold_norm: as in `freeze`.
+
+    Returns:
+        A FreezeOutSchedule: a FreezeSchedule with `param_groups(lr)` and `lr_lambdas()`.
+
+    Raises:
+        ValueError: a group matches nothing or is empty, or an argument is out of its range.
+        TypeError: as FreezeSchedule.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch_freeze import freeze_out
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> schedule = freeze_out(model, ["0", "1", "2"], total_steps=10, t0=0.5, how="linear")
+        >>> optimizer = torch.optim.SGD(schedule.param_groups(lr=0.1))
+        >>> rates = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.lr_lambdas())
+        >>> for step in range(10):
+        ...     _ = schedule.step()  # before the forward
+        ...     optimizer.step()
+        ...     rates.step()
+        ...     if step in (0, 4, 5, 8):
+        ...         trains = [layer.weight.requires_grad for layer in model]
+        ...         print(step, trains, [f"{lr:.3f}" for lr in rates.get_last_lr()])
+        0 [True, True, True] ['0.181', '0.128', '0.098']
+        4 [True, True, True] ['0.000', '0.033', '0.050']
+        5 [False, True, True] ['0.000', '0.013', '0.035']
+        8 [False, False, True] ['0.000', '0.000', '0.002']
+    """
+    caller = "freeze_out"
+    _check_int(caller, "total_steps", total_steps, least=1)
+    if how not in ("cubic", "linear"):
+        raise ValueError(f"freeze_out: how must be 'cubic' or 'linear', got {how!r}.")
+    if not isinstance(t0, (int, float)) or not 0 < t0 <= 1:
+        raise ValueError(f"freeze_out: t0 must be in (0, 1], got {t0!r}.")
+    listed = _groups(model, groups, caller)
+    power = 3 if how == "cubic" else 1
+    last = len(listed) - 1
+    shares = [(t0 + (1 - t0) * i / last if last else 1.0) ** power for i in range(last + 1)]
+    return FreezeOutSchedule(model, listed, total_steps, shares, scale_lr, unit, hold_norm)
+
+
+def rotate(
+    model: nn.Module,
+    layers: Selector,
+    k: int,
+    every: int,
+    always: Selector = (),
+    seed: int = 0,
+    *,
+    unit: Unit = "step",
+    hold_norm: bool = True,
+) -> RotationSchedule:
+    """Train `k` randomly drawn layers at a time, and what `always` names; freeze all else.
+
+    Every `every` units `k` other layers are drawn, uniformly and without replacement. The draw
+    depends on `seed` and the number of the period alone, so a resumed run draws the same.
+
+    Source: R. Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language
+    Model Fine-Tuning", 2024, arXiv:2403.17919; there the embedding and the head always train.
+
+    Args:
+        model: the model.
+        layers: a glob over modules (or what else `freeze` takes); each match is one layer to draw.
+            Of matches inside other matches the outermost count.
+        k: how many train at a time.
+        every: units between two draws.
+        always: what always trains, in the terms of `freeze`.
+        seed: of the draws.
+        unit: as in FreezeSchedule.
+        hold_norm: as in `freeze`.
+
+    Returns:
+        A RotationSchedule: a FreezeSchedule whose `active` names the layers training now.
+
+    Raises:
+        ValueError: something named matches nothing or no module, `k` is not between 1 and the
+            number of layers, or `every` is below 1.
+        TypeError: as FreezeSchedule.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_freeze import rotate
+        >>> model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+        >>> schedule = rotate(model, "[0-4]", k=2, every=10, always="5", seed=1)
+        >>> _ = schedule.step()
+        >>> len(schedule.active), [p.requires_grad for p in model[5].parameters()]
+        (2, [True, True])
+        >>> sum(layer.weight.requires_grad for layer in model)
+        3
+    """
+    return RotationSchedule(model, layers, k, every, always, seed, unit, hold_norm)
+
+
+class _GroupSchedule(FreezeSchedule):
+    """A FreezeSchedule that also manages groups no entry freezes (the last to be freed)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        entries: Mapping[int, Selector],
+        groups: list[list[Selector]],
+        unit: Unit,
+        hold_norm: bool,
+    ) -> None:
+        self._groups = groups
+        super().__init__(model, entries, unit, hold_norm=hold_norm)
+
+    def _managed(self, tree: Tree) -> Selection:
+        return select(tree, flatten(self._groups), "step")
+
+
+class FreezeOutSchedule(_GroupSchedule):
+    """FreezeOut: the schedule, and the learning rates that go with it. Made by `freeze_out`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[list[Selector]],
+        total_steps: int,
+        shares: list[float],
+        scale_lr: bool,
+        unit: Unit,
+        hold_norm: bool,
+    ) -> None:
+        self.total_steps = total_steps
+        #: Share of the run after which each group is frozen.
+        self.shares = shares
+        self.scale_lr = scale_lr
+        entries: dict[int, list[Selector]] = {0: []}
+        for i, share in enumerate(shares):
+            # Rounding noise must not add a step: 0.3 * 10 is more than 3.
+            entries[math.ceil(share * total_steps - 1e-9)] = flatten(groups[: i + 1])
+        super().__init__(model, entries, groups, unit, hold_norm)
+
+    def param_groups(self, lr: float, **options: Any) -> list[dict[str, Any]]:
+        """Param groups for an optimizer: one per layer group, then one of all other parameters.
+
+        Args:
+            lr: the base learning rate, the same for all.
+            options: further options for every group, such as momentum.
+        """
+        tree = Tree(self.model)
+        taken: set[int] = set()
+        made: list[list[torch.Tensor]] = []
+        for group in self._groups:
+            chosen = select(tree, group, "param_groups").params.values()
+            made.append([e.parameter for e in chosen if id(e) not in taken])
+            taken.update(id(e) for e in chosen)
+        rest: list[torch.Tensor] = [e.parameter for e in tree.params.values() if id(e) not in taken]
+        if rest:
+            made.append(rest)
+        return [{"params": params, "lr": lr, **options} for params in made]
+
+    def lr_lambdas(self) -> list[CosineToZero]:
+        """Multipliers for torch.optim.lr_scheduler.LambdaLR, one per group of `param_groups`."""
+        made = [
+            CosineToZero(share * self.total_steps, 1 / share if self.scale_lr else 1.0)
+            for share in self.shares
+        ]
+        if len(self.param_groups(0.0)) > len(made):
+            made.append(CosineToZero(math.inf, 1.0))
+        return made
+
+    def _settings(self) -> dict[str, Any]:
+        return {"total_steps": self.total_steps, "shares": list(self.shares)}
+
+
+# No slots: LambdaLR saves the __dict__ of a callable in its state_dict.
+@dataclass(frozen=True)
+class CosineToZero:
+    """A learning-rate multiplier that falls from `start` to 0 at `end` along half a cosine."""
+
+    end: float
+    start: float
+
+    def __call__(self, step: int) -> float:
+        """The multiplier at a step."""
+        if step >= self.end:
+            return 0.0
+        return self.start * 0.5 * (1 + math.cos(math.pi * step / self.end))
+
+
+class RotationSchedule(FreezeSchedule):
+    """A few random layers train at a time. Made by `rotate`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Selector,
+        k: int,
+        every: int,
+        always: Selector,
+        seed: int,
+        unit: Unit,
+        hold_norm: bool,
+    ) -> None:
+        check_model(model, "rotate")
+        _check_int("rotate", "k", k, least=1)
+        _check_int("rotate", "every", every, least=1)
+        _check_int("rotate", "seed", seed, least=None)
+        _check_unit("rotate", unit)
+        self._layers = as_selectors(layers)
+        self._always = as_selectors(always)
+        self.k = k
+        self.every = every
+        self.seed = seed
+        tree = Tree(model)
+        found = self._units(tree)
+        if not found:
+            raise ValueError(
+                "rotate: layers names no module with parameters; give a glob over modules, such "
+                "as 'encoder.layer.*'."
+            )
+        if k > len(found):
+            named = ", ".join(entry.name for entry in found[:6])
+            raise ValueError(
+                f"rotate: {k=} layers are to train at a time, but layers names {len(found)} "
+                f"({named}); each match of the glob is one layer."
+            )
+        select(tree, self._always, "rotate")
+        super().__init__(model, {0: []}, unit, hold_norm=hold_norm)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the layers training now; none before the first `step()`."""
+        if self.last < 0:
+            return ()
+        return tuple(entry.name for entry in self._drawn(Tree(self.model), self.last))
+
+    def _units(self, tree: Tree) -> list[ModuleEntry]:
+        heads = select(tree, self._layers, "rotate").heads
+        return [
+            entry
+            for entry in heads.values()
+            if not any(id(above) in heads for above in _ancestors(entry))
+            and next(entry.parameters(), None) is not None
+        ]
+
+    def _drawn(self, tree: Tree, number: int) -> list[ModuleEntry]:
+        units = self._units(tree)
+        # A generator of its own per period: no state to save, none shared with the user's code.
+        draw = random.Random(f"{self.seed} {number // self.every}")
+        return [units[i] for i in sorted(draw.sample(range(len(units)), self.k))]
+
+    def _applies(self, number: int) -> bool:
+        return number % self.every == 0
+
+    def _frozen_at(self, tree: Tree, number: int) -> Selection:
+        training = select(tree, self._always, "rotate")
+        seen: set[int] = set()
+        for entry in self._drawn(tree, number):
+            training.add_module(entry, seen)
+        frozen = self._managed(tree)
+        subtract(frozen, training)
+        return frozen
+
+    def _managed(self, tree: Tree) -> Selection:
+        return tree.everything()
+
+    def _settings(self) -> dict[str, Any]:
+        return {"k": self.k, "every": self.every, "seed": self.seed}
+
+    def _timeline(self) -> Iterable[int]:
+        first = max(self.last, 0) // self.every * self.every
+        return range(first, first + 6 * self.every, self.every)
+
+    def _describe(self, tree: Tree, number: int) -> str:
+        drawn = ", ".join(entry.name for entry in self._drawn(tree, number))
+        always = ", ".join(_spell(tree, item) for item in self._always)
+        return f"all but {drawn}" + (f" and {always}" if always else "")
+
+
+def _ancestors(entry: ModuleEntry) -> Iterator[ModuleEntry]:
+    for parent in entry.parents:
+        yield parent
+        yield from _ancestors(parent)
+
+
+def _groups(model: nn.Module, groups: Iterable[Selector], caller: str) -> list[list[Selector]]:
+    check_model(model, caller)
+    if isinstance(groups, (str, nn.Module, re.Pattern)) or not isinstance(groups, Iterable):
+        raise TypeError(f"{caller}: groups must be a list of groups, got {groups!r}.")
+    listed = [as_selectors(group) for group in groups]
+    if not listed:
+        raise ValueError(f"{caller}: there are no groups.")
+    tree = Tree(model)
+    for i, group in enumerate(listed):
+        if not group:
+            raise ValueError(f"{caller}: group {i} is empty.")
+        select(tree, group, f"{caller}, group {i}")
+    return listed
+
+
+def _check_int(caller: str, what: str, value: object, least: int | None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{caller}: {what} must be an int, got {value!r}.")
+    if least is not None and value < least:
+        raise ValueError(f"{caller}: {what} must be at least {least}, got {value}.")
+
+
+def _check_unit(caller: str, unit: str) -> None:
+    if unit not in ("epoch", "step"):
+        raise ValueError(f"{caller}: unit must be 'epoch' or 'step', got {unit!r}.")
+
+
+def _elements(selection: Selection) -> int:
+    return sum(
+        entry.parameter.numel()
+        for entry in selection.params.values()
+        if not is_lazy(entry.parameter)
+    )
+
+
+def _spell(tree: Tree, item: Selector) -> str:
+    """A selector as a reader would write it."""
+    if isinstance(item, str):
+        return item
+    if isinstance(item, re.Pattern):
+        return f"/{item.pattern}/"
+    if isinstance(item, nn.Module):
+        entry = tree.modules.get(id(item))
+        return (entry.name if entry else "") or type(item).__name__
+    if isinstance(item, torch.Tensor):
+        owned = tree.params.get(id(item))
+        return owned.name if owned else "a parameter"
+    return getattr(item, "__name__", type(item).__name__)
