@@ -1,0 +1,215 @@
+// SGD as a formula of the multi-tensor kernel. Host and device: the CUDA launch and its run on the CPU share it.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <tuple>
+#include <type_traits>
+
+#include "host_device.h"
+#include "multi_tensor_cuda.h"
+#include "sgd_math.h"
+#include "tensor_update.h"
+
+namespace torch_freeze {
+
+// One rounding per fma whatever the compiler's flags, on either side.
+struct KernelArith {
+  static TORCH_FREEZE_INLINE float fma(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+    return __fmaf_rn(a, b, c);
+#else
+    return std::fma(a, b, c);
+#endif
+  }
+  static TORCH_FREEZE_INLINE double fma(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+    return __fma_rn(a, b, c);
+#else
+    return std::fma(a, b, c);
+#endif
+  }
+};
+
+// A variant as a byte, to pass from the host, which picks it, to the kernel.
+template <class Variant>
+inline constexpr uint8_t kVariantId = static_cast<uint8_t>(
+    static_cast<int>(Variant::kMomentum) * 4 + (Variant::kNesterov ? 2 : 0) + (Variant::kDecay ? 1 : 0));
+
+inline uint8_t sgd_variant_id(const SgdGroup& group, bool fresh) {
+  uint8_t id = 0;
+  with_sgd_variant(group, fresh, [&](auto variant) { id = kVariantId<decltype(variant)>; });
+  return id;
+}
+
+namespace detail {
+
+template <bool kDecay, class Run>
+TORCH_FREEZE_INLINE void with_variant_of_decay(uint8_t id, Run&& run) {
+  using None = SgdVariant<kDecay, MomentumUse::kNone, false>;
+  using Fresh = SgdVariant<kDecay, MomentumUse::kFresh, false>;
+  using FreshNesterov = SgdVariant<kDecay, MomentumUse::kFresh, true>;
+  using Accumulate = SgdVariant<kDecay, MomentumUse::kAccumulate, false>;
+  using AccumulateNesterov = SgdVariant<kDecay, MomentumUse::kAccumulate, true>;
+  switch (id) {
+    case kVariantId<None>:
+      return run(None{});
+    case kVariantId<Fresh>:
+      return run(Fresh{});
+    case kVariantId<FreshNesterov>:
+      return run(FreshNesterov{});
+    case kVariantId<Accumulate>:
+      return run(Accumulate{});
+    default:
+      return run(AccumulateNesterov{});
+  }
+}
+
+}  // namespace detail
+
+template <class Run>
+TORCH_FREEZE_INLINE void with_variant(uint8_t id, Run&& run) {
+  if ((id & 1) != 0) {
+    detail::with_variant_of_decay<true>(id, run);
+  } else {
+    detail::with_variant_of_decay<false>(id & ~1, run);
+  }
+}
+
+template <class Param, class Grad, class Momentum>
+struct SgdFormula {
+  using Elements = std::tuple<Param, Grad, Momentum>;
+  using Value = std::conditional_t<std::is_same_v<Param, double>, double, float>;
+  // The gradient alone: the others are written, and the next forward pass reads the parameter.
+  template <int kArray>
+  static constexpr bool kStreamed = kArray == 1;
+  template <int kArray>
+  static constexpr bool kRealigned = kArray == 1;
+
+  struct Launch {
+    const float* grad_scale;
+    const float* found_inf;
+  };
+
+  struct Group {
+    SgdScalars<Value> scalars;
+    bool device_lr_is_double;
+    const void* device_lr;
+  };
+
+  static Group group(const SgdGroup& group) {
+    return {sgd_scalars<Value>(group), group.device_lr_is_double, group.device_lr};
+  }
+
+  static TORCH_FREEZE_INLINE bool skips(const Launch& launch) {
+    return launch.found_inf != nullptr && *launch.found_inf != 0;
+  }
+
+  template <class Variant>
+  struct Rule {
+    SgdScalars<Value> scalars;
+    Value grad_scale;
+    bool scaled;
+
+    template <int kArray>
+    TORCH_FREEZE_INLINE bool reads() const {
+      return kArray != 2 || Variant::kMomentum == MomentumUse::kAccumulate;
+    }
+    template <int kArray>
+    TORCH_FREEZE_INLINE bool writes() const {
+      if constexpr (kArray == 1) {
+        return scaled;
+      } else {
+        return kArray == 0 || Variant::kMomentum != MomentumUse::kNone;
+      }
+    }
+    template <int kCount>
+    TORCH_FREEZE_INLINE void operator()(Value (&values)[3][kCount]) const {
+      if (scaled) {
+        TORCH_FREEZE_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+          values[1][i] = values[1][i] / grad_scale;
+        }
+      }
+      TORCH_FREEZE_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        sgd_element<Variant, KernelArith>(values[0][i], values[2][i], values[1][i], scalars);
+      }
+    }
+  };
+
+  template <class Run>
+  static TORCH_FREEZE_INLINE void with_rule(
+      const Launch& launch,
+      const Group& group,
+      uint8_t variant_id,
+      Run&& run) {
+    SgdScalars<Value> scalars = group.scalars;
+    if (group.device_lr != nullptr) {
+      const double lr = group.device_lr_is_double ? *static_cast<const double*>(group.device_lr)
+                                                  : *static_cast<const float*>(group.device_lr);
+      scalars.neg_lr = static_cast<Value>(-lr);
+    }
+    const bool scaled = launch.grad_scale != nullptr;
+    const Value grad_scale = scaled ? static_cast<Value>(*launch.grad_scale) : Value(1);
+    with_variant(variant_id, [&](auto variant) {
+      run(Rule<decltype(variant)>{scalars, grad_scale, scaled});
+    });
+  }
+};
+
+// A batch as the packing of tables reads it.
+template <class Formula>
+class SgdSource {
+ public:
+  explicit SgdSource(const UpdateBatch& batch) : batch_(batch) {}
+
+  typename Formula::Launch launch() const { return {batch_.grad_scale, batch_.found_inf}; }
+  int64_t count() const { return batch_.count; }
+  int64_t group_count() const { return batch_.group_count; }
+  int64_t numel(int64_t tensor) const { return batch_.updates[tensor].numel; }
+  int64_t group_of(int64_t tensor) const { return batch_.updates[tensor].group; }
+  typename Formula::Group group(int64_t index) const { return Formula::group(batch_.groups[index]); }
+  template <class Row>
+  void fill(int64_t tensor, Row& row) const {
+    const TensorUpdate& update = batch_.updates[tensor];
+    row.array[0] = update.param;
+    row.array[1] = update.grad;
+    row.array[2] = update.momentum;
+    row.branch = sgd_variant_id(batch_.groups[update.group], update.fresh);
+  }
+
+ private:
+  const UpdateBatch& batch_;
+};
+
+// Calls `run(SgdFormula<…>{})` for the batch's dtypes; false where there is no kernel for them.
+template <class Run>
+bool with_sgd_formula(const UpdateBatch& batch, Run&& run) {
+  const auto is = [&](c10::ScalarType param, c10::ScalarType grad, c10::ScalarType momentum) {
+    return batch.param_type == param && batch.grad_type == grad && batch.momentum_type == momentum;
+  };
+  using c10::kBFloat16, c10::kDouble, c10::kFloat, c10::kHalf;
+  if (is(kFloat, kFloat, kFloat)) {
+    run(SgdFormula<float, float, float>{});
+  } else if (is(kBFloat16, kBFloat16, kBFloat16)) {
+    run(SgdFormula<c10::BFloat16, c10::BFloat16, c10::BFloat16>{});
+  } else if (is(kHalf, kHalf, kHalf)) {
+    run(SgdFormula<c10::Half, c10::Half, c10::Half>{});
+  } else if (is(kFloat, kBFloat16, kFloat)) {
+    run(SgdFormula<float, c10::BFloat16, float>{});
+  } else if (is(kFloat, kHalf, kFloat)) {
+    run(SgdFormula<float, c10::Half, float>{});
+  } else if (is(kDouble, kDouble, kDouble)) {
+    run(SgdFormula<double, double, double>{});
+  } else {
+    return false;
+  }
+  return true;
+}
+
+}  // namespace torch_freeze
