@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from setuptools import Extension, setup
+import setuptools
 from setuptools.command.build_ext import build_ext
 
 NAME = "torch_freeze._C"
@@ -116,7 +116,7 @@ def import_torch() -> ModuleType:
     return torch
 
 
-def configure(torch: ModuleType) -> tuple[Extension, dict[str, object]]:
+def configure(torch: ModuleType) -> tuple[setuptools.Extension, dict[str, object]]:
     """The extension to compile, and what ``torch_freeze.build_info()`` tells of it."""
     nvidia = Path(torch.__file__ or "").parent.parent / "nvidia"  # CUDA's wheels, torch's own
     toolkit = find_toolkit(torch, nvidia)
@@ -134,7 +134,7 @@ def configure(torch: ModuleType) -> tuple[Extension, dict[str, object]]:
     # libgomp that torch brings, so that one pool of threads, sized by torch, serves both. Clang
     # calls a runtime that torch does not bring; there the linker adds it.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    extension = Extension(
+    extension = setuptools.Extension(
         NAME,
         sorted(str(source) for source in Path("csrc").glob("*.cpp")),
         language="c++",
@@ -200,4 +200,9 @@ class BuildExt(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension(NAME, [])], cmdclass={"build_ext": BuildExt})
+    if int(setuptools.__version__.split(".")[0]) < 77:  # older ones do not know `license = "…"`
+        raise SystemExit(
+            f"torch_freeze needs setuptools 77 or later; {sys.prefix} has {setuptools.__version__}."
+            " Run\n    pip install --upgrade setuptools"
+        )
+    setuptools.setup(ext_modules=[setuptools.Extension(NAME, [])], cmdclass={"build_ext": BuildExt})

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import setuptools
 import torch
 
 import torch_freeze
@@ -339,6 +341,14 @@ def test_a_build_without_torch_says_what_to_run(
     with pytest.raises(SystemExit, match="pip install --no-build-isolation") as caught:
         setup_py.import_torch()
     assert sys.prefix in str(caught.value)
+
+
+def test_a_build_with_an_old_setuptools_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(
+        SystemExit, match=r"has 65\.5\.0\. Run\n    pip install --upgrade setuptools"
+    ):
+        runpy.run_path(str(ROOT / "setup.py"), run_name="__main__")
 
 
 def test_every_make_target_is_in_its_help() -> None:
