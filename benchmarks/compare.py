@@ -1,0 +1,298 @@
+"""Measure FrozenAwareSGD against every form of stock SGD.
+
+Run ``python benchmarks/compare.py --help`` for the options. Ends with status 0, with 1 if a
+contestant computed something else than stock does, and with 2 if asked for what cannot be done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from digits import DigitsOutcome, run_digits
+from machine import describe, headline
+from measure import Budget
+from models import DEFAULT_MODELS, MODELS, MissingPackageError, require
+from plots import save
+from suites import Outcome, Setting, run_models, run_synthetic
+from tables import digits_table, legend, outcome_table, targets_table
+from targets import MODELS as TARGET_MODELS
+from targets import Reached, run_targets
+from verdict import unequal, verdict
+
+SUITES = ("synthetic", "models", "digits", "targets")
+DEFAULT_SUITES = ("synthetic", "models", "digits")
+DEFAULT_FROZEN = "0,50,90,head"
+QUICK_MODELS = ("resnet50", "mobilenet_v3_small")
+QUICK_FROZEN = "0,head"
+
+
+class NoGpuError(RuntimeError):
+    """A GPU was asked for and there is none."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Write the message and end with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _list(known: Sequence[str], what: str) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            raise argparse.ArgumentTypeError(
+                f"unknown {what} {unknown[0] if unknown else text!r}; known: {', '.join(known)}"
+            )
+        return names
+
+    return parse
+
+
+def _shares(text: str) -> list[float | str]:
+    shares: list[float | str] = []
+    for part in text.split(","):
+        name = part.strip()
+        try:
+            share = name if name == "head" else float(name)
+        except ValueError:
+            share = -1.0
+        if isinstance(share, float) and not 0 <= share < 100:
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is no share to freeze; give percents from 0 to below 100, or head"
+            )
+        shares.append(share)
+    return shares
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def _output(text: str) -> Path:
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.absolute().parent}")
+    return path
+
+
+def make_parser() -> Parser:
+    """The command line's options."""
+    parser = Parser(
+        prog="compare.py",
+        description="Measure FrozenAwareSGD against every form of stock SGD, in turns.",
+    )
+    add = parser.add_argument
+    add(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto: a GPU if there is one",
+    )
+    add(
+        "--suite",
+        type=_list([*SUITES, "all"], "suite"),
+        help=f"of {','.join(SUITES)}, or all (default: {','.join(DEFAULT_SUITES)})",
+    )
+    add("--models", type=_list(list(MODELS), "model"), help=f"of {','.join(MODELS)}")
+    add(
+        "--frozen",
+        type=_shares,
+        help=f"percents of the elements, or head for all but it (default: {DEFAULT_FROZEN})",
+    )
+    add("--quick", action="store_true", help="fewer models, shares and rounds: a look")
+    add("--steps", type=_count, help="rounds per measure, instead of as many as the time allows")
+    add("--seconds", type=_positive, help="time per measure and workload")
+    add("--threads", type=_count, help="threads torch may use on the CPU")
+    add("--compiled", action="store_true", help="also a stock step through torch.compile")
+    add("--json", type=_output, metavar="FILE", help="write all samples, the machine and versions")
+    add("--plot", type=_output, metavar="FILE", help="write a PNG picture of the ratios")
+    return parser
+
+
+def choose_device(name: str) -> torch.device:
+    """The device asked for.
+
+    Raises:
+        NoGpuError: a GPU was asked for and torch sees none.
+    """
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU-only build"
+        raise NoGpuError(
+            f"torch {torch.__version__} ({built}) sees no CUDA GPU; use --device cpu or auto"
+        )
+    return torch.device("cuda" if found and name != "cpu" else "cpu")
+
+
+def plan(options: argparse.Namespace) -> tuple[list[str], list[str], list[float | str], Budget]:
+    """Suites, models, frozen shares and time budget that follow from the options."""
+    asked = options.suite or list(DEFAULT_SUITES)
+    suites = [suite for suite in SUITES if suite in asked or "all" in asked]
+    models = options.models or list(QUICK_MODELS if options.quick else DEFAULT_MODELS)
+    shares = options.frozen or _shares(QUICK_FROZEN if options.quick else DEFAULT_FROZEN)
+    budget = Budget(seconds=0.2, least=3) if options.quick else Budget(seconds=0.8, least=5)
+    if options.seconds is not None:
+        budget = dataclasses.replace(budget, seconds=options.seconds, most=10_000)
+    if options.steps is not None:
+        budget = dataclasses.replace(budget, least=options.steps, most=options.steps)
+    return suites, models, shares, budget
+
+
+def usable(
+    wanted: Sequence[str], needs: Callable[[str], object], *, explicit: bool
+) -> Iterator[str]:
+    """Those of ``wanted`` whose packages are there; others are skipped with a line on stderr.
+
+    Raises:
+        MissingPackageError: one is not usable and was asked for by name.
+    """
+    for name in wanted:
+        try:
+            needs(name)
+        except MissingPackageError as missing:
+            if explicit:
+                raise
+            print(f"skipped {name}: {missing}", file=sys.stderr)
+        else:
+            yield name
+
+
+def _needs_of_model(key: str) -> None:
+    package = MODELS[key].needs
+    if package is not None:
+        require(package, package, key)
+
+
+def _needs_of_suite(suite: str) -> None:
+    if suite == "digits":
+        require("sklearn", "scikit-learn", "the digits suite")
+
+
+def _write_json(path: Path, found: dict[str, Any]) -> None:
+    path.write_text(json.dumps(found, indent=1, default=str) + "\n")
+
+
+_BAR = "{percentage:3.0f}% |{bar:30}| {elapsed}{postfix}"
+
+
+def _parts(suites: Sequence[str], networks: int, target_models: int) -> int:
+    """How often the suites will tell their progress."""
+    parts = {
+        "synthetic": 3 * 2,
+        "models": 3 * networks,
+        "digits": 2,
+        "targets": 3 * 2 + 2 * target_models + bool(target_models),
+    }
+    return sum(parts[suite] for suite in suites)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the options ask for and return the exit status.
+
+    Raises:
+        MissingPackageError: something asked for by name needs a package that is not installed.
+        NoGpuError: a GPU was asked for and there is none.
+    """
+    device = choose_device(options.device)
+    tqdm = require("tqdm", "tqdm", "the progress bar").tqdm
+    require("tabulate", "tabulate", "the tables")
+    if options.plot:
+        require("matplotlib", "matplotlib", "--plot")
+    suites, models, shares, budget = plan(options)
+    suites = list(usable(suites, _needs_of_suite, explicit=options.suite is not None))
+    if "models" in suites:
+        models = list(usable(models, _needs_of_model, explicit=options.models is not None))
+    target_models: list[str] = []
+    if "targets" in suites:
+        target_models = list(usable(TARGET_MODELS, _needs_of_model, explicit=False))
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+    described = describe(device)
+    outcomes: list[Outcome] = []
+    digits: DigitsOutcome | None = None
+    targets: list[Reached] = []
+    total = _parts(suites, len(models) * len(shares), len(target_models))
+    # disable=None: no bar where stderr is no terminal.
+    with tqdm(total=total, disable=None, leave=False, bar_format=_BAR) as bar:
+
+        def progress(text: str) -> None:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update()
+
+        setting = Setting(device, budget, options.compiled, random.Random(0), progress)
+
+        def show(text: str) -> None:
+            tqdm.write(text + "\n", file=sys.stdout)
+
+        show(headline(described))
+        if "synthetic" in suites:
+            for outcome in run_synthetic(setting):
+                outcomes.append(outcome)
+                show(outcome_table(outcome))
+        if "models" in suites:
+            for outcome in run_models(models, shares, setting):
+                outcomes.append(outcome)
+                show(outcome_table(outcome))
+        if "digits" in suites:
+            digits = run_digits(setting)
+            show(digits_table(digits))
+        if "targets" in suites:
+            measured, targets = run_targets(setting, models=target_models)
+            outcomes += measured
+            show(targets_table(targets))
+    print(legend(device.type, outcomes, trained=digits is not None))
+    summary = verdict(outcomes, digits, targets)
+    print(f"\n{summary}")
+
+    if options.json:
+        _write_json(
+            options.json,
+            {
+                "command": sys.argv,
+                "machine": described,
+                "budget": dataclasses.asdict(budget),
+                "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
+                "digits": dataclasses.asdict(digits) if digits else None,
+                "targets": [dataclasses.asdict(line) for line in targets],
+                "verdict": summary.splitlines(),
+            },
+        )
+    if options.plot and outcomes:
+        save(options.plot, outcomes, headline(described))
+    return 1 if unequal(outcomes, digits) else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line, run, and turn what a user can mend into one line and status 2."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    try:
+        return run(options)
+    except (MissingPackageError, NoGpuError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

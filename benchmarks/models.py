@@ -1,0 +1,280 @@
+"""What is updated: real networks with random weights, and synthetic sets of parameters."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from contestants import Groups, Hyper
+from torch import Tensor, nn
+
+HEAD = "head"
+"""The frozen share that means: everything but the last layer."""
+
+
+class MissingPackageError(RuntimeError):
+    """A package that is needed is not installed; the message says how to mend that."""
+
+
+def require(package: str, pip_name: str, purpose: str) -> Any:
+    """Import ``package``, or say what needs it and the command that installs it.
+
+    Raises:
+        MissingPackageError: it is not there, or was built for another torch.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        why = f"{purpose} needs {package}"
+    except RuntimeError as error:  # torchvision's operators do not fit the installed torch
+        why = f"{purpose} needs a {package} that fits torch {torch.__version__} ({error})"
+    raise MissingPackageError(f"{why}: pip install {pip_name}")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How to build one network, which parameters are its head, and how to get a loss out of it."""
+
+    title: str
+    head: str
+    needs: str | None
+    """The package it comes from."""
+    build: Callable[[], nn.Module]
+    make_loss: Callable[[nn.Module, torch.device], Callable[[], Tensor]]
+    """Takes the network and returns a function that runs it on one small batch."""
+    batch: str
+
+
+def _vision(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        torchvision = require("torchvision", "torchvision", name)
+        model: nn.Module = torchvision.models.get_model(name, weights=None)
+        return model
+
+    return build
+
+
+def _bert() -> nn.Module:
+    transformers = require("transformers", "transformers", "bert_base")
+    model: nn.Module = transformers.BertForSequenceClassification(transformers.BertConfig())
+    return model
+
+
+def _tiny() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 4))
+
+
+def _classify(
+    shape: tuple[int, ...], classes: int, on_cpu: int, on_cuda: int
+) -> Callable[[nn.Module, torch.device], Callable[[], Tensor]]:
+    def make(model: nn.Module, device: torch.device) -> Callable[[], Tensor]:
+        count = on_cuda if device.type == "cuda" else on_cpu
+        inputs = torch.randn(count, *shape, device=device)
+        labels = torch.randint(classes, (count,), device=device)
+        return lambda: nn.functional.cross_entropy(model(inputs), labels)
+
+    return make
+
+
+def _classify_tokens(model: nn.Module, device: torch.device) -> Callable[[], Tensor]:
+    shape = (32, 128) if device.type == "cuda" else (2, 32)
+    tokens = torch.randint(1000, 30000, shape, device=device)
+    labels = torch.randint(2, shape[:1], device=device)
+
+    def loss() -> Tensor:
+        value: Tensor = model(input_ids=tokens, labels=labels).loss
+        return value
+
+    return loss
+
+
+_IMAGE = (3, 224, 224)
+
+MODELS: dict[str, ModelSpec] = {
+    "resnet50": ModelSpec(
+        "ResNet-50",
+        "fc.",
+        "torchvision",
+        _vision("resnet50"),
+        _classify(_IMAGE, 1000, 2, 32),
+        "2 images of 224x224 (32 on a GPU)",
+    ),
+    "vit_b_16": ModelSpec(
+        "ViT-B/16",
+        "heads.",
+        "torchvision",
+        _vision("vit_b_16"),
+        _classify(_IMAGE, 1000, 1, 32),
+        "1 image of 224x224 (32 on a GPU)",
+    ),
+    "mobilenet_v3_small": ModelSpec(
+        "MobileNetV3-small",
+        "classifier.3.",
+        "torchvision",
+        _vision("mobilenet_v3_small"),
+        _classify(_IMAGE, 1000, 4, 32),
+        "4 images of 224x224 (32 on a GPU)",
+    ),
+    "bert_base": ModelSpec(
+        "BERT-base",
+        "classifier.",
+        "transformers",
+        _bert,
+        _classify_tokens,
+        "2 texts of 32 tokens (32 of 128 on a GPU)",
+    ),
+    "tiny": ModelSpec(
+        "three linear layers",
+        "3.",
+        None,
+        _tiny,
+        _classify((16,), 4, 8, 8),
+        "8 rows of 16 numbers",
+    ),
+}
+"""``tiny`` needs no further package: it tries the script itself and is run only when named."""
+
+DEFAULT_MODELS = ("resnet50", "vit_b_16", "mobilenet_v3_small", "bert_base")
+
+
+def freeze_share(named: Iterable[tuple[str, nn.Parameter]], share: float | str, head: str) -> float:
+    """Freeze from the input side, parameter by parameter in the order of registration.
+
+    Args:
+        named: the network's ``named_parameters()``.
+        share: percent of the elements to freeze, or ``"head"`` for all but the head.
+        head: what the names of the head's parameters begin with.
+
+    Returns:
+        The percentage of elements that is frozen now: the closest whole number of parameters.
+        Nothing is frozen beyond the parameter before the last one, so something always trains.
+    """
+    items = list(named)
+    total = sum(p.numel() for _, p in items)
+    if share == HEAD:
+        frozen = {name for name, _ in items if not name.startswith(head)}
+    else:
+        wanted = float(share) / 100 * total
+        reached, best, count = 0, abs(wanted), 0
+        for index, (_, p) in enumerate(items[:-1], start=1):
+            reached += p.numel()
+            if abs(reached - wanted) < best:
+                best, count = abs(reached - wanted), index
+        frozen = {name for name, _ in items[:count]}
+    for name, p in items:
+        p.requires_grad_(name not in frozen)
+        p.grad = None
+    return 100 * sum(p.numel() for name, p in items if name in frozen) / total
+
+
+@dataclass
+class Workload:
+    """One set of parameters to step; with a model and a loss, a whole iteration can be run."""
+
+    key: str
+    title: str
+    groups: Groups
+    hyper: Hyper
+    frozen_percent: float = 0.0
+    model: nn.Module | None = None
+    loss: Callable[[], Tensor] | None = None
+    batch: str = ""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters of all groups."""
+        return [p for group in self.groups for p in group]
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """Those that are not frozen."""
+        return [p for p in self.parameters if p.requires_grad]
+
+    @property
+    def any_frozen(self) -> bool:
+        """Whether ``filter`` leaves anything out."""
+        return any(not p.requires_grad for p in self.parameters)
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes an update must move: reads p, g, m, writes p, m; without momentum no m."""
+        streams = 5 if self.hyper.momentum else 3
+        return sum(streams * p.numel() * p.element_size() for p in self.trainable)
+
+    def fill_gradients(self) -> None:
+        """Give each trainable parameter a random gradient and each frozen one none."""
+        for p in self.parameters:
+            p.grad = torch.randn_like(p).mul_(1e-2) if p.requires_grad else None
+
+
+@dataclass
+class LoadedModel:
+    """A network built once, from which the workloads of all frozen shares are made."""
+
+    key: str
+    device: torch.device
+    spec: ModelSpec = field(init=False)
+    model: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.spec = MODELS[self.key]
+        torch.manual_seed(0)
+        self.model = self.spec.build().to(self.device).train()
+        self._start = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+
+    def workload(self, share: float | str) -> Workload:
+        """The network with its first weights back and ``share`` of it frozen."""
+        self.model.load_state_dict(self._start)
+        reached = freeze_share(self.model.named_parameters(), share, self.spec.head)
+        what = "all but the head frozen" if share == HEAD else f"{float(share):g} % frozen"
+        return Workload(
+            key=f"{self.key}/{share if share == HEAD else f'{float(share):g}'}",
+            title=f"{self.spec.title}, {what}",
+            groups=[list(self.model.parameters())],
+            hyper=Hyper(momentum=0.9, weight_decay=1e-4),
+            frozen_percent=reached,
+            model=self.model,
+            loss=self.spec.make_loss(self.model, self.device),
+            batch=self.spec.batch,
+        )
+
+
+def _parameters(count: int, size: int, device: torch.device) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(size, device=device)) for _ in range(count)]
+
+
+def tiny_trainable(device: torch.device) -> Workload:
+    """As many tensors as ResNet-50 has, one element each: what is left is the cost of calling."""
+    return Workload(
+        "tiny161",
+        "161 one-element parameters",
+        [_parameters(161, 1, device)],
+        Hyper(momentum=0.9),
+    )
+
+
+def mostly_frozen(device: torch.device, frozen: int = 998) -> Workload:
+    """Two trainable parameters at the end of many frozen ones, one element each."""
+    parameters = _parameters(frozen + 2, 1, device)
+    for p in parameters[:frozen]:
+        p.requires_grad_(False)
+    return Workload(
+        f"frozen{frozen}",
+        f"{frozen + 2} one-element parameters, {frozen} frozen",
+        [parameters],
+        Hyper(momentum=0.9),
+        frozen_percent=100 * frozen / (frozen + 2),
+    )
+
+
+def many_groups(device: torch.device) -> Workload:
+    """50 param groups, as layer-wise learning rates make them."""
+    return Workload(
+        "groups50",
+        "50 param groups of 10 tensors of 64 elements",
+        [_parameters(10, 64, device) for _ in range(50)],
+        Hyper(momentum=0.9),
+    )

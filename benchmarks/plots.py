@@ -1,0 +1,148 @@
+"""One picture of a run that explains itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from contestants import OURS, Contestant
+from models import require
+from suites import Outcome, Row
+
+_COLOURS = {
+    "default": "#d1495b",
+    "foreach": "#edae49",
+    "fused": "#30638e",
+    "compiled": "#6a4c93",
+    "ours": "#2a9d4a",
+}
+_MARKERS = {"all": "o", "filter": "D"}
+
+
+def _panels(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
+    panels = {
+        "warm": "step(), host time",
+        "cold": "step(), host time, cold caches",
+        "device": "step(), GPU time",
+        "iteration": "whole training iteration",
+    }
+    return [
+        (measure, title)
+        for measure, title in panels.items()
+        if any(outcome.ours.samples.get(measure) for outcome in outcomes)
+    ]
+
+
+def _place(contestant: Contestant) -> float:
+    """Where in its workload's band a contestant is drawn, so that equal figures do not hide."""
+    kinds = ("default", "foreach", "fused", "compiled")
+    return (kinds.index(contestant.kind) - 1.5) * 0.2 + (
+        0.07 if contestant.scope == "all" else -0.07
+    )
+
+
+def _draw_ratios(axes: Any, outcomes: Sequence[Outcome], measure: str, title: str) -> None:
+    axes.axvline(1, color=_COLOURS["ours"], linewidth=2, zorder=1)
+    for line, outcome in enumerate(outcomes):
+        if line % 2:
+            axes.axhspan(line - 0.5, line + 0.5, color="#f2f2f2", zorder=0)
+        for row in outcome.rows:
+            times = outcome.times_ours(row, measure)
+            if row.contestant == OURS or times is None:
+                continue
+            axes.errorbar(
+                times.median,
+                line + _place(row.contestant),
+                xerr=[[times.median - times.low], [times.high - times.median]],
+                fmt=_MARKERS[row.contestant.scope],
+                markersize=5,
+                markerfacecolor=_COLOURS[row.contestant.kind]
+                if row.contestant.scope == "all"
+                else "white",
+                color=_COLOURS[row.contestant.kind],
+                elinewidth=1,
+                zorder=2,
+            )
+    axes.set_xscale("log")
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("times as long as FrozenAwareSGD\n(right of the green line: slower)")
+    axes.grid(axis="x", which="both", color="#dddddd", linewidth=0.5)
+    _plain_ticks(axes)
+
+
+def _plain_ticks(axes: Any) -> None:
+    ticker = require("matplotlib.ticker", "matplotlib", "--plot")
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, 0.8), max(high, 2.5))
+    marks = [0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]
+    low, high = axes.get_xlim()
+    axes.set_xticks([mark for mark in marks if low <= mark <= high])
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}x"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _legend(figure: Any, outcomes: Sequence[Outcome]) -> None:
+    lines = require("matplotlib.lines", "matplotlib", "--plot")
+    seen: dict[str, Row] = {}
+    for outcome in outcomes:
+        for row in outcome.rows:
+            seen.setdefault(row.contestant.key, row)
+    handles = [
+        lines.Line2D([], [], color=_COLOURS["ours"], linewidth=2, label="FrozenAwareSGD = 1x")
+    ]
+    for row in seen.values():
+        if row.contestant == OURS:
+            continue
+        scope = "all parameters" if row.contestant.scope == "all" else "filtered parameters"
+        kind = row.contestant.label(outcomes[0].device).partition(" ")[2]
+        colour = _COLOURS[row.contestant.kind]
+        handles.append(
+            lines.Line2D(
+                [],
+                [],
+                color=colour,
+                marker=_MARKERS[row.contestant.scope],
+                markerfacecolor=colour if row.contestant.scope == "all" else "white",
+                linestyle="",
+                label=f"stock {kind}, {scope}",
+            )
+        )
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+
+
+def save(path: Path, outcomes: Sequence[Outcome], machine: str) -> None:
+    """Draw every workload's ratios, one panel per measure, and write a PNG file.
+
+    Raises:
+        models.MissingPackageError: matplotlib is not installed.
+    """
+    matplotlib = require("matplotlib", "matplotlib", "--plot")
+    matplotlib.use("Agg")
+    pyplot = require("matplotlib.pyplot", "matplotlib", "--plot")
+    panels = _panels(outcomes)
+    figure, grid = pyplot.subplots(
+        1,
+        len(panels),
+        sharey=True,
+        squeeze=False,
+        figsize=(3.2 + 3.6 * len(panels), 2.6 + 0.62 * len(outcomes)),
+        layout="constrained",
+    )
+    for axes, (measure, title) in zip(grid[0], panels, strict=True):
+        _draw_ratios(axes, outcomes, measure, title)
+    first = grid[0][0]
+    first.set_yticks(
+        range(len(outcomes)), [outcome.title.replace(", ", "\n", 1) for outcome in outcomes]
+    )
+    first.set_ylim(len(outcomes) - 0.5, -0.5)
+    first.tick_params(axis="y", labelsize=8)
+    figure.suptitle(
+        "How long stock SGD takes, measured against FrozenAwareSGD\n"
+        "medians; bars: 10th to 90th percentile of the ratios round by round",
+        fontsize=12,
+    )
+    figure.text(0.995, 0.005, machine, ha="right", va="bottom", fontsize=6, color="#555555")
+    _legend(figure, outcomes)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,180 @@
+"""What the figures say in plain words, where there is no gain included."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from contestants import OURS
+from digits import DigitsOutcome
+from measure import TOLERANCE, Summary
+from suites import Outcome, Row
+from tables import WIDTH, duration, multiple
+from targets import Reached
+
+GAIN = 1.05
+"""A ratio within this of 1 is called no difference: two runs on one machine differ by as much."""
+
+_NAMES = {
+    "warm": "step() on the host",
+    "cold": "step() on the host with cold caches",
+    "device": "step() on the device",
+    "iteration": "a whole iteration",
+}
+
+
+def fastest_stock(outcome: Outcome, measure: str) -> tuple[Row, Summary] | None:
+    """The stock form with the least median, and its times over FrozenAwareSGD's."""
+    compared = [
+        (row, times)
+        for row in outcome.rows
+        if row.contestant != OURS and (times := outcome.times_ours(row, measure)) is not None
+    ]
+    return min(compared, key=lambda pair: pair[1].median) if compared else None
+
+
+def unequal(outcomes: Sequence[Outcome], digits: DigitsOutcome | None) -> list[str]:
+    """Every contestant whose result is not the reference's, with its workload."""
+    found = [
+        f"{row.contestant.label(outcome.device)} on {outcome.title}"
+        for outcome in outcomes
+        for row in outcome.rows
+        if not row.equality.holds
+    ]
+    if digits is not None:
+        found += [
+            f"{row.contestant.label(digits.device)} on the digits"
+            for row in digits.rows
+            if not row.holds
+        ]
+    return found
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = multiple(min(values)), multiple(max(values))
+    return f"{low}x" if low == high else f"{low}-{high}x"
+
+
+def _synthetic_line(outcome: Outcome, measure: str) -> str | None:
+    best, ours = fastest_stock(outcome, measure), outcome.ours.time(measure)
+    if best is None or ours is None:
+        return None
+    row, times = best
+    line = (
+        f"{outcome.title}, {_NAMES[measure]}: {duration(ours.median)}; the fastest stock form "
+        f"({row.contestant.label(outcome.device)}) takes {multiple(times.median)}x that"
+    )
+    default = outcome.row("all/default")
+    if default is not None and (usual := outcome.times_ours(default, measure)) is not None:
+        line += f", stock's default {multiple(usual.median)}x"
+    return line + "."
+
+
+def _model_line(name: str, outcomes: Sequence[Outcome], measure: str) -> str | None:
+    usual, best = [], []
+    for outcome in outcomes:
+        default, fastest = outcome.row("all/default"), fastest_stock(outcome, measure)
+        times = outcome.times_ours(default, measure) if default else None
+        if times is not None and fastest is not None:
+            usual.append(times.median)
+            best.append(fastest[1].median)
+    if not usual:
+        return None
+    return (
+        f"{name}, {_NAMES[measure]}: stock's default takes {_range(usual)} FrozenAwareSGD's time, "
+        f"the fastest stock form {_range(best)}."
+    )
+
+
+def _no_gain(outcomes: Sequence[Outcome]) -> list[str]:
+    lines = []
+    for measure, name in _NAMES.items():
+        even: list[str] = []
+        slower: list[str] = []
+        for outcome in outcomes:
+            best = fastest_stock(outcome, measure)
+            if best is None or best[1].median >= GAIN:
+                continue
+            entry = f"{outcome.title} ({multiple(best[1].median)}x)"
+            (slower if best[1].median < 1 / GAIN else even).append(entry)
+        if even:
+            lines.append(f"No gain over the fastest stock form in {name}: {'; '.join(even)}.")
+        if slower:
+            lines.append(f"SLOWER than the fastest stock form in {name}: {'; '.join(slower)}.")
+    return lines
+
+
+def _memory_line(outcomes: Sequence[Outcome]) -> str | None:
+    extra: list[int] = []
+    same = True
+    allocations = 0
+    for outcome in outcomes:
+        ours = outcome.ours.memory
+        if ours is None:
+            continue
+        allocations = max(allocations, ours.step_allocations)
+        for row in outcome.rows:
+            if row.memory is not None:
+                same &= (row.memory.gradients, row.memory.state) == (ours.gradients, ours.state)
+                extra.append(row.memory.peak - ours.peak)
+    if not extra:
+        return None
+    held = "the same as" if same else "other than"
+    line = f"Memory: gradients and state held after the step are {held} stock's here"
+    if max(extra) > 0:
+        line += f"; stock's peak is up to {max(extra) / 1e6:.0f} MB higher (foreach's temporaries)"
+    return f"{line}. FrozenAwareSGD's steady step makes {allocations or 'no'} allocations."
+
+
+def _digits_line(digits: DigitsOutcome) -> str:
+    stock = [row for row in digits.rows if row.contestant != OURS]
+    best = min(stock, key=lambda row: digits.times_ours(row).median)
+    times = digits.times_ours(best).median
+    curve = (
+        "every bit of stock's loss curve"
+        if digits.ours.largest_gap == 0
+        else f"stock's loss curve within {digits.ours.largest_gap:.0e}"
+    )
+    gain = "no gain" if 1 / GAIN < times < GAIN else "FrozenAwareSGD's is 1"
+    return (
+        f"Digits: FrozenAwareSGD follows {curve} and ends at {digits.ours.accuracy:.1f} % right; "
+        f"an iteration of the fastest stock form takes {multiple(times)}x FrozenAwareSGD's ({gain})."
+    )
+
+
+def verdict(
+    outcomes: Sequence[Outcome], digits: DigitsOutcome | None, targets: Sequence[Reached]
+) -> str:
+    """The summary at the end of a run."""
+    lines: list[str | None] = []
+    wrong = unequal(outcomes, digits)
+    if wrong:
+        lines.append(f"WRONG RESULT (further than {TOLERANCE:g} from stock): {'; '.join(wrong)}.")
+    elif outcomes:
+        exact = sum(outcome.ours.equality.bit_equal for outcome in outcomes)
+        lines.append(
+            f"Same result: all contestants agree with stock; FrozenAwareSGD to the bit on {exact} "
+            f"of {len(outcomes)} workloads."
+        )
+    for outcome in outcomes:
+        if outcome.suite == "synthetic":
+            lines += [_synthetic_line(outcome, m) for m in ("warm", "cold", "device")]
+    models = [outcome for outcome in outcomes if outcome.suite == "models"]
+    for name in dict.fromkeys(outcome.title.partition(",")[0] for outcome in models):
+        of_model = [outcome for outcome in models if outcome.title.startswith(name + ",")]
+        lines += [_model_line(name, of_model, m) for m in ("warm", "device", "iteration")]
+    lines.append(_memory_line(models))
+    if digits is not None:
+        lines.append(_digits_line(digits))
+    lines += _no_gain(models or outcomes)
+    if targets:
+        judged = [line for line in targets if line.status in ("reached", "missed")]
+        missed = [line.case for line in judged if line.status == "missed"]
+        text = f"Targets: {len(judged) - len(missed)} of {len(judged)} reached"
+        lines.append(text + (f"; missed: {'; '.join(missed)}." if missed else "."))
+    wrapped = [
+        textwrap.fill(line, WIDTH, initial_indent="- ", subsequent_indent="  ")
+        for line in lines
+        if line is not None
+    ]
+    return "\n".join(["Verdict", *wrapped])
