@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from torch_freeze.optim import FrozenAwareSGD
+from torch_freeze import FrozenAwareSGD
 
 Hyper = dict[str, Any]
 
@@ -112,8 +112,11 @@ SOME_HYPERS: dict[str, Hyper] = {
 
 
 def ids(table: dict[str, Any]) -> list[Any]:
-    """The table's values as pytest parameters named by its keys."""
-    return [pytest.param(value, id=name) for name, value in table.items()]
+    """The table's values as pytest parameters named by its keys; a tuple is several arguments."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), id=name)
+        for name, value in table.items()
+    ]
 
 
 class Reference(torch.optim.SGD):
@@ -291,7 +294,7 @@ def assert_same_training(
             assert_same_bits(
                 buffer_of(optimizer, p), buffer_of(reference, q), f"{name} momentum_buffer"
             )
-        assert list(ours) == list(theirs)
+        assert ours.keys() == theirs.keys()
         for key in ours:
             if key not in ("params", "foreach", "fused"):
                 assert ours[key] == theirs[key], f"{what} param_groups[{g}][{key!r}]"

@@ -318,15 +318,15 @@ def test_a_buffer_of_another_dtype(
         q = torch.nn.Parameter(p.detach().clone())
         buffer = torch.randn(2000, generator=gen).to(buffer_dtype)
         grad = torch.randn(2000, generator=gen).to(dtype)
-        exact = torch.nn.Parameter(p.detach().double())
+        exact = torch.nn.Parameter(p.detach().to(torch.float64, copy=True))
         optimizer = FrozenAwareSGD([p], **hyper)
         stock = torch.optim.SGD([q], **hyper, foreach=False)
         oracle = torch.optim.SGD([exact], **hyper, foreach=False)
         mine = buffer.clone()
         optimizer.state[p]["momentum_buffer"] = mine
         stock.state[q]["momentum_buffer"] = buffer.clone()
-        oracle.state[exact]["momentum_buffer"] = buffer.double()
-        p.grad, q.grad, exact.grad = grad.clone(), grad.clone(), grad.double()
+        oracle.state[exact]["momentum_buffer"] = buffer.to(torch.float64, copy=True)
+        p.grad, q.grad, exact.grad = grad.clone(), grad.clone(), grad.to(torch.float64, copy=True)
         for sgd in (optimizer, stock, oracle):
             sgd.step()
         assert cases.buffer_of(optimizer, p) is mine and mine.dtype == buffer_dtype
@@ -385,14 +385,14 @@ def test_a_model_cast_narrow_goes_on(hyper: Hyper, to: torch.dtype) -> None:
             model.to(to)
         for p in model.parameters():
             p.grad = torch.randn(p.shape, generator=gen).to(p.dtype)
-        wide = [torch.nn.Parameter(p.detach().float()) for p in model.parameters()]
+        wide = [torch.nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in model.parameters()]
         oracle = torch.optim.SGD(wide, **hyper, foreach=False)
         for p, w in zip(model.parameters(), wide, strict=True):
             buffer = cases.buffer_of(optimizer, p)
             if buffer is not None:
-                oracle.state[w]["momentum_buffer"] = buffer.float()
+                oracle.state[w]["momentum_buffer"] = buffer.to(torch.float32, copy=True)
             assert p.grad is not None
-            w.grad = p.grad.float()
+            w.grad = p.grad.to(torch.float32, copy=True)
         optimizer.step()
         oracle.step()
         for p, w in zip(model.parameters(), wide, strict=True):
