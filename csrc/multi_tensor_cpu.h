@@ -19,12 +19,13 @@ constexpr int64_t kChunkNumel = 32768;
 constexpr int64_t kSplitNumel = 64;
 
 // Calls `apply(update, begin, end)` so that every element of every update is in exactly one call, from several
-// threads at once where there is enough to do.
-template <class Apply>
-void for_each_span(const TensorUpdate* updates, int64_t count, int64_t numel, const Apply& apply) {
+// threads at once where there is enough to do. Each thread gets an `apply` of its own from `make_apply()`.
+template <class MakeApply>
+void for_each_span(const TensorUpdate* updates, int64_t count, int64_t numel, const MakeApply& make_apply) {
   const int64_t chunks = (numel + kChunkNumel - 1) / kChunkNumel;
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), chunks);
   if (numel < kParallelNumel || threads <= 1 || at::in_parallel_region()) {
+    auto apply = make_apply();
     for (int64_t i = 0; i < count; ++i) {
       apply(updates[i], int64_t{0}, updates[i].numel);
     }
@@ -32,6 +33,7 @@ void for_each_span(const TensorUpdate* updates, int64_t count, int64_t numel, co
   }
   std::atomic<int64_t> next_chunk{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    auto apply = make_apply();
     // A thread's chunks only ever move forward, so it finds its tensors by walking on from the last one.
     int64_t tensor = 0;
     int64_t tensor_start = 0;  // in the flat space of all elements

@@ -52,16 +52,51 @@ inline PyObject* state_of(PyObject* state, PyObject* param, bool exact) {
   return found;
 }
 
+// A parameter's state mostly holds one entry, the one wanted: reading it is cheaper than looking it up. Borrowed;
+// null where it is missing.
+inline PyObject* first_or_lookup(PyObject* dict, PyObject* key) {
+  Py_ssize_t position = 0;
+  PyObject* first = nullptr;
+  PyObject* value = nullptr;
+  if (PyDict_Next(dict, &position, &first, &value) != 0 && first == key) {
+    return value;
+  }
+  value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr && PyErr_Occurred() != nullptr) {
+    throw py::error_already_set();
+  }
+  return value;
+}
+
 // Plain dense tensors: no sparse, quantised, nested, meta or wrapped ones, no pending negation or conjugation.
+const uint64_t plain_keys = (c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::CUDA}) |
+                             c10::autograd_dispatch_keyset_with_ADInplaceOrView |
+                             c10::getAutocastRelatedKeySetFromBackend(c10::BackendComponent::CPUBit) |
+                             c10::getAutocastRelatedKeySetFromBackend(c10::BackendComponent::CUDABit))
+                                .raw_repr();
+
 inline bool is_plain(const TensorImpl* tensor) {
-  static const uint64_t others = [] {
-    const auto plain = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::CUDA}) |
-        c10::autograd_dispatch_keyset_with_ADInplaceOrView |
-        c10::getAutocastRelatedKeySetFromBackend(c10::BackendComponent::CPUBit) |
-        c10::getAutocastRelatedKeySetFromBackend(c10::BackendComponent::CUDABit);
-    return ~plain.raw_repr();
-  }();
-  return (tensor->key_set().raw_repr() & others) == 0;
+  return (tensor->key_set().raw_repr() & ~plain_keys) == 0;
+}
+
+C10_ALWAYS_INLINE bool same_sizes(const TensorImpl* a, const TensorImpl* b) {
+  const auto left = a->sizes();
+  const auto right = b->sizes();
+  if (left.size() != right.size()) {
+    return false;
+  }
+  for (size_t dim = 0; dim < left.size(); ++dim) {
+    if (left[dim] != right[dim]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// The common case: nothing to convert, nothing to complain of.
+C10_ALWAYS_INLINE bool fits(const TensorImpl* param, TensorImpl* tensor) {
+  return is_plain(tensor) && tensor->dtype() == param->dtype() && tensor->device() == param->device() &&
+      tensor->is_contiguous() && same_sizes(param, tensor) && !tensor->is_inference();
 }
 
 inline bool has_kernel(c10::DeviceType device) {
@@ -107,12 +142,23 @@ bool same_layout(const TensorImpl* a, const TensorImpl* b) {
   return true;
 }
 
+// Null where there are no elements.
 inline char* data_of(const TensorImpl* tensor) {
   if (tensor->numel() == 0) {
     return nullptr;
   }
   auto* storage = tensor->unsafe_storage().unsafeGetStorageImpl();
   return static_cast<char*>(storage->mutable_data()) + tensor->storage_offset() * tensor->itemsize();
+}
+
+inline void prefetch_storage(const TensorImpl* tensor) {
+  prefetch(tensor->unsafe_storage().unsafeGetStorageImpl(), kLine);
+}
+
+inline void prefetch_data(const TensorImpl* tensor) {
+  if (is_plain(tensor)) {
+    prefetch(data_of(tensor), 1);
+  }
 }
 
 std::string place(const GroupUse& use, Py_ssize_t index) {
@@ -129,7 +175,7 @@ struct ParamWalk::Slot {
   AutogradMeta* meta;
   TensorImpl* grad;
   PyObject* state;          // null: none
-  PyObject* buffer_object;  // null: none, None included
+  PyObject* buffer_object;  // null: none, or None
   TensorImpl* buffer;
 };
 
@@ -145,9 +191,11 @@ void ParamWalk::reset(PyObject* state) {
   copied_.clear();
   rest_ = py::object();
   rest_group_ = -1;
+  shared_buffers_ = false;
 }
 
 WalkBatch& ParamWalk::batch_for(c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type) {
+  // One batch is the rule, a few the exception.
   for (auto& batch : batches_) {
     if (batch.launch.device == device && batch.launch.param_type == param_type &&
         batch.launch.grad_type == grad_type) {
@@ -181,55 +229,60 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
         function_, ": param_groups[", use.index, "]['params'] is a ", Py_TYPE(params)->tp_name,
         "; give it a list of tensors"));
   }
-  PyObject** items = PySequence_Fast_ITEMS(params);
+  PyObject** const items = PySequence_Fast_ITEMS(params);
   const Py_ssize_t size = PySequence_Fast_GET_SIZE(params);
+  auto* const tensor_type = reinterpret_cast<PyTypeObject*>(THPVariableClass);
+  auto* const parameter_type = reinterpret_cast<PyTypeObject*>(ParameterClass);
+  std::array<TensorImpl*, kRun> tensors;
+  std::array<AutogradMeta*, kRun> metas;
   std::array<Slot, kRun> slots;
 
+  for (Py_ssize_t i = 0; i < std::min(kRun, size); ++i) {
+    prefetch(items[i], 1);
+  }
   for (Py_ssize_t start = 0; start < size; start += kRun) {
-    const Py_ssize_t stop = std::min(start + kRun, size);
-    for (Py_ssize_t i = stop; i < std::min(stop + kRun, size); ++i) {
-      prefetch(items[i], kLine);  // the next run's
-    }
-    for (Py_ssize_t i = start; i < stop; ++i) {
-      auto& slot = slots[i - start];
-      slot.object = items[i];
-      slot.index = i;
-      slot.exact = THPVariable_CheckExact(slot.object);
-      if (!slot.exact && !THPVariable_Check(slot.object)) {
+    const Py_ssize_t count = std::min(kRun, size - start);
+    PyObject** const run = items + start;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      PyTypeObject* const type = Py_TYPE(run[i]);
+      if (type != parameter_type && type != tensor_type && !THPVariable_Check(run[i])) {
         throw py::type_error(c10::str(
-            function_, ": ", place(use, i), " is a ", Py_TYPE(slot.object)->tp_name, "; an optimizer takes tensors"));
+            function_, ": ", place(use, start + i), " is a ", type->tp_name, "; an optimizer takes tensors"));
       }
-      slot.param = THPVariable_Unpack(slot.object).unsafeGetTensorImpl();
-      prefetch(slot.param, sizeof(TensorImpl));
+      tensors[i] = THPVariable_Unpack(run[i]).unsafeGetTensorImpl();
+      prefetch(tensors[i], 1);
     }
-    for (Py_ssize_t i = 0; i < stop - start; ++i) {
-      slots[i].meta = static_cast<AutogradMeta*>(slots[i].param->autograd_meta());
-      if (slots[i].meta != nullptr) {
-        prefetch(slots[i].meta, sizeof(AutogradMeta) - sizeof(std::mutex));
-      }
+    for (Py_ssize_t i = start + kRun; i < std::min(start + 2 * kRun, size); ++i) {
+      prefetch(items[i], 1);  // the next run's
     }
-    // From here on only what is to be updated.
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      metas[i] = static_cast<AutogradMeta*>(tensors[i]->autograd_meta());
+      prefetch(metas[i] != nullptr ? &metas[i]->grad_ : nullptr, 1);
+    }
+    // From here on only what has a gradient. Without one, nothing but the three lines above is ever read.
     Py_ssize_t live = 0;
-    for (Py_ssize_t i = 0; i < stop - start; ++i) {
-      const auto& slot = slots[i];
-      if (slot.meta == nullptr) {
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      AutogradMeta* const meta = metas[i];
+      if (meta == nullptr || !meta->grad_.defined()) {
         continue;
       }
-      const bool frozen = !slot.meta->requires_grad_ && slot.meta->grad_fn_ == nullptr;
-      if (!slot.meta->grad_.defined()) {
-        continue;
+      TensorImpl* const grad = meta->grad_.unsafeGetTensorImpl();
+      prefetch(grad, sizeof(TensorImpl));
+      prefetch(reinterpret_cast<const char*>(tensors[i]) + kLine, sizeof(TensorImpl) - kLine);
+      prefetch(&meta->requires_grad_, 1);
+      PyTypeObject* const type = Py_TYPE(run[i]);
+      const bool exact = type == parameter_type || type == tensor_type;
+      slots[live++] = {run[i], start + i, exact, tensors[i], meta, grad, nullptr, nullptr, nullptr};
+    }
+    const Py_ssize_t with_grad = live;
+    live = 0;
+    for (Py_ssize_t i = 0; i < with_grad; ++i) {
+      const auto* const meta = slots[i].meta;
+      if (!meta->requires_grad_ && meta->grad_fn_ == nullptr) {
+        frozen_.push_back(slots[i].param);
+      } else if (live++ != i) {
+        slots[live - 1] = slots[i];
       }
-      if (frozen) {
-        frozen_.push_back(slot.param);
-        continue;
-      }
-      auto& kept = slots[live++];
-      kept = slot;
-      kept.grad = kept.meta->grad_.unsafeGetTensorImpl();
-      kept.state = nullptr;
-      kept.buffer_object = nullptr;
-      kept.buffer = nullptr;
-      prefetch(kept.grad, sizeof(TensorImpl));
     }
     if (use.has_buffer && !use.stock_form) {
       for (Py_ssize_t i = 0; i < live; ++i) {
@@ -250,24 +303,17 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
         }
         prefetch(reinterpret_cast<PyDictObject*>(slot.state)->ma_keys, 3 * kLine);
       }
-      if (slot.param->has_storage()) {
-        prefetch(slot.param->unsafe_storage().unsafeGetStorageImpl(), kLine);
-      }
-      if (slot.grad->has_storage()) {
-        prefetch(slot.grad->unsafe_storage().unsafeGetStorageImpl(), kLine);
-      }
+      prefetch_storage(slot.param);
+      prefetch_storage(slot.grad);
       touch_version(slot.param);
     }
     for (Py_ssize_t i = 0; i < live; ++i) {
       auto& slot = slots[i];
       if (slot.state != nullptr) {
-        PyObject* buffer = PyDict_GetItemWithError(slot.state, buffer_key_);
-        if (buffer == nullptr && PyErr_Occurred() != nullptr) {
-          throw py::error_already_set();
-        }
+        PyObject* const buffer = first_or_lookup(slot.state, buffer_key_);
         if (buffer != nullptr && buffer != Py_None) {
           slot.buffer_object = buffer;
-          prefetch(buffer, kLine);
+          prefetch(buffer, 1);
         }
       }
     }
@@ -282,18 +328,13 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
         slot.buffer = THPVariable_Unpack(slot.buffer_object).unsafeGetTensorImpl();
         prefetch(slot.buffer, sizeof(TensorImpl));
       }
-      if (is_plain(slot.param) && slot.param->has_storage()) {
-        prefetch(data_of(slot.param), kLine);
-      }
-      if (is_plain(slot.grad) && slot.grad->has_storage()) {
-        prefetch(data_of(slot.grad), kLine);
-      }
+      prefetch_data(slot.param);
+      prefetch_data(slot.grad);
     }
     for (Py_ssize_t i = 0; i < live; ++i) {
-      auto& slot = slots[i];
-      if (slot.buffer != nullptr && slot.buffer->has_storage()) {
-        prefetch(slot.buffer->unsafe_storage().unsafeGetStorageImpl(), kLine);
-        touch_version(slot.buffer);
+      if (slots[i].buffer != nullptr) {
+        prefetch_storage(slots[i].buffer);
+        touch_version(slots[i].buffer);
       }
     }
     for (Py_ssize_t i = 0; i < live; ++i) {
@@ -307,6 +348,43 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
 }
 
 void ParamWalk::emit(const Slot& slot, const GroupUse& use) {
+  auto* const param = slot.param;
+  auto* const buffer = slot.buffer;
+  const auto type = type_of(param);
+  if (C10_LIKELY(
+          slot.exact && fits(param, param) && fits(param, slot.grad) &&
+          (buffer == nullptr || (fits(param, buffer) && THPVariable_CheckExact(slot.buffer_object))) &&
+          has_kernel(param->device().type()) && has_kernel(type))) {
+    push(slot, slot.grad, use, type, type);
+  } else {
+    emit_unusual(slot, use);
+  }
+}
+
+void ParamWalk::push(
+    const Slot& slot, TensorImpl* grad, const GroupUse& use, c10::ScalarType param_type, c10::ScalarType grad_type) {
+  auto& batch = batch_for(slot.param->device(), param_type, grad_type);
+  const bool fresh = use.has_buffer && slot.buffer == nullptr;
+  if (fresh) {
+    const auto batch_index = static_cast<size_t>(&batch - batches_.data());
+    fresh_.push_back({slot.object, slot.state, batch_index, batch.updates.size(), at::Tensor()});
+  }
+  char* momentum = nullptr;
+  if (slot.buffer != nullptr) {
+    momentum = data_of(slot.buffer);
+    prefetch(momentum, 1);
+    // A buffer that nothing else refers to cannot be another parameter's too.
+    const auto& storage = slot.buffer->unsafe_storage();
+    shared_buffers_ |= Py_REFCNT(slot.buffer_object) != 1 || Py_REFCNT(slot.state) != 1 || storage.use_count() != 1 ||
+        !storage.unsafeGetStorageImpl()->resizable();
+  }
+  const int64_t numel = slot.param->numel();
+  batch.updates.push_back({data_of(slot.param), data_of(grad), momentum, numel, use.index, fresh});
+  batch.tensors.push_back({slot.param, grad, slot.buffer});
+  batch.launch.numel += numel;
+}
+
+void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
   TensorImpl* const param = slot.param;
   TensorImpl* const grad = slot.grad;
   TensorImpl* const buffer = slot.buffer;
@@ -316,102 +394,75 @@ void ParamWalk::emit(const Slot& slot, const GroupUse& use) {
     add_to_rest(slot.object, use);
     return;
   }
-  // Bad input first, so that an error is raised before anything is written, whatever takes the tensor later.
+  // Bad input is found here, before anything is written, whatever takes the tensor later.
   const auto check = [&](const char* what, const TensorImpl* tensor, const char* mend) {
     TORCH_CHECK_VALUE(
-        tensor->sizes() == param->sizes(), function_, ": ", what, " of ", place(use, slot.index), " has shape ",
+        same_sizes(param, tensor), function_, ": ", what, " of ", place(use, slot.index), " has shape ",
         tensor->sizes(), "; the parameter has ", param->sizes(), ". ", mend);
     TORCH_CHECK_VALUE(
         tensor->device() == param->device(), function_, ": ", what, " of ", place(use, slot.index), " is on ",
         tensor->device(), "; the parameter is on ", param->device(), ". ", mend);
     TORCH_CHECK_TYPE(
-        c10::canCast(type_of(param), type_of(tensor)) && c10::canCast(type_of(tensor), type_of(param)), function_, ": ", what, " of ", place(use, slot.index), " is ",
-        type_of(tensor), "; the parameter is ", type_of(param), ". ", mend);
+        c10::canCast(type_of(param), type_of(tensor)) && c10::canCast(type_of(tensor), type_of(param)), function_,
+        ": ", what, " of ", place(use, slot.index), " is ", type_of(tensor), "; the parameter is ", type_of(param),
+        ". ", mend);
   };
   check("the gradient", grad, "Set .grad to None and run backward again.");
   if (buffer != nullptr) {
     check("momentum_buffer", buffer, "Delete it from the optimizer's state, or give it the parameter's.");
   }
-  const c10::ScalarType type = type_of(param);
+  const auto type = type_of(param);
   if (!has_kernel(param->device().type()) || !has_kernel(param->device().type(), type, type_of(grad)) ||
       !param->is_non_overlapping_and_dense() ||
       (buffer != nullptr && (type_of(buffer) != type || !same_layout(param, buffer)))) {
     add_to_rest(slot.object, use);
     return;
   }
-  char* grad_data = nullptr;
-  TensorImpl* laid_out = grad;
   if (same_layout(param, grad)) {
-    grad_data = data_of(grad);
-  } else {
-    auto copy = at::empty_strided(param->sizes(), param->strides(), slot.meta->grad_.options().requires_grad(false));
-    {
-      at::NoGradGuard no_grad;
-      copy.copy_(slot.meta->grad_);
-    }
-    laid_out = copy.unsafeGetTensorImpl();
-    grad_data = data_of(laid_out);
-    copied_.push_back({slot.meta->grad_, std::move(copy)});
+    push(slot, grad, use, type, type_of(grad));
+    return;
   }
-  auto& batch = batch_for(param->device(), type, type_of(grad));
-  const bool fresh = use.has_buffer && buffer == nullptr;
-  if (fresh) {
-    const auto batch_index = static_cast<size_t>(&batch - batches_.data());
-    fresh_.push_back({slot.object, slot.state, batch_index, batch.updates.size(), at::Tensor()});
-  }
-  char* buffer_data = nullptr;
-  if (buffer != nullptr) {
-    buffer_data = data_of(buffer);
-    __builtin_prefetch(buffer_data, 1);
-  }
-  batch.updates.push_back({data_of(param), grad_data, buffer_data, param->numel(), use.index, fresh});
-  batch.tensors.push_back({param, laid_out, buffer});
-  batch.launch.numel += param->numel();
+  at::NoGradGuard no_grad;
+  const auto& original = slot.meta->grad_;
+  auto copy = at::empty_strided(param->sizes(), param->strides(), original.options().requires_grad(false));
+  copy.copy_(original);
+  push(slot, copy.unsafeGetTensorImpl(), use, type, type_of(grad));
+  copied_.push_back({original, std::move(copy)});
 }
 
 bool ParamWalk::has_overlap() const {
-  // Two tensors share memory only if they share a storage, or if memory from elsewhere (NumPy, another process)
+  // Two parameters share memory only if they share a storage, or if memory from elsewhere (NumPy, another process)
   // was wrapped more than once. So a set of storages settles the common case, and only otherwise are the
   // intervals themselves compared.
   thread_local std::vector<const c10::StorageImpl*> seen;
   size_t count = 0;
   for (const auto& batch : batches_) {
-    count += 2 * batch.updates.size();
+    count += batch.updates.size();
   }
   size_t capacity = 16;
   while (capacity < 2 * count) {
     capacity *= 2;
   }
   seen.assign(capacity, nullptr);
-  bool suspicious = false;
-  const auto add = [&](const TensorImpl* tensor) {
-    if (tensor == nullptr || tensor->numel() == 0) {
-      return;
-    }
-    const auto* storage = tensor->unsafe_storage().unsafeGetStorageImpl();
-    suspicious |= !storage->resizable();
-    const auto mixed = reinterpret_cast<uintptr_t>(storage) * uint64_t{0x9e3779b97f4a7c15};
-    size_t place = (mixed >> 32) & (capacity - 1);
-    while (seen[place] != nullptr) {
-      if (seen[place] == storage) {
-        suspicious = true;
-        return;
-      }
-      place = (place + 1) & (capacity - 1);
-    }
-    seen[place] = storage;
-  };
+  bool suspicious = shared_buffers_;
   for (const auto& batch : batches_) {
     for (const auto& tensors : batch.tensors) {
-      add(tensors.param);
-      add(tensors.buffer);
+      const auto* storage = tensors.param->unsafe_storage().unsafeGetStorageImpl();
+      suspicious |= !storage->resizable();
+      const auto mixed = reinterpret_cast<uintptr_t>(storage) * uint64_t{0x9e3779b97f4a7c15};
+      size_t place = (mixed >> 32) & (capacity - 1);
+      while (seen[place] != nullptr && seen[place] != storage) {
+        place = (place + 1) & (capacity - 1);
+      }
+      suspicious |= seen[place] == storage;
+      seen[place] = storage;
     }
   }
   if (!suspicious) {
     return false;
   }
   std::vector<std::pair<const char*, const char*>> written;
-  written.reserve(count);
+  written.reserve(2 * count);
   for (const auto& batch : batches_) {
     const auto itemsize = static_cast<int64_t>(c10::elementSize(batch.launch.param_type));
     for (const auto& update : batch.updates) {

@@ -78,6 +78,13 @@ class ParamWalk {
   };
 
   void emit(const Slot& slot, const GroupUse& use);
+  void emit_unusual(const Slot& slot, const GroupUse& use);
+  void push(
+      const Slot& slot,
+      c10::TensorImpl* grad,
+      const GroupUse& use,
+      c10::ScalarType param_type,
+      c10::ScalarType grad_type);
   void add_to_rest(PyObject* param, const GroupUse& use);
   WalkBatch& batch_for(c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type);
 
@@ -90,6 +97,7 @@ class ParamWalk {
   std::vector<CopiedGrad> copied_;
   pybind11::object rest_;
   int32_t rest_group_ = -1;
+  bool shared_buffers_ = false;  // somebody else holds a buffer too
 };
 
 }  // namespace torch_freeze

@@ -124,13 +124,16 @@ TORCH_FREEZE_INLINE void narrow(const float* from, c10::Half* to, int64_t n) {
 // Narrow types pass through this many fp32 elements at a time, and gradients are unscaled so: all in L1.
 constexpr int64_t kBlockNumel = 512;
 
+// The type of the arithmetic on elements of type T.
+template <class T>
+using AccOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
 template <class Variant, class Arith, class Convert, class T>
 TORCH_FREEZE_INLINE void update_span(
-    T* param, T* grad, T* momentum, int64_t n, const SgdGroup& group, const float* grad_scale) {
-  using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    T* param, T* grad, T* momentum, int64_t n, const SgdScalars<AccOf<T>>& scalars, const float* grad_scale) {
+  using Acc = AccOf<T>;
   constexpr bool kNarrow = !std::is_same_v<T, Acc>;
   constexpr bool kHasMomentum = Variant::kMomentum != MomentumUse::kNone;
-  const SgdScalars<Acc> scalars = sgd_scalars<Acc>(group);
   if constexpr (!kNarrow) {
     if (grad_scale == nullptr) {
       update_block<Variant, Arith>(param, grad, momentum, n, scalars);
@@ -179,8 +182,8 @@ struct BaselineTarget {
   using Arith = FusedArith;
 #endif
   template <class Variant, class T>
-  static void run(T* p, T* g, T* m, int64_t n, const SgdGroup& group, const float* grad_scale) {
-    update_span<Variant, Arith, Baseline>(p, g, m, n, group, grad_scale);
+  static void run(T* p, T* g, T* m, int64_t n, const SgdScalars<AccOf<T>>& scalars, const float* grad_scale) {
+    update_span<Variant, Arith, Baseline>(p, g, m, n, scalars, grad_scale);
   }
 };
 
@@ -188,35 +191,43 @@ struct BaselineTarget {
 struct Avx2Target {
   template <class Variant, class T>
   __attribute__((target("avx2,fma,f16c"))) static void run(
-      T* p, T* g, T* m, int64_t n, const SgdGroup& group, const float* grad_scale) {
-    update_span<Variant, FusedArith, F16c>(p, g, m, n, group, grad_scale);
+      T* p, T* g, T* m, int64_t n, const SgdScalars<AccOf<T>>& scalars, const float* grad_scale) {
+    update_span<Variant, FusedArith, F16c>(p, g, m, n, scalars, grad_scale);
   }
 };
 struct Avx512Target {
   template <class Variant, class T>
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"))) static void run(
-      T* p, T* g, T* m, int64_t n, const SgdGroup& group, const float* grad_scale) {
-    update_span<Variant, FusedArith, F16c>(p, g, m, n, group, grad_scale);
+      T* p, T* g, T* m, int64_t n, const SgdScalars<AccOf<T>>& scalars, const float* grad_scale) {
+    update_span<Variant, FusedArith, F16c>(p, g, m, n, scalars, grad_scale);
   }
 };
 #endif
 
 template <class Target, class T>
 void step(const UpdateBatch& batch) {
-  for_each_span(
-      batch.updates, batch.count, batch.numel, [&batch](const TensorUpdate& update, int64_t begin, int64_t end) {
-        const SgdGroup& group = batch.groups[update.group];
-        with_sgd_variant(group, update.fresh, [&](auto variant) {
-          auto* momentum = static_cast<T*>(update.momentum);
-          Target::template run<decltype(variant), T>(
-              static_cast<T*>(update.param) + begin,
-              static_cast<T*>(update.grad) + begin,
-              momentum == nullptr ? nullptr : momentum + begin,
-              end - begin,
-              group,
-              batch.grad_scale);
+  for_each_span(batch.updates, batch.count, batch.numel, [&batch] {
+    // What the last span used, for most spans take the same: neighbours share their group.
+    using Run = void (*)(T*, T*, T*, int64_t, const SgdScalars<AccOf<T>>&, const float*);
+    return [&batch, run = Run{}, scalars = SgdScalars<AccOf<T>>{}, group = int32_t{-1}, fresh = false](
+               const TensorUpdate& update, int64_t begin, int64_t end) mutable {
+      if (update.group != group || update.fresh != fresh) {
+        group = update.group;
+        fresh = update.fresh;
+        scalars = sgd_scalars<AccOf<T>>(batch.groups[group]);
+        with_sgd_variant(batch.groups[group], fresh, [&](auto variant) {
+          run = &Target::template run<decltype(variant), T>;
         });
-      });
+      }
+      auto* const momentum = static_cast<T*>(update.momentum);
+      run(static_cast<T*>(update.param) + begin,
+          static_cast<T*>(update.grad) + begin,
+          momentum == nullptr ? nullptr : momentum + begin,
+          end - begin,
+          scalars,
+          batch.grad_scale);
+    };
+  });
 }
 
 template <class T>

@@ -3,6 +3,8 @@
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
+#include <array>
 #include <vector>
 
 #include "param_walk.h"
@@ -17,55 +19,62 @@ constexpr const char* kStep = "FrozenAwareSGD.step";
 // From this many elements on, other Python threads may run while the CPU computes.
 constexpr int64_t kReleaseGilNumel = 1 << 20;
 
-// Keys are interned once: a look-up then compares pointers.
-struct Keys {
-  static PyObject* intern(const char* text) {
-    PyObject* key = PyUnicode_InternFromString(text);
-    if (key == nullptr) {
-      throw py::error_already_set();
-    }
-    return key;
-  }
-  PyObject* params = intern("params");
-  PyObject* lr = intern("lr");
-  PyObject* momentum = intern("momentum");
-  PyObject* dampening = intern("dampening");
-  PyObject* weight_decay = intern("weight_decay");
-  PyObject* nesterov = intern("nesterov");
-  PyObject* maximize = intern("maximize");
-  PyObject* foreach = intern("foreach");
-  PyObject* fused = intern("fused");
-  PyObject* differentiable = intern("differentiable");
-  PyObject* momentum_buffer = intern("momentum_buffer");
-};
+// What a param group holds, in the order in which torch.optim.SGD enters it.
+enum Key : size_t { kParams, kLr, kMomentum, kDampening, kWeightDecay, kNesterov, kMaximize, kForeach, kDifferentiable, kFused };
+constexpr std::array<const char*, 10> kKeyNames = {
+    "params", "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach", "differentiable", "fused"};
 
-const Keys& keys() {
-  static const Keys& interned = *new Keys();
+PyObject* intern(const char* text) {
+  PyObject* key = PyUnicode_InternFromString(text);
+  if (key == nullptr) {
+    throw py::error_already_set();
+  }
+  return key;
+}
+
+// Interned once: a look-up then compares pointers.
+const std::array<PyObject*, kKeyNames.size()>& keys() {
+  static const auto interned = [] {
+    std::array<PyObject*, kKeyNames.size()> all{};
+    std::transform(kKeyNames.begin(), kKeyNames.end(), all.begin(), intern);
+    return all;
+  }();
   return interned;
 }
 
 // One param group, read afresh at every step.
 class GroupReader {
  public:
-  GroupReader(PyObject* group, int32_t index) : group_(group), index_(index) {
+  GroupReader(PyObject* group, int32_t index) : index_(index) {
     if (!PyDict_Check(group)) {
       throw py::type_error(
           c10::str(kStep, ": param_groups[", index, "] is a ", Py_TYPE(group)->tp_name, "; it has to be a dict"));
     }
-  }
-
-  PyObject* item(PyObject* key) const {
-    PyObject* value = PyDict_GetItemWithError(group_, key);
-    if (value == nullptr) {
-      if (PyErr_Occurred() == nullptr) {
-        PyErr_Format(PyExc_KeyError, "%s: param_groups[%d] has no %R", kStep, index_, key);
+    // The dict in its own order is the keys in theirs, with others between: one pass, no look-ups.
+    const auto& wanted = keys();
+    PyObject* key = nullptr;
+    PyObject* value = nullptr;
+    Py_ssize_t position = 0;
+    size_t next = 0;
+    while (next < wanted.size() && PyDict_Next(group, &position, &key, &value) != 0) {
+      if (key == wanted[next]) {
+        values_[next++] = value;
       }
-      throw py::error_already_set();
     }
-    return value;
+    for (; next < wanted.size(); ++next) {
+      values_[next] = PyDict_GetItemWithError(group, wanted[next]);
+      if (values_[next] == nullptr) {
+        if (PyErr_Occurred() == nullptr) {
+          PyErr_Format(PyExc_KeyError, "%s: param_groups[%d] has no '%s'", kStep, index_, kKeyNames[next]);
+        }
+        throw py::error_already_set();
+      }
+    }
   }
 
-  bool flag(PyObject* key) const {
+  PyObject* item(Key key) const { return values_[key]; }
+
+  bool flag(Key key) const {
     PyObject* value = item(key);
     if (value == Py_False || value == Py_None) {
       return false;
@@ -78,19 +87,19 @@ class GroupReader {
   }
 
   // The tensor under `key`, or null where it is a plain number.
-  const at::Tensor* tensor(PyObject* key) const {
+  const at::Tensor* tensor(Key key) const {
     PyObject* value = item(key);
     if (PyFloat_CheckExact(value) || PyLong_CheckExact(value) || !THPVariable_Check(value)) {
       return nullptr;
     }
     const auto& tensor = THPVariable_Unpack(value);
     TORCH_CHECK_VALUE(
-        tensor.numel() == 1, kStep, ": ", py::cast<std::string>(key), " of param_groups[", index_,
-        "] is a tensor of ", tensor.numel(), " elements; Tensor lr must be 1-element");
+        tensor.numel() == 1, kStep, ": ", kKeyNames[key], " of param_groups[", index_, "] is a tensor of ",
+        tensor.numel(), " elements; Tensor lr must be 1-element");
     return &tensor;
   }
 
-  double number(PyObject* key) const {
+  double number(Key key) const {
     PyObject* value = item(key);
     if (PyFloat_CheckExact(value)) {
       return PyFloat_AS_DOUBLE(value);
@@ -102,32 +111,31 @@ class GroupReader {
     if (number == -1.0 && PyErr_Occurred() != nullptr) {
       PyErr_Clear();
       throw py::type_error(c10::str(
-          kStep, ": ", py::cast<std::string>(key), " of param_groups[", index_, "] is a ", Py_TYPE(value)->tp_name,
+          kStep, ": ", kKeyNames[key], " of param_groups[", index_, "] is a ", Py_TYPE(value)->tp_name,
           "; it has to be a number"));
     }
     return number;
   }
 
-  bool wants_gradient(PyObject* key) const {
+  bool wants_gradient(Key key) const {
     const auto* found = tensor(key);
     return found != nullptr && found->requires_grad();
   }
 
   // Stock's own implementation is asked for, or a derivative that only its separate operators have.
   bool wants_stock_form() const {
-    PyObject* fused = item(keys().fused);
-    const bool kernels = fused == Py_None ? item(keys().foreach) == Py_None : flag(keys().fused);
-    return !kernels || flag(keys().differentiable) || wants_gradient(keys().lr) || wants_gradient(keys().weight_decay);
+    const bool kernels = item(kFused) == Py_None ? item(kForeach) == Py_None : flag(kFused);
+    return !kernels || flag(kDifferentiable) || wants_gradient(kLr) || wants_gradient(kWeightDecay);
   }
 
  private:
-  PyObject* group_;
+  std::array<PyObject*, kKeyNames.size()> values_{};
   int32_t index_;
 };
 
 // One step's working memory, kept for its capacity alone.
 struct StepWork {
-  ParamWalk walk{kStep, keys().momentum_buffer};
+  ParamWalk walk{kStep, intern("momentum_buffer")};
   std::vector<SgdGroup> groups;
   std::vector<at::Tensor> device_lrs;  // per group; undefined where lr is a number
   bool has_device_lr = false;
@@ -240,7 +248,7 @@ py::object step(
     use.stock_form = reader.wants_stock_form();
     SgdGroup& group = work.groups.emplace_back();
     if (!use.stock_form) {
-      const at::Tensor* lr = reader.tensor(keys().lr);
+      const at::Tensor* lr = reader.tensor(kLr);
       if (lr != nullptr && lr->is_cuda() && (lr->scalar_type() == at::kFloat || lr->scalar_type() == at::kDouble)) {
         work.has_device_lr = true;
         work.device_lrs.resize(group_count);
@@ -248,16 +256,16 @@ py::object step(
         group.device_lr = lr->const_data_ptr();
         group.device_lr_is_double = lr->scalar_type() == at::kDouble;
       } else {
-        group.lr = reader.number(keys().lr);
+        group.lr = reader.number(kLr);
       }
-      group.momentum = reader.number(keys().momentum);
-      group.dampening = reader.number(keys().dampening);
-      group.weight_decay = reader.number(keys().weight_decay);
-      group.nesterov = reader.flag(keys().nesterov);
-      group.maximize = reader.flag(keys().maximize);
+      group.momentum = reader.number(kMomentum);
+      group.dampening = reader.number(kDampening);
+      group.weight_decay = reader.number(kWeightDecay);
+      group.nesterov = reader.flag(kNesterov);
+      group.maximize = reader.flag(kMaximize);
       use.has_buffer = group.momentum != 0;
     }
-    work.walk.add_group(reader.item(keys().params), use);
+    work.walk.add_group(reader.item(kParams), use);
   }
   if (work.walk.rest() && !rest_done) {
     return work.walk.rest();
@@ -302,8 +310,8 @@ py::object sgd_step(
 void zero_grad(const py::list& param_groups, bool set_to_none) {
   std::vector<at::Tensor> dropped;
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups.ptr()); ++g) {
-    const GroupReader reader(PyList_GET_ITEM(param_groups.ptr(), g), static_cast<int32_t>(g));
-    const auto params = py::reinterpret_borrow<py::sequence>(reader.item(keys().params));
+    const auto group = py::reinterpret_borrow<py::dict>(PyList_GET_ITEM(param_groups.ptr(), g));
+    const auto params = py::cast<py::list>(group["params"]);
     for (const auto param : params) {
       if (!THPVariable_Check(param.ptr())) {
         throw py::type_error(c10::str(
