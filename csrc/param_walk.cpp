@@ -79,9 +79,12 @@ inline bool is_plain(const TensorImpl* tensor) {
   return (tensor->key_set().raw_repr() & ~plain_keys) == 0;
 }
 
+// What is_inference() asks of one tensor.
+const uint64_t tracked_keys = c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView).raw_repr();
+
 C10_ALWAYS_INLINE bool same_sizes(const TensorImpl* a, const TensorImpl* b) {
-  const auto left = a->sizes();
-  const auto right = b->sizes();
+  const auto left = a->sizes_default();
+  const auto right = b->sizes_default();
   if (left.size() != right.size()) {
     return false;
   }
@@ -93,10 +96,10 @@ C10_ALWAYS_INLINE bool same_sizes(const TensorImpl* a, const TensorImpl* b) {
   return true;
 }
 
-// The common case: nothing to convert, nothing to complain of.
-C10_ALWAYS_INLINE bool fits(const TensorImpl* param, TensorImpl* tensor) {
-  return is_plain(tensor) && tensor->dtype() == param->dtype() && tensor->device() == param->device() &&
-      tensor->is_contiguous() && same_sizes(param, tensor) && !tensor->is_inference();
+// The common case: nothing to convert, nothing to complain of. Both are plain, so none has sizes of its own making.
+C10_ALWAYS_INLINE bool fits(const TensorImpl* param, const TensorImpl* tensor) {
+  return tensor->dtype() == param->dtype() && tensor->device() == param->device() &&
+      tensor->is_contiguous_default(c10::MemoryFormat::Contiguous) && same_sizes(param, tensor);
 }
 
 inline bool has_kernel(c10::DeviceType device) {
@@ -144,11 +147,11 @@ bool same_layout(const TensorImpl* a, const TensorImpl* b) {
 
 // Null where there are no elements.
 inline char* data_of(const TensorImpl* tensor) {
-  if (tensor->numel() == 0) {
+  if (tensor->numel_default() == 0) {
     return nullptr;
   }
   auto* storage = tensor->unsafe_storage().unsafeGetStorageImpl();
-  return static_cast<char*>(storage->mutable_data()) + tensor->storage_offset() * tensor->itemsize();
+  return static_cast<char*>(storage->mutable_data()) + tensor->storage_offset_default() * static_cast<int64_t>(tensor->dtype().itemsize());
 }
 
 inline void prefetch_storage(const TensorImpl* tensor) {
@@ -194,7 +197,7 @@ void ParamWalk::reset(PyObject* state) {
   shared_buffers_ = false;
 }
 
-WalkBatch& ParamWalk::batch_for(c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type) {
+C10_ALWAYS_INLINE WalkBatch& ParamWalk::batch_for(c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type) {
   // One batch is the rule, a few the exception.
   for (auto& batch : batches_) {
     if (batch.launch.device == device && batch.launch.param_type == param_type &&
@@ -221,6 +224,51 @@ void ParamWalk::add_to_rest(PyObject* param, const GroupUse& use) {
   }
   const auto last = py::reinterpret_borrow<py::tuple>(rest[rest.size() - 1]);
   py::reinterpret_borrow<py::list>(last[1]).append(py::handle(param));
+}
+
+C10_ALWAYS_INLINE void ParamWalk::push(
+    const Slot& slot, TensorImpl* grad, const GroupUse& use, c10::ScalarType param_type, c10::ScalarType grad_type) {
+  auto& batch = batch_for(slot.param->device(), param_type, grad_type);
+  const bool fresh = use.has_buffer && slot.buffer == nullptr;
+  if (fresh) {
+    const auto batch_index = static_cast<size_t>(&batch - batches_.data());
+    fresh_.push_back({slot.object, slot.state, batch_index, batch.updates.size(), at::Tensor()});
+  }
+  char* momentum = nullptr;
+  if (slot.buffer != nullptr) {
+    momentum = data_of(slot.buffer);
+    prefetch(momentum, 1);
+    // A buffer that nothing else refers to cannot be another parameter's too.
+    const auto& storage = slot.buffer->unsafe_storage();
+    shared_buffers_ |= Py_REFCNT(slot.buffer_object) != 1 || Py_REFCNT(slot.state) != 1 || storage.use_count() != 1 ||
+        !storage.unsafeGetStorageImpl()->resizable();
+  }
+  const int64_t numel = slot.param->numel();
+  batch.updates.push_back({data_of(slot.param), data_of(grad), momentum, numel, use.index, fresh});
+  batch.tensors.push_back({slot.param, grad, slot.buffer});
+  batch.launch.numel += numel;
+}
+
+C10_ALWAYS_INLINE void ParamWalk::emit(const Slot& slot, const GroupUse& use) {
+  const auto* const param = slot.param;
+  const auto* const grad = slot.grad;
+  const auto* const buffer = slot.buffer;
+  uint64_t any = param->key_set().raw_repr() | grad->key_set().raw_repr();
+  uint64_t all = param->key_set().raw_repr() & grad->key_set().raw_repr();
+  if (buffer != nullptr) {
+    any |= buffer->key_set().raw_repr();
+    all &= buffer->key_set().raw_repr();
+  }
+  const auto type = type_of(param);
+  if (C10_LIKELY(
+          slot.exact && (any & ~plain_keys) == 0 && (all & tracked_keys) != 0 &&
+          param->is_contiguous_default(c10::MemoryFormat::Contiguous) && fits(param, grad) &&
+          (buffer == nullptr || (fits(param, buffer) && THPVariable_CheckExact(slot.buffer_object))) &&
+          has_kernel(param->device().type()) && has_kernel(type))) {
+    push(slot, slot.grad, use, type, type);
+  } else {
+    emit_unusual(slot, use);
+  }
 }
 
 void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
@@ -301,7 +349,7 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
               function_, ": the state of ", place(use, slot.index), " is a ", Py_TYPE(slot.state)->tp_name,
               "; it has to be a dict"));
         }
-        prefetch(reinterpret_cast<PyDictObject*>(slot.state)->ma_keys, 3 * kLine);
+        prefetch(reinterpret_cast<PyDictObject*>(slot.state)->ma_keys, 2 * kLine);
       }
       prefetch_storage(slot.param);
       prefetch_storage(slot.grad);
@@ -345,43 +393,6 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
       }
     }
   }
-}
-
-void ParamWalk::emit(const Slot& slot, const GroupUse& use) {
-  auto* const param = slot.param;
-  auto* const buffer = slot.buffer;
-  const auto type = type_of(param);
-  if (C10_LIKELY(
-          slot.exact && fits(param, param) && fits(param, slot.grad) &&
-          (buffer == nullptr || (fits(param, buffer) && THPVariable_CheckExact(slot.buffer_object))) &&
-          has_kernel(param->device().type()) && has_kernel(type))) {
-    push(slot, slot.grad, use, type, type);
-  } else {
-    emit_unusual(slot, use);
-  }
-}
-
-void ParamWalk::push(
-    const Slot& slot, TensorImpl* grad, const GroupUse& use, c10::ScalarType param_type, c10::ScalarType grad_type) {
-  auto& batch = batch_for(slot.param->device(), param_type, grad_type);
-  const bool fresh = use.has_buffer && slot.buffer == nullptr;
-  if (fresh) {
-    const auto batch_index = static_cast<size_t>(&batch - batches_.data());
-    fresh_.push_back({slot.object, slot.state, batch_index, batch.updates.size(), at::Tensor()});
-  }
-  char* momentum = nullptr;
-  if (slot.buffer != nullptr) {
-    momentum = data_of(slot.buffer);
-    prefetch(momentum, 1);
-    // A buffer that nothing else refers to cannot be another parameter's too.
-    const auto& storage = slot.buffer->unsafe_storage();
-    shared_buffers_ |= Py_REFCNT(slot.buffer_object) != 1 || Py_REFCNT(slot.state) != 1 || storage.use_count() != 1 ||
-        !storage.unsafeGetStorageImpl()->resizable();
-  }
-  const int64_t numel = slot.param->numel();
-  batch.updates.push_back({data_of(slot.param), data_of(grad), momentum, numel, use.index, fresh});
-  batch.tensors.push_back({slot.param, grad, slot.buffer});
-  batch.launch.numel += numel;
 }
 
 void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
