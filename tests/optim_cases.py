@@ -154,7 +154,9 @@ class Reference(torch.optim.SGD):
     def _step_tensor(self, group: dict[str, Any], p: Tensor, buffer: Tensor | None) -> Any:
         grad = p.grad
         assert grad is not None
-        narrow = p.dtype in NARROW_DTYPES.values() and not grad.is_sparse
+        # An implementation of stock's that is asked for by name rounds as stock does.
+        by_name = group["foreach"] is not None or group["fused"] is False
+        narrow = p.dtype in NARROW_DTYPES.values() and not grad.is_sparse and not by_name
         wide_p = p.detach().float() if narrow else p
         wide_grad = grad.float() if narrow else grad
         wide_buffer = buffer.float() if narrow and buffer is not None else buffer

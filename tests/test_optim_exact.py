@@ -9,11 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optim_cases as cases
 import pytest
 import torch
 from optim_cases import FrozenAwareSGD, Hyper
+
+try:
+    import numpy as np
+except ImportError:
+    np = None  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
@@ -229,13 +233,17 @@ def test_learning_rate_as_float_or_tensor(
 SCALARS: dict[str, Any] = {
     "a python int": 1,
     "a python bool": True,
-    "a numpy float64": np.float64(0.1),
-    "a numpy float32": np.float32(0.1),
-    "a numpy float16": np.float16(0.1),
-    "a numpy int64": np.int64(1),
+    "a 0-dim fp32 tensor": torch.tensor(0.1),
     "a 0-dim fp64 tensor": torch.tensor(0.1, dtype=torch.float64),
     "a 0-dim integer tensor": torch.tensor(1),
 }
+if np is not None:
+    SCALARS |= {
+        "a numpy float64": np.float64(0.1),
+        "a numpy float32": np.float32(0.1),
+        "a numpy float16": np.float16(0.1),
+        "a numpy int64": np.int64(1),
+    }
 
 
 @pytest.mark.parametrize(
@@ -248,10 +256,11 @@ SCALARS: dict[str, Any] = {
         if not (key == "weight_decay" and value is True)
     ],
 )
-def test_scalars_of_any_numeric_type(key: str, value: Any) -> None:
+@pytest.mark.parametrize("dtype", cases.ids(cases.WIDE_DTYPES))
+def test_scalars_of_any_numeric_type(dtype: torch.dtype, key: str, value: Any) -> None:
     """Schedulers and user code put numpy and integer numbers into the groups; stock takes them."""
     gen = cases.generator(3)
-    ours = cases.make_parameters((3, 70), gen)
+    ours = cases.make_parameters((3, 70), gen, dtype)
     theirs = cases.twin(ours)
     hyper = cases.SOME_HYPERS["momentum, dampening and decay"]
     optimizer = FrozenAwareSGD(ours, **hyper)
