@@ -16,8 +16,9 @@
 //   Group       the hyper-parameters of one group of tensors, by value
 //   kStreamed   per array: read once and not soon again, so leave the caches to the others
 //   kRealigned  per array: may lie at another alignment than the arrays written and still be read in vectors
-//   static void with_rule(launch, group, branch, run): calls run(rule) with the tensor's branch fixed by type;
-//               rule.reads<array>(), rule.writes<array>(), rule(Value (&values)[arrays][n])
+//   Rule        what one tensor takes: made of (launch, group, branch); says reads<array>() and writes<array>();
+//               update(Value (&values)[arrays][n]) turns n elements into new ones, and where `simple` holds,
+//               so does update_simple(), with fewer registers: else the tensor does without vectors
 #pragma once
 
 #include <algorithm>
@@ -40,7 +41,7 @@ inline constexpr uint32_t kWarps = 8;
 inline constexpr uint32_t kThreads = kLanes * kWarps;
 // Resident blocks per multiprocessor that the compiler must leave registers for, and vectors per array that a
 // lane has under way at once: together they cover the memory latency (benchmarks/NOTES.md).
-inline constexpr int kBlocksPerMultiprocessor = 4;
+inline constexpr int kBlocksPerMultiprocessor = 3;
 inline constexpr int kInFlight = 2;
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kLineBytes = 128;
@@ -68,6 +69,8 @@ struct Shape {
   // Elements of one vector: sixteen bytes of the widest array. A narrower one moves as many elements in
   // fewer bytes, so that every access of a warp stays one unbroken run.
   static constexpr int kVector = kVectorBytes / widest(static_cast<Elements*>(nullptr));
+  // Elements computed at once, so that the wide forms of narrow types do not need the registers of a whole vector.
+  static constexpr int kPart = std::min(kVector, 4);
   static constexpr int kTile = kVector * static_cast<int>(kLanes);
   static_assert(kTile <= 256, "Row::gap counts the missing elements of a tile in a byte");
   static_assert(kVector * kSize<0> * static_cast<int>(kLanes) >= kLineBytes, "a lead must fit in one tile");
@@ -189,9 +192,9 @@ struct Span {
   }
 };
 
-template <class Formula, class Rule>
+template <class Formula>
 TORCH_FREEZE_INLINE Span<Formula> span_of(
-    const Rule& rule,
+    const typename Formula::Rule& rule,
     const Row<Shape<Formula>::kArrays>& row,
     uint32_t first) {
   using Of = Shape<Formula>;
@@ -199,7 +202,7 @@ TORCH_FREEZE_INLINE Span<Formula> span_of(
   span.first = first;
   span.lead = lead_of<Formula>(row.array[0]);
   span.numel = static_cast<int64_t>(row.tile_end - first) * Of::kTile - span.lead - row.gap;
-  bool aligned = true;
+  bool vectors = rule.simple;
   bool shifted = false;
   for_arrays(
       [&](auto index) {
@@ -213,7 +216,7 @@ TORCH_FREEZE_INLINE Span<Formula> span_of(
               static_cast<uint32_t>(address - span.lead * Of::template kSize<kArray>) % kBytes;
           span.shift[kArray] = shift;
           shifted |= shift != 0;
-          aligned &= shift == 0 || (Formula::template kRealigned<kArray> && !rule.template writes<kArray>());
+          vectors &= shift == 0 || (Formula::template kRealigned<kArray> && !rule.template writes<kArray>());
         }
       },
       std::make_integer_sequence<int, Of::kArrays>{});
@@ -223,17 +226,17 @@ TORCH_FREEZE_INLINE Span<Formula> span_of(
     // A realigned vector reads up to the next one's end, which the last tile does not hold.
     --span.vectors_end;
   }
-  if (!aligned) {
+  if (!vectors) {
     span.vectors_end = span.vectors_begin;
   }
   return span;
 }
 
-// A tile element by element, each lane a column: as many bytes under way as in one vector per lane, and
-// the same lines touched. For what is not full or not aligned.
-template <class Formula, class Rule, class Memory>
+// A tile element by element, each lane a column: the same lines touched as by vectors, in more accesses. For what
+// is not full or not aligned.
+template <class Formula, class Memory>
 TORCH_FREEZE_INLINE void update_by_element(
-    const Rule& rule,
+    const typename Formula::Rule& rule,
     Memory& memory,
     const Span<Formula>& span,
     uint32_t tile,
@@ -241,54 +244,58 @@ TORCH_FREEZE_INLINE void update_by_element(
   using Of = Shape<Formula>;
   using Value = typename Formula::Value;
   const auto arrays = std::make_integer_sequence<int, Of::kArrays>{};
-  const int64_t start = span.element(tile, lane, 1);
-  Value values[Of::kArrays][Of::kVector];
-  TORCH_FREEZE_UNROLL
-  for (int i = 0; i < Of::kVector; ++i) {
-    const int64_t at = start + i * static_cast<int64_t>(kLanes);
-    const bool inside = at >= 0 && at < span.numel;
-    for_arrays(
-        [&](auto index) {
-          constexpr int kArray = decltype(index)::value;
-          using Element = typename Of::template Element<kArray>;
-          values[kArray][i] = Value(0);
-          if (inside && rule.template reads<kArray>()) {
-            uint32_t raw[4];
-            memory.template load<sizeof(Element), Formula::template kStreamed<kArray>>(
-                span.array[kArray] + at * static_cast<int64_t>(sizeof(Element)), raw);
-            Element element;
-            std::memcpy(&element, raw, sizeof(Element));
-            values[kArray][i] = static_cast<Value>(element);
-          }
-        },
-        arrays);
-  }
-  rule(values);
-  TORCH_FREEZE_UNROLL
-  for (int i = 0; i < Of::kVector; ++i) {
-    const int64_t at = start + i * static_cast<int64_t>(kLanes);
-    const bool inside = at >= 0 && at < span.numel;
-    for_arrays(
-        [&](auto index) {
-          constexpr int kArray = decltype(index)::value;
-          using Element = typename Of::template Element<kArray>;
-          if (inside && rule.template writes<kArray>()) {
-            const Element element = static_cast<Element>(values[kArray][i]);
-            uint32_t raw[4];
-            std::memcpy(raw, &element, sizeof(Element));
-            memory.template store<sizeof(Element)>(
-                span.array[kArray] + at * static_cast<int64_t>(sizeof(Element)), raw);
-          }
-        },
-        arrays);
+  int64_t at = span.element(tile, lane, 1);
+  TORCH_FREEZE_NO_UNROLL
+  for (int part = 0; part < Of::kVector / Of::kPart; ++part) {
+    Value values[Of::kArrays][Of::kPart];
+    TORCH_FREEZE_UNROLL
+    for (int i = 0; i < Of::kPart; ++i) {
+      const int64_t element = at + i * static_cast<int64_t>(kLanes);
+      const bool inside = element >= 0 && element < span.numel;
+      for_arrays(
+          [&](auto index) {
+            constexpr int kArray = decltype(index)::value;
+            using Element = typename Of::template Element<kArray>;
+            values[kArray][i] = Value(0);
+            if (inside && rule.template reads<kArray>()) {
+              uint32_t raw[4];
+              memory.template load<sizeof(Element), Formula::template kStreamed<kArray>>(
+                  span.array[kArray] + element * static_cast<int64_t>(sizeof(Element)), raw);
+              Element value;
+              std::memcpy(&value, raw, sizeof(Element));
+              values[kArray][i] = static_cast<Value>(value);
+            }
+          },
+          arrays);
+    }
+    rule.update(values);
+    TORCH_FREEZE_UNROLL
+    for (int i = 0; i < Of::kPart; ++i) {
+      const int64_t element = at + i * static_cast<int64_t>(kLanes);
+      const bool inside = element >= 0 && element < span.numel;
+      for_arrays(
+          [&](auto index) {
+            constexpr int kArray = decltype(index)::value;
+            using Element = typename Of::template Element<kArray>;
+            if (inside && rule.template writes<kArray>()) {
+              const Element value = static_cast<Element>(values[kArray][i]);
+              uint32_t raw[4];
+              std::memcpy(raw, &value, sizeof(Element));
+              memory.template store<sizeof(Element)>(
+                  span.array[kArray] + element * static_cast<int64_t>(sizeof(Element)), raw);
+            }
+          },
+          arrays);
+    }
+    at += Of::kPart * static_cast<int64_t>(kLanes);
   }
 }
 
 // Up to kInFlight full tiles, a block's warps apart, all loads before the first store. Returns the tile to go
 // on with.
-template <class Formula, class Rule, class Memory>
+template <class Formula, class Memory>
 TORCH_FREEZE_INLINE uint32_t update_by_vector(
-    const Rule& rule,
+    const typename Formula::Rule& rule,
     Memory& memory,
     const Span<Formula>& span,
     uint32_t tile,
@@ -345,36 +352,46 @@ TORCH_FREEZE_INLINE uint32_t update_by_vector(
       break;
     }
     tile += kWarps;
-    Value values[Of::kArrays][Of::kVector];
-    for_arrays(
-        [&](auto index) {
-          constexpr int kArray = decltype(index)::value;
-          using Element = typename Of::template Element<kArray>;
-          if (rule.template reads<kArray>()) {
-            Element elements[Of::kVector];
-            std::memcpy(elements, raw[kArray][i], sizeof(elements));
-            TORCH_FREEZE_UNROLL
-            for (int j = 0; j < Of::kVector; ++j) {
-              values[kArray][j] = static_cast<Value>(elements[j]);
+    TORCH_FREEZE_UNROLL
+    for (int part = 0; part < Of::kVector; part += Of::kPart) {
+      Value values[Of::kArrays][Of::kPart];
+      for_arrays(
+          [&](auto index) {
+            constexpr int kArray = decltype(index)::value;
+            using Element = typename Of::template Element<kArray>;
+            if (rule.template reads<kArray>()) {
+              Element elements[Of::kPart];
+              std::memcpy(elements, raw[kArray][i] + part * sizeof(Element) / 4, sizeof(elements));
+              TORCH_FREEZE_UNROLL
+              for (int j = 0; j < Of::kPart; ++j) {
+                values[kArray][j] = static_cast<Value>(elements[j]);
+              }
             }
-          }
-        },
-        arrays);
-    rule(values);
+          },
+          arrays);
+      rule.update_simple(values);
+      for_arrays(
+          [&](auto index) {
+            constexpr int kArray = decltype(index)::value;
+            using Element = typename Of::template Element<kArray>;
+            if (rule.template writes<kArray>()) {
+              Element elements[Of::kPart];
+              TORCH_FREEZE_UNROLL
+              for (int j = 0; j < Of::kPart; ++j) {
+                elements[j] = static_cast<Element>(values[kArray][j]);
+              }
+              std::memcpy(raw[kArray][i] + part * sizeof(Element) / 4, elements, sizeof(elements));
+            }
+          },
+          arrays);
+    }
     for_arrays(
         [&](auto index) {
           constexpr int kArray = decltype(index)::value;
-          using Element = typename Of::template Element<kArray>;
+          constexpr int kSize = Of::template kSize<kArray>;
           if (rule.template writes<kArray>()) {
-            Element elements[Of::kVector];
-            TORCH_FREEZE_UNROLL
-            for (int j = 0; j < Of::kVector; ++j) {
-              elements[j] = static_cast<Element>(values[kArray][j]);
-            }
-            uint32_t out[4];
-            std::memcpy(out, elements, sizeof(elements));
-            memory.template store<sizeof(elements)>(
-                span.array[kArray] + (start + i * kStep) * static_cast<int64_t>(sizeof(Element)), out);
+            memory.template store<Of::kVector * kSize>(
+                span.array[kArray] + (start + i * kStep) * kSize, raw[kArray][i]);
           }
         },
         arrays);
@@ -416,18 +433,17 @@ TORCH_FREEZE_INLINE void update_block(const Table& table, Memory& memory, uint32
   while (true) {
     const auto& tensor = table.row(row);
     const uint32_t span_end = tensor.tile_end < end ? tensor.tile_end : end;
-    Formula::with_rule(table.launch, table.group(tensor.group), tensor.branch, [&](const auto& rule) {
-      const auto span = detail::span_of<Formula>(rule, tensor, row == 0 ? 0 : table.row(row - 1).tile_end);
-      const uint32_t vectors_end = span.vectors_end < span_end ? span.vectors_end : span_end;
-      while (tile < span_end) {
-        if (tile >= span.vectors_begin && tile < vectors_end) {
-          tile = detail::update_by_vector(rule, memory, span, tile, vectors_end, lane);
-        } else {
-          detail::update_by_element(rule, memory, span, tile, lane);
-          tile += kWarps;
-        }
+    const typename Formula::Rule rule(table.launch, table.group(tensor.group), tensor.branch);
+    const auto span = detail::span_of<Formula>(rule, tensor, row == 0 ? 0 : table.row(row - 1).tile_end);
+    const uint32_t vectors_end = span.vectors_end < span_end ? span.vectors_end : span_end;
+    while (tile < span_end) {
+      if (tile >= span.vectors_begin && tile < vectors_end) {
+        tile = detail::update_by_vector<Formula>(rule, memory, span, tile, vectors_end, lane);
+      } else {
+        detail::update_by_element<Formula>(rule, memory, span, tile, lane);
+        tile += kWarps;
       }
-    });
+    }
     if (tile >= end) {
       return;
     }

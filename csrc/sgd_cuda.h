@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <tuple>
 #include <type_traits>
 
@@ -39,6 +40,10 @@ struct KernelArith {
 template <class Variant>
 inline constexpr uint8_t kVariantId = static_cast<uint8_t>(
     static_cast<int>(Variant::kMomentum) * 4 + (Variant::kNesterov ? 2 : 0) + (Variant::kDecay ? 1 : 0));
+
+TORCH_FREEZE_INLINE MomentumUse momentum_use(uint8_t variant_id) {
+  return static_cast<MomentumUse>(variant_id / 4);
+}
 
 inline uint8_t sgd_variant_id(const SgdGroup& group, bool fresh) {
   uint8_t id = 0;
@@ -80,6 +85,14 @@ TORCH_FREEZE_INLINE void with_variant(uint8_t id, Run&& run) {
   }
 }
 
+// A scaler's scale is one unless its user chose otherwise, and dividing by one is multiplying by its inverse, to the
+// last bit. (2^127 is left out: its inverse is subnormal.)
+TORCH_FREEZE_INLINE bool is_power_of_two(float scale) {
+  uint32_t bits;
+  std::memcpy(&bits, &scale, sizeof(bits));
+  return (bits & 0x807fffffu) == 0 && bits != 0 && bits < 0x7f000000u;
+}
+
 template <class Param, class Grad, class Momentum>
 struct SgdFormula {
   using Elements = std::tuple<Param, Grad, Momentum>;
@@ -109,57 +122,78 @@ struct SgdFormula {
     return launch.found_inf != nullptr && *launch.found_inf != 0;
   }
 
-  template <class Variant>
+  // The update of one tensor. Its branches are the same for all threads of a warp and taken once per vector, not
+  // per element; taken any further out, each would repeat the loads and stores around it, in ten
+  // kernels' worth of code. Division, with the registers of its special cases, stays out of the vector loop.
   struct Rule {
-    SgdScalars<Value> scalars;
-    Value grad_scale;
+    const Group& group;  // left in constant memory, where it costs no registers
+    Value neg_lr;
+    Value grad_scale;  // its inverse, where that is as good
     bool scaled;
+    bool simple;
+    uint8_t variant_id;
+
+    TORCH_FREEZE_INLINE Rule(const Launch& launch, const Group& group, uint8_t variant_id)
+        : group(group),
+          neg_lr(group.scalars.neg_lr),
+          grad_scale(1),
+          scaled(launch.grad_scale != nullptr),
+          simple(true),
+          variant_id(variant_id) {
+      if (group.device_lr != nullptr) {
+        const double lr = group.device_lr_is_double ? *static_cast<const double*>(group.device_lr)
+                                                    : *static_cast<const float*>(group.device_lr);
+        neg_lr = static_cast<Value>(-lr);
+      }
+      if (scaled) {
+        const float scale = *launch.grad_scale;
+        simple = is_power_of_two(scale);
+        grad_scale = simple ? static_cast<Value>(1 / scale) : static_cast<Value>(scale);
+      }
+    }
 
     template <int kArray>
     TORCH_FREEZE_INLINE bool reads() const {
-      return kArray != 2 || Variant::kMomentum == MomentumUse::kAccumulate;
+      return kArray != 2 || momentum_use(variant_id) == MomentumUse::kAccumulate;
     }
     template <int kArray>
     TORCH_FREEZE_INLINE bool writes() const {
-      if constexpr (kArray == 1) {
-        return scaled;
-      } else {
-        return kArray == 0 || Variant::kMomentum != MomentumUse::kNone;
-      }
+      return kArray == 0 || (kArray == 1 ? scaled : momentum_use(variant_id) != MomentumUse::kNone);
     }
     template <int kCount>
-    TORCH_FREEZE_INLINE void operator()(Value (&values)[3][kCount]) const {
+    TORCH_FREEZE_INLINE void update_simple(Value (&values)[3][kCount]) const {
+      if (scaled) {
+        TORCH_FREEZE_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+          values[1][i] = values[1][i] * grad_scale;
+        }
+      }
+      descend(values);
+    }
+    template <int kCount>
+    TORCH_FREEZE_INLINE void update(Value (&values)[3][kCount]) const {
       if (scaled) {
         TORCH_FREEZE_UNROLL
         for (int i = 0; i < kCount; ++i) {
           values[1][i] = values[1][i] / grad_scale;
         }
       }
-      TORCH_FREEZE_UNROLL
-      for (int i = 0; i < kCount; ++i) {
-        sgd_element<Variant, KernelArith>(values[0][i], values[2][i], values[1][i], scalars);
-      }
+      descend(values);
+    }
+
+   private:
+    template <int kCount>
+    TORCH_FREEZE_INLINE void descend(Value (&values)[3][kCount]) const {
+      SgdScalars<Value> scalars = group.scalars;
+      scalars.neg_lr = neg_lr;
+      with_variant(variant_id, [&](auto variant) {
+        TORCH_FREEZE_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+          sgd_element<decltype(variant), KernelArith>(values[0][i], values[2][i], values[1][i], scalars);
+        }
+      });
     }
   };
-
-  template <class Run>
-  static TORCH_FREEZE_INLINE void with_rule(
-      const Launch& launch,
-      const Group& group,
-      uint8_t variant_id,
-      Run&& run) {
-    SgdScalars<Value> scalars = group.scalars;
-    if (group.device_lr != nullptr) {
-      const double lr = group.device_lr_is_double ? *static_cast<const double*>(group.device_lr)
-                                                  : *static_cast<const float*>(group.device_lr);
-      scalars.neg_lr = static_cast<Value>(-lr);
-    }
-    const bool scaled = launch.grad_scale != nullptr;
-    const Value grad_scale = scaled ? static_cast<Value>(*launch.grad_scale) : Value(1);
-    with_variant(variant_id, [&](auto variant) {
-      run(Rule<decltype(variant)>{scalars, grad_scale, scaled});
-    });
-  }
 };
 
 // A batch as the packing of tables reads it.
