@@ -81,11 +81,11 @@ def find_toolkit(torch: ModuleType, nvidia: Path) -> Toolkit | str:
 
 
 def architecture_flags(torch: ModuleType, known: list[int]) -> list[str]:
-    """``-gencode`` flags: the list asked for, else the GPUs in sight, else one per generation.
+    """``-gencode`` flags: the list asked for, else the GPUs in sight, else every generation.
 
-    Code for x.0 runs on every x.y, and a kernel bound by memory bandwidth gains nothing from the
-    later one: one architecture per generation from 8.0 on keeps the build short. PTX of the newest
-    serves what comes after it.
+    Every generation from 8.0 on: code for x.0 runs on x.y, which a kernel bound by memory bandwidth
+    does not notice. All of it comes from the PTX of 8.0, which takes half the time to compile that
+    one PTX for each takes, and is kept for GPUs to come.
     """
     if os.environ.get("TORCH_CUDA_ARCH_LIST", "native") not in ("", "native"):
         from torch.utils.cpp_extension import _get_cuda_arch_flags
@@ -93,11 +93,13 @@ def architecture_flags(torch: ModuleType, known: list[int]) -> list[str]:
         return list(_get_cuda_arch_flags())
     gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     wanted = {10 * major + minor for major, minor in gpus}
-    chosen = sorted({max((k for k in known if k <= w), default=known[0]) for w in wanted})
-    if not gpus:
-        chosen = [c for c in known if c >= 80 and c == min(k for k in known if k // 10 == c // 10)]
-    flags = [f"-gencode=arch=compute_{c},code=sm_{c}" for c in chosen]
-    return [*flags, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
+    if wanted:
+        chosen = sorted({max((k for k in known if k <= w), default=known[0]) for w in wanted})
+        codes = [(c, f"sm_{c}") for c in chosen] + [(chosen[-1], f"compute_{chosen[-1]}")]
+    else:
+        first = {c // 10: c for c in reversed(known) if c >= 80}
+        codes = [(80, f"sm_{c}") for c in sorted(first.values())] + [(80, "compute_80")]
+    return [f"-gencode=arch=compute_{ptx},code={code}" for ptx, code in codes]
 
 
 def import_torch() -> ModuleType:
@@ -157,7 +159,7 @@ def configure(torch: ModuleType) -> tuple[setuptools.Extension, dict[str, object
         extension.libraries += ["c10_cuda"]
         extension.extra_objects += [str(path) for path in libraries[:1]]
         threads = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        nvcc = ["-fmad=false", "-lineinfo", f"--threads={threads}", *flags]
+        nvcc = ["-fmad=false", f"--threads={threads}", *flags]
         nvcc += ["-Xcompiler", ",".join(host)] + (["-O0", "-g"] if debug else ["-O3"])
     else:
         print(f"torch_freeze: CPU only, because {toolkit}. USE_CUDA=1 insists on CUDA.")
@@ -165,7 +167,8 @@ def configure(torch: ModuleType) -> tuple[setuptools.Extension, dict[str, object
     system = [word for path in includes for word in ("-isystem", path)]
     # Most Pythons' own flags have -g and -DNDEBUG.
     level = ["-O0", "-g", "-UNDEBUG"] if debug else ["-O3", "-g0"]
-    cxx = [*level, *host, "-fno-math-errno", *openmp, *system]
+    # The kernel's body is compiled for the host too, where `#pragma unroll` says nothing.
+    cxx = [*level, *host, "-Wno-unknown-pragmas", "-fno-math-errno", *openmp, *system]
     extension.extra_compile_args = {"cxx": cxx, "nvcc": [*nvcc, *system]}
     return extension, {
         "torch": torch.__version__,

@@ -306,7 +306,7 @@ KNOWN = [50, 60, 61, 75, 80, 86, 89, 90, 100, 103, 120, 121]
     ("gpus", "wanted", "codes"),
     [
         pytest.param(
-            [], None, "sm_80 sm_90 sm_100 sm_120 compute_120", id="no GPU: one for each generation"
+            [], None, "sm_80 sm_90 sm_100 sm_120 compute_80", id="no GPU: one for each generation"
         ),
         pytest.param([(9, 0)], None, "sm_90 compute_90", id="one GPU: its own"),
         pytest.param(
