@@ -37,11 +37,11 @@
 namespace torch_freeze::multi_tensor {
 
 inline constexpr uint32_t kLanes = 32;
-inline constexpr uint32_t kWarps = 8;
+inline constexpr uint32_t kWarps = 4;
 inline constexpr uint32_t kThreads = kLanes * kWarps;
 // Resident blocks per multiprocessor that the compiler must leave registers for, and vectors per array that a
 // lane has under way at once: together they cover the memory latency (benchmarks/NOTES.md).
-inline constexpr int kBlocksPerMultiprocessor = 3;
+inline constexpr int kBlocksPerMultiprocessor = 5;
 inline constexpr int kInFlight = 2;
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kLineBytes = 128;
@@ -69,8 +69,9 @@ struct Shape {
   // Elements of one vector: sixteen bytes of the widest array. A narrower one moves as many elements in
   // fewer bytes, so that every access of a warp stays one unbroken run.
   static constexpr int kVector = kVectorBytes / widest(static_cast<Elements*>(nullptr));
-  // Elements computed at once, so that the wide forms of narrow types do not need the registers of a whole vector.
-  static constexpr int kPart = std::min(kVector, 4);
+  // Elements computed at once: sixteen bytes of results at most, whatever a vector of narrow types widens to, and
+  // one double, whose division alone takes a score of registers.
+  static constexpr int kPart = sizeof(typename Formula::Value) == 8 ? 1 : std::min(kVector, 4);
   static constexpr int kTile = kVector * static_cast<int>(kLanes);
   static_assert(kTile <= 256, "Row::gap counts the missing elements of a tile in a byte");
   static_assert(kVector * kSize<0> * static_cast<int>(kLanes) >= kLineBytes, "a lead must fit in one tile");
@@ -313,7 +314,9 @@ TORCH_FREEZE_INLINE uint32_t update_by_vector(
         constexpr int kSize = Of::template kSize<kArray>;
         constexpr int kBytes = Of::kVector * kSize;
         if (rule.template reads<kArray>()) {
-          const char* const from = span.array[kArray] + start * kSize - span.shift[kArray];
+          // All others lie as the arrays written do.
+          const uint32_t shift = Formula::template kRealigned<kArray> ? span.shift[kArray] : 0;
+          const char* const from = span.array[kArray] + start * kSize - shift;
           TORCH_FREEZE_UNROLL
           for (int i = 0; i < kInFlight; ++i) {
             if (tile + i * kWarps < end) {
