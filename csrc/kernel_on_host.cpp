@@ -1,0 +1,247 @@
+// Runs the CUDA kernel's body on the CPU, thread after thread of block after block of any grid.
+#include "kernel_on_host.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "multi_tensor_cuda.h"
+#include "sgd_cuda.h"
+#include "tensor_update.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace torch_freeze {
+namespace {
+
+// (param, grad, momentum, numel, group, fresh); pointers as integers.
+using Update = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int32_t, bool>;
+// (lr, momentum, dampening, weight_decay, nesterov, maximize, device_lr, device_lr_is_double)
+using Group = std::tuple<double, double, double, double, bool, bool, uintptr_t, bool>;
+// (address, bytes, bytes per access, whether it is a store)
+using Access = std::tuple<uintptr_t, int64_t, int, bool>;
+using Dtypes = std::tuple<std::string, std::string, std::string>;
+
+c10::ScalarType scalar_type(const std::string& name) {
+  static const std::map<std::string, c10::ScalarType> kTypes = {
+      {"float32", c10::kFloat}, {"float64", c10::kDouble}, {"bfloat16", c10::kBFloat16}, {"float16", c10::kHalf}};
+  const auto found = kTypes.find(name);
+  if (found == kTypes.end()) {
+    throw py::value_error("kernel on host: no dtype " + name);
+  }
+  return found->second;
+}
+
+class Batch {
+ public:
+  Batch(const std::vector<Update>& updates, const std::vector<Group>& groups, const Dtypes& dtypes, uintptr_t grad_scale,
+        uintptr_t found_inf) {
+    for (const auto& [param, grad, momentum, numel, group, fresh] : updates) {
+      updates_.push_back(
+          {reinterpret_cast<void*>(param), reinterpret_cast<void*>(grad), reinterpret_cast<void*>(momentum), numel, group,
+           fresh});
+      batch_.numel += numel;
+    }
+    for (const auto& [lr, momentum, dampening, weight_decay, nesterov, maximize, device_lr, is_double] : groups) {
+      SgdGroup group;
+      group.lr = lr;
+      group.momentum = momentum;
+      group.dampening = dampening;
+      group.weight_decay = weight_decay;
+      group.nesterov = nesterov;
+      group.maximize = maximize;
+      group.device_lr = reinterpret_cast<const void*>(device_lr);
+      group.device_lr_is_double = is_double;
+      groups_.push_back(group);
+    }
+    batch_.param_type = scalar_type(std::get<0>(dtypes));
+    batch_.grad_type = scalar_type(std::get<1>(dtypes));
+    batch_.momentum_type = scalar_type(std::get<2>(dtypes));
+    batch_.updates = updates_.data();
+    batch_.count = static_cast<int64_t>(updates_.size());
+    batch_.groups = groups_.data();
+    batch_.group_count = static_cast<int64_t>(groups_.size());
+    batch_.grad_scale = reinterpret_cast<const float*>(grad_scale);
+    batch_.found_inf = reinterpret_cast<const float*>(found_inf);
+  }
+  Batch(const Batch&) = delete;
+  Batch& operator=(const Batch&) = delete;
+
+  // Calls `run(table, blocks)` for each launch of a device on which `resident` blocks run at once.
+  template <class Run>
+  void for_each_launch(uint32_t resident, Run&& run) const {
+    const bool known = with_sgd_formula(batch_, [&](auto formula) {
+      using Formula = decltype(formula);
+      multi_tensor::for_each_table<Formula>(SgdSource<Formula>(batch_), [&](auto& table) {
+        const uint32_t blocks = table.useful_blocks(resident);
+        table.spread_over(blocks);
+        run(table, blocks);
+      });
+    });
+    if (!known) {
+      throw py::type_error("kernel on host: no kernel for these dtypes");
+    }
+  }
+
+ private:
+  std::vector<TensorUpdate> updates_;
+  std::vector<SgdGroup> groups_;
+  UpdateBatch batch_;
+};
+
+// A GPU stops at an access that is not aligned to its own size.
+template <int kBytes>
+void check_alignment(const char* address) {
+  if (reinterpret_cast<uintptr_t>(address) % kBytes != 0) {
+    throw std::logic_error("kernel on host: an access of " + std::to_string(kBytes) + " bytes is misaligned");
+  }
+}
+
+struct HostMemory {
+  template <int kBytes, bool kStreamed>
+  void load(const char* from, uint32_t (&raw)[4]) const {
+    check_alignment<kBytes>(from);
+    std::memcpy(raw, from, kBytes);
+  }
+  template <int kBytes>
+  void store(char* to, const uint32_t (&raw)[4]) const {
+    check_alignment<kBytes>(to);
+    std::memcpy(to, raw, kBytes);
+  }
+};
+
+// Notes the accesses and makes none: the tensors need not exist.
+class RecordedMemory {
+ public:
+  template <int kBytes, bool kStreamed>
+  void load(const char* from, uint32_t (&raw)[4]) {
+    note<kBytes>(from, false);
+    std::fill_n(raw, 4, 0u);
+  }
+  template <int kBytes>
+  void store(char* to, const uint32_t (&)[4]) {
+    note<kBytes>(to, true);
+  }
+
+  // In order of address for each kind; accesses that meet end to end become one, those that overlap do not.
+  std::vector<Access> runs() {
+    std::sort(accesses_.begin(), accesses_.end(), [](const Access& a, const Access& b) {
+      return std::tuple(std::get<3>(a), std::get<2>(a), std::get<0>(a)) <
+          std::tuple(std::get<3>(b), std::get<2>(b), std::get<0>(b));
+    });
+    std::vector<Access> runs;
+    for (const Access& access : accesses_) {
+      const auto [address, bytes, width, store] = access;
+      if (!runs.empty()) {
+        auto& [run_address, run_bytes, run_width, run_store] = runs.back();
+        if (run_store == store && run_width == width && run_address + run_bytes == address) {
+          run_bytes += bytes;
+          continue;
+        }
+      }
+      runs.push_back(access);
+    }
+    return runs;
+  }
+
+ private:
+  template <int kBytes>
+  void note(const char* address, bool store) {
+    check_alignment<kBytes>(address);
+    accesses_.emplace_back(reinterpret_cast<uintptr_t>(address), kBytes, kBytes, store);
+  }
+
+  std::vector<Access> accesses_;
+};
+
+std::vector<py::dict> step(
+    const std::vector<Update>& updates,
+    const std::vector<Group>& groups,
+    const Dtypes& dtypes,
+    uint32_t resident,
+    uintptr_t grad_scale,
+    uintptr_t found_inf,
+    bool backwards) {
+  const Batch batch(updates, groups, dtypes, grad_scale, found_inf);
+  std::vector<py::dict> launches;
+  batch.for_each_launch(resident, [&](const auto& table, uint32_t blocks) {
+    HostMemory memory;
+    const uint32_t threads = blocks * multi_tensor::kThreads;
+    for (uint32_t i = 0; i < threads; ++i) {
+      const uint32_t thread = backwards ? threads - 1 - i : i;
+      multi_tensor::update_block(table, memory, thread / multi_tensor::kThreads, thread % multi_tensor::kThreads);
+    }
+    launches.push_back(
+        py::dict("parameter_bytes"_a = sizeof(table), "tensors"_a = table.row_count, "groups"_a = table.group_count,
+                 "blocks"_a = blocks));
+  });
+  return launches;
+}
+
+std::vector<Access> accesses(
+    const std::vector<Update>& updates,
+    const std::vector<Group>& groups,
+    const Dtypes& dtypes,
+    uint32_t resident,
+    const std::vector<uint32_t>& chosen,
+    uintptr_t grad_scale) {
+  const Batch batch(updates, groups, dtypes, grad_scale, 0);
+  RecordedMemory memory;
+  batch.for_each_launch(resident, [&](const auto& table, uint32_t blocks) {
+    for (const uint32_t block : chosen) {
+      if (block >= blocks) {
+        throw py::index_error("kernel on host: no block " + std::to_string(block) + " of " + std::to_string(blocks));
+      }
+      for (uint32_t thread = 0; thread < multi_tensor::kThreads; ++thread) {
+        multi_tensor::update_block(table, memory, block, thread);
+      }
+    }
+  });
+  return memory.runs();
+}
+
+// How many tensors a table of each tier holds where they have `groups` groups.
+std::vector<std::tuple<int, int64_t>> capacities(const Dtypes& dtypes, int64_t groups) {
+  UpdateBatch batch;
+  batch.param_type = scalar_type(std::get<0>(dtypes));
+  batch.grad_type = scalar_type(std::get<1>(dtypes));
+  batch.momentum_type = scalar_type(std::get<2>(dtypes));
+  std::vector<std::tuple<int, int64_t>> tiers;
+  const auto add = [&](auto* tier) {
+    using Table = std::remove_pointer_t<decltype(tier)>;
+    const auto room = Table::kStorage - groups * static_cast<int64_t>(sizeof(typename Table::Group));
+    tiers.emplace_back(static_cast<int>(sizeof(Table)), room / static_cast<int64_t>(sizeof(typename Table::Row)));
+  };
+  with_sgd_formula(batch, [&](auto formula) {
+    using Formula = decltype(formula);
+    add(static_cast<multi_tensor::Table<Formula, multi_tensor::kSmallTable>*>(nullptr));
+    add(static_cast<multi_tensor::Table<Formula, multi_tensor::kMediumTable>*>(nullptr));
+    add(static_cast<multi_tensor::Table<Formula, multi_tensor::kLargeTable>*>(nullptr));
+  });
+  return tiers;
+}
+
+}  // namespace
+
+void bind_kernel_on_host(py::module_& module) {
+  module.def(
+      "_kernel_on_host_step", &step, "updates"_a, "groups"_a, "dtypes"_a, "resident"_a, py::kw_only(),
+      "grad_scale"_a = 0, "found_inf"_a = 0, "backwards"_a = false,
+      "The CUDA step on tensors in host memory; what each launch was.");
+  module.def(
+      "_kernel_on_host_accesses", &accesses, "updates"_a, "groups"_a, "dtypes"_a, "resident"_a, "chosen"_a,
+      py::kw_only(), "grad_scale"_a = 0, "What the chosen blocks of each launch would load and store.");
+  module.def(
+      "_kernel_on_host_capacities", &capacities, "dtypes"_a, "groups"_a,
+      "(bytes of kernel parameters, tensors that fit) of each table.");
+}
+
+}  // namespace torch_freeze
