@@ -54,7 +54,7 @@ class Batch {
       SgdGroup group;
       group.lr = lr;
       group.momentum = momentum;
-      group.dampening = dampening;
+      group.undamped = 1.0 - dampening;
       group.weight_decay = weight_decay;
       group.nesterov = nesterov;
       group.maximize = maximize;

@@ -425,7 +425,9 @@ void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
   const auto type = type_of(param);
   if (!has_kernel(param->device().type()) || !has_kernel(param->device().type(), type, type_of(grad)) ||
       !param->is_non_overlapping_and_dense() ||
-      (buffer != nullptr && (type_of(buffer) != type || !same_layout(param, buffer)))) {
+      (buffer != nullptr && (type_of(buffer) != type || !same_layout(param, buffer))) ||
+      // Stock starts the buffer in the gradient's layout, so such a buffer is stock's to make.
+      (use.has_buffer && buffer == nullptr && !same_layout(param, grad))) {
     add_to_rest(slot.object, use);
     return;
   }

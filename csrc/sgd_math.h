@@ -18,7 +18,7 @@ namespace torch_freeze {
 struct SgdGroup {
   double lr = 0;
   double momentum = 0;
-  double dampening = 0;
+  double undamped = 1;  // 1 - dampening
   double weight_decay = 0;
   // A learning rate that lives on the tensors' own device (one float, or one double where
   // `device_lr_is_double`) and is read there, so that a step captured in a CUDA graph follows it. Null: `lr`.
@@ -33,7 +33,7 @@ template <class T>
 struct SgdScalars {
   T neg_lr;
   T momentum;
-  T undamped;  // 1 - dampening
+  T undamped;
   T weight_decay;
   T sign;  // -1 to maximize, else 1: an exact product
 };
@@ -43,7 +43,7 @@ TORCH_FREEZE_INLINE SgdScalars<T> sgd_scalars(const SgdGroup& group) {
   return {
       static_cast<T>(-group.lr),
       static_cast<T>(group.momentum),
-      static_cast<T>(1.0 - group.dampening),
+      static_cast<T>(group.undamped),
       static_cast<T>(group.weight_decay),
       static_cast<T>(group.maximize ? -1.0 : 1.0)};
 }

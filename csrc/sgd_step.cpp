@@ -117,6 +117,16 @@ class GroupReader {
     return number;
   }
 
+  // 1 - dampening, rounded as Python rounds it: a NumPy or tensor scalar has a precision of its own.
+  double undamped() const {
+    PyObject* value = item(kDampening);
+    if (PyFloat_CheckExact(value)) {
+      return 1.0 - PyFloat_AS_DOUBLE(value);
+    }
+    number(kDampening);  // says what is wrong with it, if anything is
+    return py::cast<double>(py::float_(py::int_(1) - py::reinterpret_borrow<py::object>(value)));
+  }
+
   bool wants_gradient(Key key) const {
     const auto* found = tensor(key);
     return found != nullptr && found->requires_grad();
@@ -259,7 +269,7 @@ py::object step(
         group.lr = reader.number(kLr);
       }
       group.momentum = reader.number(kMomentum);
-      group.dampening = reader.number(kDampening);
+      group.undamped = reader.undamped();
       group.weight_decay = reader.number(kWeightDecay);
       group.nesterov = reader.flag(kNesterov);
       group.maximize = reader.flag(kMaximize);
