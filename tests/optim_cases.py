@@ -166,7 +166,7 @@ class Reference(torch.optim.SGD):
             [wide_grad],
             buffers,
             has_sparse_grad=grad.is_sparse,
-            foreach=p.is_cuda,
+            foreach=bool(group["foreach"]) if by_name else p.is_cuda,
             fused=False,
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
