@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -191,18 +192,27 @@ std::vector<Access> accesses(
     const std::vector<Group>& groups,
     const Dtypes& dtypes,
     uint32_t resident,
-    const std::vector<uint32_t>& chosen,
+    const std::optional<std::vector<uint32_t>>& chosen,
     uintptr_t grad_scale) {
   const Batch batch(updates, groups, dtypes, grad_scale, 0);
   RecordedMemory memory;
   batch.for_each_launch(resident, [&](const auto& table, uint32_t blocks) {
-    for (const uint32_t block : chosen) {
-      if (block >= blocks) {
-        throw py::index_error("kernel on host: no block " + std::to_string(block) + " of " + std::to_string(blocks));
-      }
+    const auto run = [&](uint32_t block) {
       for (uint32_t thread = 0; thread < multi_tensor::kThreads; ++thread) {
         multi_tensor::update_block(table, memory, block, thread);
       }
+    };
+    if (!chosen) {
+      for (uint32_t block = 0; block < blocks; ++block) {
+        run(block);
+      }
+      return;
+    }
+    for (const uint32_t block : *chosen) {
+      if (block >= blocks) {
+        throw py::index_error("kernel on host: no block " + std::to_string(block) + " of " + std::to_string(blocks));
+      }
+      run(block);
     }
   });
   return memory.runs();
@@ -237,8 +247,9 @@ void bind_kernel_on_host(py::module_& module) {
       "grad_scale"_a = 0, "found_inf"_a = 0, "backwards"_a = false,
       "The CUDA step on tensors in host memory; what each launch was.");
   module.def(
-      "_kernel_on_host_accesses", &accesses, "updates"_a, "groups"_a, "dtypes"_a, "resident"_a, "chosen"_a,
-      py::kw_only(), "grad_scale"_a = 0, "What the chosen blocks of each launch would load and store.");
+      "_kernel_on_host_accesses", &accesses, "updates"_a, "groups"_a, "dtypes"_a, "resident"_a,
+      "chosen"_a = py::none(), py::kw_only(), "grad_scale"_a = 0,
+      "What the chosen blocks of each launch, or all of them, would load and store.");
   module.def(
       "_kernel_on_host_capacities", &capacities, "dtypes"_a, "groups"_a,
       "(bytes of kernel parameters, tensors that fit) of each table.");

@@ -369,6 +369,11 @@ TORCH_FREEZE_INLINE uint32_t update_by_vector(
               for (int j = 0; j < Of::kPart; ++j) {
                 values[kArray][j] = static_cast<Value>(elements[j]);
               }
+            } else {
+              TORCH_FREEZE_UNROLL
+              for (int j = 0; j < Of::kPart; ++j) {
+                values[kArray][j] = Value(0);
+              }
             }
           },
           arrays);

@@ -172,11 +172,13 @@ struct SgdFormula {
     }
     template <int kCount>
     TORCH_FREEZE_INLINE void update(Value (&values)[3][kCount]) const {
-      if (scaled) {
-        TORCH_FREEZE_UNROLL
-        for (int i = 0; i < kCount; ++i) {
-          values[1][i] = values[1][i] / grad_scale;
-        }
+      if (simple) {
+        update_simple(values);
+        return;
+      }
+      TORCH_FREEZE_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        values[1][i] = values[1][i] / grad_scale;
       }
       descend(values);
     }
