@@ -51,41 +51,60 @@ class Flow:
     sentence: str
 
 
-@dataclass(slots=True)
-class _Use:
-    """What one parameter costs and whether the gradient of its input is wanted."""
+class _Tally:
+    """Sums over all parameters of what their gradients cost and what freezing saves of it."""
 
-    name: str
-    numel: int
-    trainable: bool
-    work: float
-    reached: bool
-    reached_if_all_train: bool
+    def __init__(self) -> None:
+        self.count = self.count_frozen = 0
+        self.some_crossed = self.some_skipped = False
+        self.crossed = self.skipped = 0
+        self.work = self.saved = self.input_work = self.input_work_if_all_train = 0.0
+
+    def add(self, entry: ParamEntry, work: float, reached: bool, if_all_train: bool) -> None:
+        """Add a parameter; `reached`: the gradient of its input is computed."""
+        numel = numel_of(entry)
+        self.count += 1
+        self.work += work
+        if reached:
+            self.input_work += work
+        if if_all_train:
+            self.input_work_if_all_train += work
+        if entry.parameter.requires_grad:
+            return
+        self.count_frozen += 1
+        self.saved += work
+        if reached:
+            self.crossed += numel
+            self.some_crossed = True
+        else:
+            self.skipped += numel
+            self.some_skipped = self.some_skipped or numel > 0
 
 
 def estimate_flow(entries: list[ParamEntry]) -> Flow:
     """Flow by the order of registration, which is the order of use in most models, not in all."""
-    uses: list[_Use] = []
-    trains_before = False
-    first_owner: str | None = None
+    first = next((entry for entry in entries if entry.parameter.requires_grad), None)
+    first_name = first.name if first is not None else None
+    start = first.first_place if first is not None else len(entries)
+    first_owner = _owner(first_name or "")
+    model_first = _owner(entries[0].name) if entries else ""
+    tally = _Tally()
     for entry in entries:
-        p = entry.parameter
-        numel = 0 if is_lazy(p) else p.numel()
-        owner = entry.name.rpartition(".")[0]
-        if first_owner is None:
-            first_owner = owner
-        trainable = p.requires_grad
-        uses.append(_Use(entry.name, numel, trainable, numel, trains_before, owner != first_owner))
-        trains_before = trains_before or trainable
-    # Siblings of one module (weight and bias) share one input: a frozen weight whose own bias is
-    # the first to train is reached by nothing, and a trainable bias before its weight is the same.
-    first = next((use.name for use in uses if use.trainable), None)
-    if first is not None:
-        owner = first.rpartition(".")[0]
-        for use in uses:
-            if use.name.rpartition(".")[0] == owner:
-                use.reached = False
-    return _flow(uses, first, measured=False, by_flops=False)
+        # A tied parameter is used where each of its names stands, so its last place counts.
+        # Weight and bias of one module share its input: neither lies behind the other.
+        owner = _owner(entry.aliases[-1] if entry.aliases else entry.name)
+        reached = first is not None and entry.last_place > start and owner != first_owner
+        tally.add(entry, float(numel_of(entry)), reached, owner != model_first)
+    return _flow(tally, first_name, measured=False, by_flops=False)
+
+
+def numel_of(entry: ParamEntry) -> int:
+    """Elements of a parameter; 0 while it is lazy."""
+    return 0 if is_lazy(entry.parameter) else entry.parameter.numel()
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def measure_flow(tree: Tree, example: Any) -> Flow:
@@ -118,21 +137,16 @@ def measure_flow(tree: Tree, example: Any) -> Flow:
     first = next((e.name for e in watch.order if e.parameter.requires_grad), None)
     by_flops = sum(watch.flops.values()) > 0
     first_key = id(watch.order[0].parameter) if watch.order else None
-    uses = []
+    tally = _Tally()
     for key, entry in watch.entries.items():
-        p = entry.parameter
-        numel = 0 if is_lazy(p) else p.numel()
-        work = watch.flops.get(key, 0.0) if by_flops else float(numel)
-        trainable = p.requires_grad
-        uses.append(
-            _Use(entry.name, numel, trainable, work, key in watch.reached, key != first_key)
-        )
+        work = watch.flops.get(key, 0.0) if by_flops else float(numel_of(entry))
+        tally.add(entry, work, key in watch.reached, key != first_key)
     unused = [
         e.name
         for key, e in watch.entries.items()
         if e.parameter.requires_grad and key not in watch.used
     ]
-    return _flow(uses, first, measured=True, by_flops=by_flops, unused=unused)
+    return _flow(tally, first, measured=True, by_flops=by_flops, unused=unused)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
@@ -188,7 +202,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         count = flop_registry.get(getattr(func, "_overloadpacket", None))
         flops = float(count(*args, **kwargs, out_val=out)) if count is not None else 0.0
         weights = [key for key in from_params if self.entries[key].parameter.dim() > 1]
-        for key in from_params:
+        for key in sorted(from_params, key=lambda key: self.entries[key].first_place):
             if key not in self.used:
                 self.used.add(key)
                 self.order.append(self.entries[key])
@@ -208,41 +222,38 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _flow(
-    uses: list[_Use],
+    tally: _Tally,
     first: str | None,
     *,
     measured: bool,
     by_flops: bool,
     unused: list[str] | None = None,
 ) -> Flow:
-    frozen = [use for use in uses if not use.trainable]
-    crossed = sum(use.numel for use in frozen if use.reached)
-    skipped = sum(use.numel for use in frozen if not use.reached)
-    work = sum(use.work for use in uses)
-    saved = sum(use.work for use in frozen)
-    everything = work + sum(use.work for use in uses if use.reached_if_all_train)
-    now = work - saved + sum(use.work for use in uses if use.reached)
-    weight_saved = saved / work if work else float(bool(frozen) and len(frozen) == len(uses))
+    work, saved = tally.work, tally.saved
+    all_frozen = 0 < tally.count == tally.count_frozen
+    everything = work + tally.input_work_if_all_train
+    now = work - saved + tally.input_work
+    weight_saved = saved / work if work else float(all_frozen)
     backward_saved = max(0.0, 1 - now / everything) if everything else weight_saved
     kind: Kind
-    if not frozen:
+    if not tally.count_frozen:
         kind = "nothing frozen"
         said = "runs through the whole model: nothing is frozen."
-    elif len(frozen) == len(uses):
+    elif all_frozen:
         kind, weight_saved, backward_saved = "everything frozen", 1.0, 1.0
         said = "does not run: everything is frozen, and backward() on the loss raises."
     else:
-        total = f"{crossed + skipped:,}"
-        if not any(use.reached for use in frozen):
+        total = f"{tally.crossed + tally.skipped:,}"
+        if not tally.some_crossed:
             kind = "stops early"
             said = f"stops early: all {total} frozen parameters come before the first trainable one"
             said += f" ({first})." if first else "."
-        elif any(not use.reached and use.numel for use in frozen):
+        elif tally.some_skipped:
             kind = "mixed"
             said = (
-                f"stops early for {skipped:,} of {total} frozen parameters; it still runs through "
-                f"the other {crossed:,}, which come after {first}: there the input gradients are "
-                "computed all the same."
+                f"stops early for {tally.skipped:,} of {total} frozen parameters; it still runs "
+                f"through the other {tally.crossed:,}, which come after {first}: there the input "
+                "gradients are computed all the same."
             )
         else:
             kind = "runs through"
@@ -272,8 +283,8 @@ def _flow(
         measured=measured,
         stops_early=kind in ("stops early", "mixed", "everything frozen"),
         first_trainable=first,
-        skipped=skipped,
-        crossed=crossed,
+        skipped=tally.skipped,
+        crossed=tally.crossed,
         weight_gradient_saved=weight_saved,
         backward_saved=backward_saved,
         sentence=said,

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -54,36 +54,50 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 def is_lazy(tensor: torch.Tensor) -> bool:
     """Whether a lazy module's parameter or buffer has no shape yet."""
-    return isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
+    # By type: isinstance() of a parameter class is slow, and is true of more than its instances.
+    return type(tensor) in (UninitializedParameter, UninitializedBuffer)
 
 
-@dataclass(slots=True, eq=False)
 class ParamEntry:
     """One parameter and every name it has; the first name is the one reports use."""
 
-    parameter: nn.Parameter
-    names: list[str] = field(default_factory=list)
-    raw_names: list[str] = field(default_factory=list)
+    # A model has thousands of these: plain slots, and few objects for the garbage collector.
+    __slots__ = ("aliases", "first_place", "last_place", "name", "parameter", "raw_names")
+
+    def __init__(self, parameter: nn.Parameter, name: str, place: int) -> None:
+        self.parameter = parameter
+        self.name = name
+        #: Further names, of a tied parameter.
+        self.aliases: tuple[str, ...] = ()
+        #: Names with the wrappers' segments, where there are any, to those without.
+        self.raw_names: dict[str, str] | None = None
+        #: Where in the order of registration the first and the last of its names stand.
+        self.first_place = self.last_place = place
 
     @property
-    def name(self) -> str:
-        return self.names[0]
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
 
 
-@dataclass(slots=True, eq=False)
 class ModuleEntry:
     """One module, every name it has, and what it owns directly."""
 
-    module: nn.Module
-    names: list[str] = field(default_factory=list)
-    raw_names: list[str] = field(default_factory=list)
-    params: list[tuple[str, ParamEntry]] = field(default_factory=list)
-    children: list[tuple[str, ModuleEntry]] = field(default_factory=list)
-    parents: list[ModuleEntry] = field(default_factory=list)
+    # No reference upwards: a cycle would keep the model alive until the next garbage collection.
+    __slots__ = ("aliases", "children", "module", "name", "params", "parent", "raw_names")
+
+    def __init__(self, module: nn.Module, name: str, parent: int) -> None:
+        self.module = module
+        self.name = name
+        self.aliases: tuple[str, ...] = ()
+        self.raw_names: dict[str, str] | None = None
+        #: Place in Tree.order of the module it is first registered in; -1 for the model.
+        self.parent = parent
+        self.params: Sequence[ParamEntry] = ()
+        self.children: Sequence[ModuleEntry] = ()
 
     @property
-    def name(self) -> str:
-        return self.names[0]
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
 
     def subtree(self, seen: set[int]) -> Iterator[ModuleEntry]:
         """Self and all modules below that are not in `seen` yet, in registration order."""
@@ -94,16 +108,15 @@ class ModuleEntry:
                 continue
             seen.add(id(entry))
             yield entry
-            stack.extend(child for _, child in reversed(entry.children))
+            if entry.children:
+                stack.extend(reversed(entry.children))
 
-    def parameters(self) -> Iterator[ParamEntry]:
+    def parameters(self) -> list[ParamEntry]:
         """The parameters of the subtree, each once, in registration order."""
-        seen: set[int] = set()
-        for entry in self.subtree(set()):
-            for _, param in entry.params:
-                if id(param) not in seen:
-                    seen.add(id(param))
-                    yield param
+        if not self.children:
+            return list(self.params)
+        found = {id(p): p for entry in self.subtree(set()) for p in entry.params}
+        return list(found.values())
 
 
 class Tree:
@@ -111,55 +124,74 @@ class Tree:
 
     Names leave out the wrappers' segments ("module.", "_orig_mod."); `raw_names` keep them.
     Parameters are told apart by identity, never by value: two equal layers are two layers.
+
+    Attributes:
+        params: by `id` of the parameter, in registration order.
+        modules: by `id` of the module; a wrapper stands for what it wraps.
+        order: every module once, in registration order, parents before what they hold.
+        root: the model, under its wrappers.
+        ddp: the DistributedDataParallel wrappers met.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.params: dict[int, ParamEntry] = {}
         self.modules: dict[int, ModuleEntry] = {}
+        self.order: list[ModuleEntry] = []
         self.ddp: list[nn.Module] = []
         self._aliases: dict[str, ParamEntry] | None = None
-        self.root = self._walk(model, "", "", None)
+        self._places = 0
+        self.root = self._walk(model, "", "", -1)
 
-    def _walk(
-        self, module: nn.Module, name: str, raw: str, parent: ModuleEntry | None
-    ) -> ModuleEntry:
-        child = wrapped_child(module) if module._modules else None
-        if child is not None and (inner := module._modules[child]) is not None:
+    def _walk(self, module: nn.Module, name: str, raw: str, parent: int) -> ModuleEntry:
+        # `name` and `raw` end in a dot, ready to prefix what lies below.
+        below = module._modules
+        if below and (child := wrapped_child(module)) and (inner := below[child]) is not None:
             if isinstance(module, DistributedDataParallel):
                 self.ddp.append(module)
-            entry = self._walk(inner, name, raw + child + ".", parent)
+            entry = self._walk(inner, name, f"{raw}{child}.", parent)
             # A wrapper is found by identity too: freeze(model, compiled_block).
             self.modules[id(module)] = entry
             return entry
-        entry = self.modules.get(id(module)) or ModuleEntry(module)
-        first_visit = not entry.names
-        self.modules[id(module)] = entry
-        # `name` and `raw` end in a dot, ready to prefix what lies below.
-        entry.names.append(name[:-1])
-        entry.raw_names.append(raw[:-1])
-        if parent is not None:
-            entry.parents.append(parent)
+        known = self.modules.get(id(module))
+        index = len(self.order)
+        if known is None:
+            entry = self.modules[id(module)] = ModuleEntry(module, name[:-1], parent)
+            self.order.append(entry)
+        else:
+            entry = known
+            entry.aliases += (name[:-1],)
+        if raw != name:
+            entry.raw_names = {**(entry.raw_names or {}), raw[:-1]: name[:-1]}
+        own = []
         for key, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            owned = self.params.get(id(parameter))
-            if owned is None:
-                owned = self.params[id(parameter)] = ParamEntry(parameter)
-            owned.names.append(name + key)
-            owned.raw_names.append(raw + key)
-            if first_visit:
-                entry.params.append((key, owned))
-        for key, sub in module._modules.items():
-            if sub is None:
-                continue
-            below = self._walk(sub, f"{name}{key}.", f"{raw}{key}.", entry)
-            if first_visit:
-                entry.children.append((key, below))
+            param = self.params.get(id(parameter))
+            if param is None:
+                param = ParamEntry(parameter, name + key, self._places)
+                self.params[id(parameter)] = param
+            else:
+                param.aliases += (name + key,)
+                param.last_place = self._places
+            self._places += 1
+            if raw != name:
+                param.raw_names = {**(param.raw_names or {}), raw + key: name + key}
+            own.append(param)
+        found = [
+            self._walk(sub, f"{name}{key}.", f"{raw}{key}.", index)
+            for key, sub in below.items()
+            if sub is not None
+        ]
+        if known is None:
+            entry.params = own or ()
+            entry.children = found or ()
         return entry
 
-    def unique_modules(self) -> Iterator[ModuleEntry]:
-        """Every module once, in registration order."""
-        return self.root.subtree(set())
+    def above(self, entry: ModuleEntry) -> Iterator[ModuleEntry]:
+        """The modules around `entry`, from the inside out."""
+        while entry.parent >= 0:
+            entry = self.order[entry.parent]
+            yield entry
 
     def everything(self) -> Selection:
         """All modules and parameters."""
@@ -171,12 +203,14 @@ class Tree:
     def parameter_named(self, name: str) -> ParamEntry | None:
         """The parameter with this name, whichever of its names it is."""
         if self._aliases is None:
-            self._aliases = {n: p for p in self.params.values() for n in (*p.raw_names, *p.names)}
+            entries = self.params.values()
+            self._aliases = {raw: p for p in entries for raw in p.raw_names or ()}
+            self._aliases.update({name: p for p in entries for name in p.names})
         return self._aliases.get(name)
 
     def tied(self) -> list[ParamEntry]:
         """Parameters that have more than one name."""
-        return [entry for entry in self.params.values() if len(entry.names) > 1]
+        return [entry for entry in self.params.values() if entry.aliases]
 
 
 @dataclass(slots=True)
@@ -196,7 +230,7 @@ class Selection:
         self.heads[id(entry)] = entry
         for below in entry.subtree(seen):
             self.modules[id(below)] = below
-            for _, param in below.params:
+            for param in below.params:
                 self.params[id(param)] = param
 
     def named_alias(self, alias: str) -> bool:
@@ -290,13 +324,13 @@ def _select_one(
         if not issubclass(item, nn.Module):
             raise TypeError(f"{caller}: {item.__name__} is not a class of modules.")
         found_any = False
-        for module in list(tree.unique_modules()):
+        for module in tree.order:
             if isinstance(module.module, item):
                 found_any = True
                 selection.names.update(module.names)
                 selection.add_module(module, seen)
         if not found_any:
-            kinds = Counter(type(m.module).__name__ for m in tree.unique_modules())
+            kinds = Counter(type(m.module).__name__ for m in tree.order)
             near = ", ".join(f"{kind} ({n})" for kind, n in kinds.most_common(6))
             raise ValueError(
                 f"{caller}: the model has no module of class {item.__name__}; it has {near}."
@@ -326,9 +360,8 @@ def _glob(tree: Tree, pattern: str) -> Callable[[str], bool]:
     # A name may itself hold glob characters (ParameterDict keys): what exists is meant literally.
     if not any(char in pattern for char in "*?["):
         return pattern.__eq__
-    for module in tree.unique_modules():
-        if pattern in module.names or pattern in module.raw_names:
-            return pattern.__eq__
+    if any(_named(module, pattern.__eq__) for module in tree.order):
+        return pattern.__eq__
     if tree.parameter_named(pattern) is not None:
         return pattern.__eq__
     matches = re.compile(fnmatch.translate(pattern)).match
@@ -339,19 +372,29 @@ def _by_name(
     tree: Tree, matches: Callable[[str], bool], selection: Selection, seen: set[int]
 ) -> bool:
     found = False
-    for module in list(tree.unique_modules()):
-        for name, raw in zip(module.names, module.raw_names, strict=True):
-            if name and (matches(name) or (raw != name and matches(raw))):
+    for module in tree.order:
+        for name in _named(module, matches):
+            # The model itself has no name: "*" is all in it, and no module of its own.
+            if name:
                 found = True
                 selection.names.add(name)
                 selection.add_module(module, seen)
     for param in tree.params.values():
-        for name, raw in zip(param.names, param.raw_names, strict=True):
-            if matches(name) or (raw != name and matches(raw)):
-                found = True
-                selection.names.add(name)
-                selection.add_param(param)
+        for name in _named(param, matches):
+            found = True
+            selection.names.add(name)
+            selection.add_param(param)
     return found
+
+
+def _named(entry: ModuleEntry | ParamEntry, matches: Callable[[str], bool]) -> list[str]:
+    """The names of `entry` that match, with or without the wrappers' segments."""
+    names = [entry.name] if matches(entry.name) else []
+    if entry.aliases:
+        names += [name for name in entry.aliases if matches(name)]
+    if entry.raw_names is not None:
+        names += [name for raw, name in entry.raw_names.items() if matches(raw)]
+    return names
 
 
 def _no_match(tree: Tree, pattern: str | re.Pattern[str], caller: str) -> str:
@@ -361,7 +404,8 @@ def _no_match(tree: Tree, pattern: str | re.Pattern[str], caller: str) -> str:
     said = f"{caller}: the {kind} {text!r} matches no parameter or module of this model. "
     if near:
         return said + "Nearest: " + ", ".join(repr(name) for name in near) + "."
-    top = [name for name, _ in tree.root.children][:6] + [n for n, _ in tree.root.params][:6]
+    top = [child.name for child in tree.root.children[:6]]
+    top += [param.name for param in tree.root.params[:6]]
     return said + "Its top level has: " + (", ".join(map(repr, top)) or "nothing") + "."
 
 
@@ -372,7 +416,7 @@ def nearest(tree: Tree, text: str) -> list[str]:
     # Numbered siblings are folded into one star so that a large model stays quick to search.
     folded: dict[str, None] = {}
     literal: dict[str, None] = {}
-    named: list[ModuleEntry | ParamEntry] = [*tree.unique_modules(), *tree.params.values()]
+    named: list[ModuleEntry | ParamEntry] = [*tree.order, *tree.params.values()]
     for entry in named:
         for name in entry.names:
             if not name:

@@ -143,7 +143,7 @@ def _gradients(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> It
 
 
 def _norms(tree: Tree) -> Iterator[Finding]:
-    for entry in tree.unique_modules():
+    for entry in tree.order:
         module = entry.module
         if not is_norm(module) or not module.training:
             continue
@@ -156,7 +156,7 @@ def _norms(tree: Tree) -> Iterator[Finding]:
                 "Freeze it again, and use train() or eval() instead of the attribute.",
                 "hold overridden",
             )
-        elif _is_frozen(entry):
+        elif _is_frozen(tree, entry):
             does = "updates its running statistics and normalises by the batch"
             if getattr(module, "track_running_stats", True) is False:
                 does = "normalises by the batch instead of its running statistics"
@@ -169,16 +169,13 @@ def _norms(tree: Tree) -> Iterator[Finding]:
             )
 
 
-def _is_frozen(norm: ModuleEntry) -> bool:
+def _is_frozen(tree: Tree, norm: ModuleEntry) -> bool:
     """Whether the norm's parameters, or those of the module around it, are all frozen."""
-    entry = norm
-    while True:
+    for entry in (norm, *tree.above(norm)):
         flags = [param.parameter.requires_grad for param in entry.parameters()]
         if flags:
             return not any(flags)
-        if not entry.parents:
-            return False
-        entry = entry.parents[0]
+    return False
 
 
 def _tied(tree: Tree) -> Iterator[Finding]:
@@ -217,7 +214,7 @@ class _Surroundings:
 
     def __init__(self, tree: Tree) -> None:
         self._below: dict[str, ModuleEntry] = {
-            name: entry for entry in tree.unique_modules() for name in entry.names
+            name: entry for entry in tree.order for name in entry.names
         }
 
     def trains(self, name: str, tied: ParamEntry) -> bool | None:

@@ -275,6 +275,7 @@ def subtract(selection: Selection, excluded: Selection) -> None:
         selection.params.pop(key, None)
     for key in excluded.modules:
         selection.modules.pop(key, None)
+        selection.heads.pop(key, None)
 
 
 def chill(
@@ -311,7 +312,7 @@ def thaw(
 
 
 def _norms(tree: Tree) -> list[ModuleEntry]:
-    return [entry for entry in tree.unique_modules() if _hold.is_norm(entry.module)]
+    return [entry for entry in tree.order if _hold.is_norm(entry.module)]
 
 
 def _touches(norm: ModuleEntry, selection: Selection) -> bool:
@@ -327,7 +328,7 @@ def _follow(
     following = []
     around: dict[int, _Around | None] = {}
     for norm in _norms(tree):
-        own = list(norm.parameters())
+        own = norm.parameters()
         if own:
             flags = [entry.parameter.requires_grad for entry in own]
             # Held only while all of it is frozen; one trainable part gives it back its mode.
@@ -338,12 +339,12 @@ def _follow(
         if id(norm) in excluded.modules:
             continue
         named = id(norm) in selection.modules
-        near = _look_around(norm, selection, trainable, around)
+        near = _look_around(tree, norm, selection, trainable, around)
         # affine=False: nothing of its own says whether it is frozen, the module around it does.
         # Named, it follows, unless all parameters around it were excluded one by one.
         follows = near.every and near.touched if near is not None else False
         if named:
-            follows = near is None or near.some
+            follows = near is None or near.some or id(norm) in selection.heads
         if follows:
             following.append(norm)
     return following
@@ -359,17 +360,16 @@ class _Around:
 
 
 def _look_around(
+    tree: Tree,
     norm: ModuleEntry,
     selection: Selection,
     trainable: bool,
     known: dict[int, _Around | None],
 ) -> _Around | None:
     """The nearest module around `norm` that has parameters; `known` keeps this linear."""
-    above = norm
-    while above.parents:
-        above = above.parents[0]
+    for above in tree.above(norm):
         if id(above) not in known:
-            found = list(above.parameters())
+            found = above.parameters()
             flags = [entry.parameter.requires_grad == trainable for entry in found]
             touched = any(id(entry) in selection.params for entry in found)
             known[id(above)] = _Around(any(flags), all(flags), touched) if found else None
@@ -424,8 +424,8 @@ def _warn_ddp(tree: Tree, caller: str, stacklevel: int) -> None:
     warnings.warn(
         f"{caller}: the model is already wrapped in DistributedDataParallel, which fixes the "
         f"gradients it reduces when it wraps. {does} Freeze first and wrap then; to change the "
-        "frozen set later, wrap the inner module anew: model = DistributedDataParallel("
-        "model.module).",
+        "frozen set later, drop this wrapper and wrap its module anew: "
+        "model = DistributedDataParallel(model.module).",
         UserWarning,
         stacklevel=stacklevel,
     )
@@ -435,7 +435,7 @@ def set_frozen(
     tree: Tree, frozen_set: Selection, managed: Selection, hold_norm: bool, caller: str
 ) -> bool:
     """Make exactly `frozen_set` of `managed` frozen, the rest of it trainable; True if changed."""
-    rest = Selection(dict(managed.params), dict(managed.modules))
+    rest = Selection(dict(managed.params), dict(managed.modules), heads=dict(managed.heads))
     subtract(rest, frozen_set)
     thawed, released = thaw(tree, rest, frozen_set, caller)
     chilled, held = chill(tree, frozen_set, rest, hold_norm)

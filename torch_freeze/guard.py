@@ -17,11 +17,12 @@ from ._select import ModuleEntry, Tree, check_model, is_lazy
 def guard(model: nn.Module, *, content: bool = False) -> Iterator[None]:
     """Raise, naming them, if a frozen parameter or held statistic changes inside the block.
 
-    What is frozen or held on entry is watched. By default nothing is copied and no value is read:
-    a change shows in the tensor's version counter, which every in-place operation of torch raises,
-    in its address, or in another tensor standing in its place. This also reports a write of
-    equal values. It cannot see writes that keep the version counter: through `.data` or NumPy, and
-    by kernels that do not raise it (torch's `fused=True` optimizers are such).
+    What is frozen or held on entry is watched. By default no parameter is copied or read: a change
+    shows in the tensor's version counter, which in-place operations of torch raise, in its
+    address, or in another tensor standing in its place. This also reports a write of equal values.
+    It cannot see writes that keep the version counter: through `.data` or NumPy, and by kernels
+    that do not raise it (torch's `fused=True` optimizers are such). torch's batch norm is one of
+    those, so held statistics, a few numbers per channel, are always compared by value.
 
     Args:
         model: the model, DDP-wrapped or compiled ones too.
@@ -71,14 +72,14 @@ class _Watched:
 
 
 def _watch(tree: Tree, content: bool) -> Iterator[_Watched]:
-    for entry in tree.unique_modules():
-        for key, param in entry.params:
-            if not param.parameter.requires_grad:
-                yield _snapshot(_join(entry, key), entry.module, key, param.parameter, content)
+    for entry in tree.order:
+        for key, parameter in entry.module._parameters.items():
+            if parameter is not None and not parameter.requires_grad:
+                yield _snapshot(_join(entry, key), entry.module, key, parameter, content)
         if is_norm(entry.module) and held_by(entry.module) is not None:
             for key, buffer in entry.module._buffers.items():
                 if buffer is not None:
-                    yield _snapshot(_join(entry, key), entry.module, key, buffer, content)
+                    yield _snapshot(_join(entry, key), entry.module, key, buffer, True)
 
 
 def _join(entry: ModuleEntry, key: str) -> str:
@@ -90,7 +91,7 @@ def _snapshot(
 ) -> _Watched:
     lazy = is_lazy(tensor)
     # Inference tensors count no versions, so only their values can tell.
-    uncounted = tensor.is_inference()
+    uncounted = not lazy and tensor.is_inference()
     copy = None
     if (content or uncounted) and not lazy:
         copy = tensor.detach().clone()

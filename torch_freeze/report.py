@@ -16,7 +16,7 @@ from ._select import ModuleEntry, ParamEntry, Tree, check_model, is_lazy
 
 _WIDTH = 120
 _TEXT_WIDTH = 90
-_MAX_ROWS = 60
+_MAX_ROWS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +264,7 @@ def build_report(
         rows=tuple(rows),
         trainable_names=tuple(e.name for e in entries if e.parameter.requires_grad),
         frozen_names=tuple(e.name for e in entries if not e.parameter.requires_grad),
-        tied=tuple(tuple(e.names) for e in entries if len(e.names) > 1),
+        tied=tuple(tuple(e.names) for e in entries if e.aliases),
         flow=flow,
         **{"notes": _notes(entries), **call},
     )
@@ -291,30 +291,38 @@ class _Sum:
     trainable_tensors: int = 0
 
     def add(self, other: _Sum) -> None:
-        for name in _Sum.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.parameters += other.parameters
+        self.trainable += other.trainable
+        self.bytes += other.bytes
+        self.gradient_bytes += other.gradient_bytes
+        self.momentum_bytes += other.momentum_bytes
+        self.norms_held += other.norms_held
+        self.norms_train += other.norms_train
+        self.norms_eval += other.norms_eval
+        self.tensors += other.tensors
+        self.trainable_tensors += other.trainable_tensors
 
 
 def _sum_up(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> dict[int, _Sum]:
     """Sums over each module's subtree, in one pass over all modules."""
     sums: dict[int, _Sum] = {}
-    order = list(tree.unique_modules())
     counted: set[int] = set()
-    for entry in order:
+    for entry in tree.order:
         own = sums[id(entry)] = _Sum()
-        for _, param in entry.params:
+        for param in entry.params:
             if id(param) in counted:
                 continue
             counted.add(id(param))
             p = param.parameter
+            trains = p.requires_grad
             own.tensors += 1
-            own.trainable_tensors += p.requires_grad
+            own.trainable_tensors += trains
             if is_lazy(p):
                 continue
             numel = p.numel()
             own.parameters += numel
             own.bytes += numel * p.element_size()
-            if p.requires_grad:
+            if trains:
                 own.trainable += numel
             if (grad := p.grad) is not None:
                 own.gradient_bytes += tensor_bytes(grad)
@@ -327,10 +335,10 @@ def _sum_up(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> dict[
                 own.norms_train += 1
             else:
                 own.norms_eval += 1
-    # Children come after their parents in `order`; a shared module goes to its first parent only.
-    for entry in reversed(order):
-        if entry.parents:
-            sums[id(entry.parents[0])].add(sums[id(entry)])
+    # Parents come before what they hold; a shared module counts where it is first registered.
+    for entry in reversed(tree.order):
+        if entry.parent >= 0:
+            sums[id(tree.order[entry.parent])].add(sums[id(entry)])
     return sums
 
 
@@ -370,25 +378,19 @@ def _row(entry: ModuleEntry, name: str, depth: int, sums: _Sum, with_momentum: b
 def _rows(
     tree: Tree, sums: dict[int, _Sum], depth: int | None, with_momentum: bool
 ) -> Iterator[Row]:
-    shown: set[int] = set()
-    if depth is None:
-        shown = _open_mixed(tree, sums)
-
-    def below(entry: ModuleEntry, prefix: str, level: int) -> Iterator[Row]:
-        for key, child in entry.children:
-            # A shared module stands under its first parent, where its parameters are counted.
-            if child.parents[0] is not entry:
-                continue
-            its = sums[id(child)]
-            if not (its.tensors or its.norms_held or its.norms_train or its.norms_eval):
-                continue
-            name = f"{prefix}{key}"
-            yield _row(child, name, level, its, with_momentum)
-            if level + 1 < depth if depth is not None else id(child) in shown:
-                yield from below(child, name + ".", level + 1)
-
-    if depth != 0:
-        yield from below(tree.root, "", 0)
+    if depth == 0:
+        return
+    shown = _open_mixed(tree, sums) if depth is None else None
+    listed = {id(tree.root): 0}
+    for entry in tree.order[1:]:
+        parent = tree.order[entry.parent]
+        level = listed.get(id(parent))
+        its = sums[id(entry)]
+        if level is None or not (its.tensors or its.norms_held + its.norms_train + its.norms_eval):
+            continue
+        yield _row(entry, entry.name, level, its, with_momentum)
+        if id(entry) in shown if shown is not None else depth is None or level + 1 < depth:
+            listed[id(entry)] = level + 1
 
 
 def _open_mixed(tree: Tree, sums: dict[int, _Sum]) -> set[int]:
@@ -399,7 +401,7 @@ def _open_mixed(tree: Tree, sums: dict[int, _Sum]) -> set[int]:
     while level:
         following = []
         for entry in level:
-            for _, child in entry.children:
+            for child in entry.children:
                 its = sums[id(child)]
                 mixed = 0 < its.trainable_tensors < its.tensors
                 if mixed and lines + len(child.children) <= _MAX_ROWS and id(child) not in shown:

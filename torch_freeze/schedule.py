@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
+from ._flow import numel_of
 from ._hold import held_by, hold, is_norm, release
 from ._select import (
     ModuleEntry,
@@ -21,7 +22,6 @@ from ._select import (
     as_selectors,
     check_model,
     flatten,
-    is_lazy,
     nearest,
     select,
 )
@@ -122,7 +122,7 @@ class FreezeSchedule:
             "unit": self.unit,
             "last": self.last,
             "frozen": [e.name for e in tree.params.values() if not e.parameter.requires_grad],
-            "held": [e.name for e in tree.unique_modules() if held_by(e.module) is not None],
+            "held": [e.name for e in tree.order if held_by(e.module) is not None],
             **self._settings(),
         }
 
@@ -160,7 +160,7 @@ class FreezeSchedule:
                     f"Nearest: {', '.join(map(repr, nearest(tree, name))) or 'none'}."
                 )
             frozen.add_param(entry)
-        norms = {name: e for e in tree.unique_modules() if is_norm(e.module) for name in e.names}
+        norms = {name: e for e in tree.order if is_norm(e.module) for name in e.names}
         unknown = [name for name in state["held"] if name not in norms]
         if unknown:
             raise ValueError(
@@ -547,8 +547,7 @@ class RotationSchedule(FreezeSchedule):
         return [
             entry
             for entry in heads.values()
-            if not any(id(above) in heads for above in _ancestors(entry))
-            and next(entry.parameters(), None) is not None
+            if not any(id(above) in heads for above in tree.above(entry)) and entry.parameters()
         ]
 
     def _drawn(self, tree: Tree, number: int) -> list[ModuleEntry]:
@@ -585,12 +584,6 @@ class RotationSchedule(FreezeSchedule):
         return f"all but {drawn}" + (f" and {always}" if always else "")
 
 
-def _ancestors(entry: ModuleEntry) -> Iterator[ModuleEntry]:
-    for parent in entry.parents:
-        yield parent
-        yield from _ancestors(parent)
-
-
 def _groups(model: nn.Module, groups: Iterable[Selector], caller: str) -> list[list[Selector]]:
     check_model(model, caller)
     if isinstance(groups, (str, nn.Module, re.Pattern)) or not isinstance(groups, Iterable):
@@ -619,11 +612,7 @@ def _check_unit(caller: str, unit: str) -> None:
 
 
 def _elements(selection: Selection) -> int:
-    return sum(
-        entry.parameter.numel()
-        for entry in selection.params.values()
-        if not is_lazy(entry.parameter)
-    )
+    return sum(numel_of(entry) for entry in selection.params.values())
 
 
 def _spell(tree: Tree, item: Selector) -> str:

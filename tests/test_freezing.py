@@ -1,0 +1,895 @@
+"""freeze, unfreeze, freeze_except and frozen; row_N in a name is a row of the complaint table."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.nn.parallel import DistributedDataParallel
+
+import torch_freeze
+from torch_freeze import FrozenAwareSGD, freeze, freeze_except, frozen, unfreeze
+from torch_freeze._hold import held_by
+from torch_freeze._select import Tree
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1)
+        self.bn = nn.BatchNorm2d(channels)
+        self.plain_bn = nn.BatchNorm2d(channels, affine=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.plain_bn(self.bn(self.conv(x)))
+        return out
+
+
+class Net(nn.Module):
+    """stem -> layers.0, layers.1 -> head"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.layers: Any = nn.ModuleList([Block(4), Block(4)])
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+        out: torch.Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the output projection's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.body = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 6)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.body(self.embed(x)))
+        return out
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def batch() -> torch.Tensor:
+    return torch.randn(5, 3, 2, 2)
+
+
+def trains(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def changed(model: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, value in model.state_dict().items() if not value.equal(before[name])}
+
+
+def names(model: nn.Module, *prefixes: str) -> set[str]:
+    return {n for n, _ in model.named_parameters() if n.startswith(prefixes)}
+
+
+# --- what is named -------------------------------------------------------------------------------
+
+SELECTORS: dict[str, tuple[Callable[[Net], Any], tuple[str, ...]]] = {
+    "a parameter's name": (lambda m: "head.bias", ("head.bias",)),
+    "a module's name": (lambda m: "layers.0", ("layers.0.",)),
+    "a glob over modules": (lambda m: "layers.*.conv", ("layers.0.conv", "layers.1.conv")),
+    "a glob over parameters": (lambda m: "layers.[1].*.bias", ("layers.1.conv.b", "layers.1.bn.b")),
+    "a glob whose star matches dots": (lambda m: "l*.weight", ("layers.0.conv.w", "layers.0.bn.w")),
+    "a regex": (lambda m: re.compile(r"^layers\.\d\.bn"), ("layers.0.bn", "layers.1.bn")),
+    "a module": (lambda m: m.layers[1], ("layers.1.",)),
+    "a parameter": (lambda m: m.stem.weight, ("stem.weight",)),
+    "a class": (lambda m: nn.BatchNorm2d, ("layers.0.bn", "layers.1.bn")),
+    "a base class": (lambda m: nn.modules.conv._ConvNd, ("stem", "layers.0.conv", "layers.1.conv")),
+    "a callable": (lambda m: lambda n, p: p.dim() == 1, ("stem.bias", "head.bias")),
+    "a list": (lambda m: ["stem", m.head], ("stem", "head")),
+    "a generator of parameters": (lambda m: m.head.parameters(), ("head",)),
+}
+EXTRA = {
+    "a glob whose star matches dots": ("layers.1.conv.w", "layers.1.bn.w"),
+    "a callable": ("layers.0.conv.b", "layers.0.bn", "layers.1.conv.b", "layers.1.bn"),
+}
+
+
+@pytest.mark.parametrize("case", SELECTORS)
+def test_selecting_by(case: str, net: Net) -> None:
+    make, expected = SELECTORS[case]
+    wanted = names(net, *expected, *EXTRA.get(case, ()))
+    everything = trains(net)
+    result = freeze(net, make(net))
+    assert trains(net) == everything - wanted
+    assert set(result.matched) == set(result.changed) == wanted
+    back = unfreeze(net, make(Net()) if case == "a regex" else sorted(wanted))
+    assert trains(net) == everything and set(back.changed) == wanted
+
+
+def test_nothing_named_means_everything(net: Net) -> None:
+    freeze(net)
+    assert not trains(net)
+    unfreeze(net)
+    assert trains(net) == {n for n, _ in net.named_parameters()}
+
+
+def test_exclude_leaves_what_it_names_as_it_is(net: Net) -> None:
+    freeze(net, "head.bias")
+    freeze(net, exclude=["head", nn.BatchNorm2d])
+    assert trains(net) == names(net, "head.weight", "layers.0.bn", "layers.1.bn")
+
+
+def test_freeze_except_leaves_what_it_names(net: Net) -> None:
+    freeze_except(net, "head", net.layers[1])
+    assert trains(net) == names(net, "head", "layers.1")
+
+
+@pytest.mark.parametrize("nested", [["stem", ["head"]], ("stem", "head"), iter(["stem", "head"])])
+def test_lists_of_selectors_are_opened(nested: Any, net: Net) -> None:
+    freeze(net, nested)
+    assert trains(net) == names(net, "layers")
+
+
+HOSTILE = ["w[0]", "a*b", "x?", "(", "+", "a\\d", "é"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_with_pattern_characters_is_meant_literally(name: str) -> None:
+    model = nn.ParameterDict({key: nn.Parameter(torch.zeros(1)) for key in [*HOSTILE, "w0", "axb"]})
+    assert freeze(model, name).frozen_names == (name,)
+
+
+def test_parametrized_weights_are_frozen_through_their_module() -> None:
+    layer: Any = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    model = nn.Sequential(layer, nn.Linear(2, 1))
+    freeze(model, "0")
+    assert trains(model) == {"1.weight", "1.bias"}
+
+
+# --- row 18: nothing matched ---------------------------------------------------------------------
+
+MISSES: dict[str, tuple[Any, list[str]]] = {
+    "a misspelt name": ("layer", ["'layer'", "'layers'"]),
+    "a misspelt parameter": ("head.wieght", ["'head.weight'"]),
+    "a last part": ("conv", ["'*.conv'"]),
+    "a misspelt glob": ("layer.*.conv", ["'layers.*.conv'"]),
+    "a name like nothing": ("zzz", ["'stem'", "'head'"]),
+    "an empty name": ("", ["''", "'stem'"]),
+    "a regex": (re.compile("^lyers"), ["'^lyers'", "regex"]),
+    "a class": (nn.LSTM, ["LSTM", "Conv2d (3)"]),
+    "a callable": (lambda n, p: False, ["callable", "12 parameters"]),
+    "a foreign module": (nn.Linear(4, 2), ["Linear is not part of this model (Net)"]),
+    "a foreign parameter": (nn.Parameter(torch.zeros(3)), ["shape [3]", "(Net)"]),
+    "an empty list": ([], ["empty list"]),
+    "one miss among hits": (["stem", "haed"], ["'haed'", "'head'"]),
+}
+
+
+@pytest.mark.parametrize("case", MISSES)
+@pytest.mark.parametrize("how", ["freeze", "unfreeze", "frozen", "exclude", "freeze_except"])
+def test_row_18_nothing_matched_raises_with_near_matches(case: str, how: str, net: Net) -> None:
+    what, said = MISSES[case]
+    if case == "an empty list" and how == "exclude":
+        # Excluding nothing is no mistake.
+        assert freeze(net, exclude=what).changed
+        return
+    if case == "an empty list" and how == "freeze_except":
+        said = ["freeze(model)"]
+    before = trains(net)
+    calls: dict[str, Callable[[], Any]] = {
+        "freeze": lambda: freeze(net, what),
+        "unfreeze": lambda: unfreeze(net, what),
+        "frozen": lambda: frozen(net, what).__enter__(),
+        "exclude": lambda: freeze(net, exclude=what),
+        "freeze_except": lambda: freeze_except(net, what),
+    }
+    with pytest.raises(ValueError, match=how if how != "exclude" else "freeze") as caught:
+        calls[how]()
+    for text in said:
+        assert text in str(caught.value)
+    assert trains(net) == before
+
+
+def test_row_18_a_match_without_parameters_raises() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="'0' has no parameters"):
+        freeze(model, "0")
+    with pytest.raises(ValueError, match="leaves nothing"):
+        freeze(model, "1", exclude=["*.weight", "*.bias"])
+    with pytest.raises(ValueError, match="the model has no parameters"):
+        freeze(nn.ReLU())
+
+
+call_freeze: Any = freeze
+
+WRONG: dict[str, tuple[Callable[[Net], Any], str]] = {
+    "a str for the model": (lambda m: call_freeze("layer1"), r"Write freeze\(model, 'layer1'\)"),
+    "parameters for the model": (lambda m: call_freeze(m.parameters()), "got generator"),
+    "a number": (lambda m: call_freeze(m, 3), "cannot select by int"),
+    "a class of no modules": (lambda m: call_freeze(m, dict), "dict is not a class of modules"),
+    "a regex over bytes": (lambda m: call_freeze(m, re.compile(b"x")), "over bytes"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_row_18_wrong_kinds_raise_a_type_error(case: str, net: Net) -> None:
+    call, said = WRONG[case]
+    with pytest.raises(TypeError, match=said):
+        call(net)
+
+
+# --- freezing and its opposite -------------------------------------------------------------------
+
+
+def test_row_3_and_22_freezing_drops_the_gradient(net: Net) -> None:
+    net(batch()).square().sum().backward()
+    net.stem.weight.grad = torch.full_like(net.stem.weight, 9.0)
+    parameters = list(net.parameters())
+    norm_of: Any = nn.utils.get_total_norm
+    all_of_it = norm_of([p.grad for p in parameters if p.grad is not None])
+    freeze(net, "stem")
+    assert {n for n, p in net.named_parameters() if p.grad is not None} == trains(net)
+    clipped = nn.utils.clip_grad_norm_(parameters, 1e9)
+    mine = [p.grad for p in parameters if p.requires_grad and p.grad is not None]
+    assert clipped == norm_of(mine) < all_of_it
+
+
+def test_row_11_freezing_and_unfreezing_twice_changes_nothing_more(net: Net) -> None:
+    optimizer = FrozenAwareSGD(net.parameters(), lr=0.1)
+    groups = [list(map(id, group["params"])) for group in optimizer.param_groups]
+    assert freeze(net, "layers").changed and not freeze(net, "layers").changed
+    assert not freeze(net, "layers").held
+    assert unfreeze(net, "layers").changed and not unfreeze(net, "layers").changed
+    assert not unfreeze(net, "layers").released
+    assert [list(map(id, group["params"])) for group in optimizer.param_groups] == groups
+
+
+def test_row_5_what_is_frozen_at_construction_trains_once_unfrozen(net: Net) -> None:
+    freeze_except(net, "head")
+    optimizer = FrozenAwareSGD(net.parameters(), lr=0.1, momentum=0.9)
+    before = snapshot(net)
+    net(batch()).square().sum().backward()
+    optimizer.step()
+    assert changed(net, before) == {"head.weight", "head.bias"}
+    unfreeze(net)
+    before = snapshot(net)
+    net(batch()).square().sum().backward()
+    optimizer.step()
+    assert {"stem.weight", "layers.0.conv.weight", "head.weight"} <= changed(net, before)
+
+
+def test_row_23_an_empty_trainable_set_is_a_step_that_does_nothing(net: Net) -> None:
+    freeze(net)
+    optimizer = FrozenAwareSGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    before = snapshot(net)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert not changed(net, before)
+
+
+def test_row_26_equal_values_are_told_apart_by_identity() -> None:
+    model: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].load_state_dict(model[0].state_dict())
+    freeze(model, model[1].weight)
+    assert trains(model) == {"0.weight", "0.bias", "1.bias"}
+
+
+def test_row_27_modules_and_parameters_are_never_swapped(net: Net) -> None:
+    modules = {name: id(m) for name, m in net.named_modules()}
+    parameters = {name: id(p) for name, p in net.named_parameters()}
+    kinds = {name: type(m) for name, m in net.named_modules()}
+    freeze(net)
+    unfreeze(net, "layers.*")
+    with frozen(net):
+        pass
+    assert {name: id(m) for name, m in net.named_modules()} == modules
+    assert {name: id(p) for name, p in net.named_parameters()} == parameters
+    assert {name: type(m) for name, m in net.named_modules()} == kinds
+
+
+def test_unfreezing_what_cannot_train_raises_and_changes_nothing() -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(2), requires_grad=False)
+    model.packed = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"packed has dtype torch.int8.*exclude="):
+        unfreeze(model)
+    assert not trains(model)
+    unfreeze(model, exclude=lambda n, p: not p.is_floating_point())
+    assert trains(model) == {"weight"}
+
+
+def test_unfreezing_an_inference_tensor_raises() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(2, 2)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"weight was made under torch\.inference_mode"):
+        unfreeze(model)
+
+
+def test_a_model_is_freed_at_once_after_a_report() -> None:
+    # Nothing the walk makes may keep parameters alive until the next garbage collection.
+    gc.collect()
+    gc.disable()
+    try:
+        model: Any = nn.Sequential(nn.Linear(3, 3), nn.ModuleList([nn.Linear(3, 3)]))
+        parameter = weakref.ref(model[1][0].weight)
+        freeze(model, "1")
+        torch_freeze.report(model)
+        torch_freeze.audit(model)
+        del model
+        assert parameter() is None
+    finally:
+        gc.enable()
+
+
+class _Counting(nn.Module):
+    """Counts the walks: each looks at `_modules` of every module once."""
+
+    looks = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "_modules":
+            type(self).looks += 1
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("call", ["freeze", "unfreeze", "report"])
+def test_the_work_grows_linearly_with_the_model(call: str) -> None:
+    def looks(layers: int) -> int:
+        model = nn.Sequential()
+        for i in range(layers):
+            block = _Counting()
+            block.norm = nn.BatchNorm1d(1, affine=False)
+            block.weight = nn.Parameter(torch.zeros(1))
+            model.add_module(f"b{i}", block)
+        _Counting.looks = 0
+        getattr(torch_freeze, call)(model)
+        return _Counting.looks
+
+    assert looks(64) == 4 * looks(16) > 0
+
+
+# --- row 19: tied parameters ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alias", ["embed.weight", "head.weight", "embed", "head"])
+def test_row_19_any_alias_freezes_and_the_report_names_all(alias: str) -> None:
+    model = Tied()
+    result = freeze(model, alias)
+    assert not model.embed.weight.requires_grad
+    assert result.tied == (("embed.weight", "head.weight"),)
+    other = "head.weight" if alias.startswith("embed") else "embed.weight"
+    assert any(note.startswith(f"{other} is tied to ") for note in result.notes)
+    assert "frozen too" in str(result)
+
+
+def test_row_19_no_note_when_every_alias_is_named() -> None:
+    assert freeze(Tied(), "embed", "head").notes == ()
+    assert freeze(Tied()).notes == ()
+
+
+def test_row_19_a_shared_module_has_both_names() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared, nn.Linear(2, 1))})
+    result = freeze(model, "b.0")
+    assert result.tied == (("a.0.weight", "b.0.weight"), ("a.0.bias", "b.0.bias"))
+    assert trains(model) == {"b.1.weight", "b.1.bias"}
+    assert unfreeze(model, "a.*").changed == ("a.0.weight", "a.0.bias")
+
+
+# --- frozen --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["normally", "by an exception"])
+def test_frozen_restores_exactly_what_was_there_when_left(raises: bool, net: Net) -> None:
+    freeze(net, "layers.0", "head.bias")
+    net(batch()).sum().backward()
+    required = {n: p.requires_grad for n, p in net.named_parameters()}
+    grads = {n: p.grad for n, p in net.named_parameters()}
+    held = {n: held_by(m) for n, m in net.named_modules()}
+    modes = {n: m.training for n, m in net.named_modules()}
+
+    def work() -> None:
+        with frozen(net) as result:
+            assert not trains(net) and all(p.grad is None for p in net.parameters())
+            assert set(result.held) == {"layers.1.bn", "layers.1.plain_bn"}
+            net.train()
+            unfreeze(net, "layers.0")
+            if raises:
+                raise KeyError("inside")
+
+    if raises:
+        with pytest.raises(KeyError):
+            work()
+    else:
+        work()
+    assert {n: p.requires_grad for n, p in net.named_parameters()} == required
+    assert all(p.grad is grads[n] for n, p in net.named_parameters())
+    assert {n for n, m in net.named_modules() if held_by(m)} == {n for n, h in held.items() if h}
+    assert {n: m.training for n, m in net.named_modules()} == modes
+
+
+def test_frozen_leaves_eval_called_inside_in_force(net: Net) -> None:
+    with frozen(net):
+        net.eval()
+    assert not any(m.training for m in net.modules())
+
+
+def test_frozen_works_as_a_decorator(net: Net) -> None:
+    @frozen(net, "stem")
+    def inside() -> bool:
+        return net.stem.weight.requires_grad
+
+    assert not inside() and not inside() and net.stem.weight.requires_grad
+
+
+# --- rows 12 to 15: the norm hold ----------------------------------------------------------------
+
+
+class UserNorm(nn.BatchNorm2d):
+    """A user's subclass with a train of its own and a child, as fused norm-activations have."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.Dropout(0.5)
+        self.calls: list[bool] = []
+
+    def train(self, mode: bool = True) -> UserNorm:
+        self.calls.append(mode)
+        super().train(mode)
+        return self
+
+
+class ForeignNorm(nn.Module):
+    """Not torch's, but keeps running statistics under the usual names."""
+
+    running_var: torch.Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
+        self.register_buffer("running_var", torch.ones(channels, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.running_var.lerp_(x.var((0, 2, 3)).view(-1, 1, 1), 0.1)
+        return self.weight * x / self.running_var.sqrt()
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "BatchNorm2d": lambda: nn.BatchNorm2d(3),
+    "BatchNorm2d without affine": lambda: nn.BatchNorm2d(3, affine=False),
+    "BatchNorm2d with cumulative average": lambda: nn.BatchNorm2d(3, momentum=None),
+    "SyncBatchNorm": lambda: nn.SyncBatchNorm(3),
+    "InstanceNorm2d": lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+    "LazyBatchNorm2d": lambda: nn.LazyBatchNorm2d(),
+    "a user's subclass": lambda: UserNorm(3),
+    "a foreign norm": lambda: ForeignNorm(3),
+}
+NO_NORMS: dict[str, Callable[[], nn.Module]] = {
+    "BatchNorm2d without statistics": lambda: nn.BatchNorm2d(3, track_running_stats=False),
+    "InstanceNorm2d without statistics": lambda: nn.InstanceNorm2d(3, affine=True),
+    "GroupNorm": lambda: nn.GroupNorm(1, 3),
+    "LayerNorm": lambda: nn.LayerNorm([3, 2, 2]),
+    "Dropout beside a Linear": lambda: nn.Sequential(nn.Linear(2, 2), nn.Dropout()),
+}
+
+
+def with_norm(make: Callable[[], nn.Module]) -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), make()), nn.Conv2d(3, 2, 1))
+
+
+def _same(model: nn.Module) -> nn.Module:
+    return model
+
+
+def _pickled(model: nn.Module) -> nn.Module:
+    copied: nn.Module = pickle.loads(pickle.dumps(model))
+    return copied
+
+
+def _saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copied: nn.Module = torch.load(file, weights_only=False)
+    return copied
+
+
+def _state_loaded(model: nn.Module) -> nn.Module:
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    return model
+
+
+def _moved(model: nn.Module) -> nn.Module:
+    return model.double().float().to("cpu")
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "the model itself": _same,
+    "deepcopy": copy.deepcopy,
+    "pickle": _pickled,
+    "torch.save": _saved,
+    "load_state_dict": _state_loaded,
+    "a change of dtype": _moved,
+    "deepcopy of a pickle": lambda model: copy.deepcopy(_pickled(model)),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_row_12_and_13_the_hold_survives_train_after(copied: str, norm: str) -> None:
+    model = with_norm(NORMS[norm])
+    model(batch())
+    freeze(model, "0")
+    model = COPIES[copied](model)
+    inner = model.get_submodule("0.1")
+    assert inner is not None and type(model.train()) is nn.Sequential
+    for mode in (True, False, True):
+        assert model.train(mode) is model and inner.train(mode) is inner
+        assert not inner.training and model.get_submodule("0").training == mode
+        before = snapshot(model)
+        x = batch()
+        out = model(x)
+        assert not changed(model, before), "running statistics moved"
+    inner_in = model.get_submodule("0.0")(x)
+    model.eval()
+    if norm != "a user's subclass":
+        assert torch.equal(inner(inner_in), model.get_submodule("0")(x))
+    assert torch.equal(out, model(x)), "normalised by the batch"
+    # Back to its own mode: what was asked for last, here eval, then train.
+    unfreeze(model, "0")
+    assert not inner.training
+    model.train()
+    assert inner.training and held_by(inner) is None and "train" not in vars(inner)
+    before = snapshot(model)
+    model(batch())
+    assert any("running" in name for name in changed(model, before))
+
+
+def test_the_copy_and_the_original_are_held_apart() -> None:
+    model = with_norm(NORMS["BatchNorm2d"])
+    freeze(model, "0")
+    for make in (copy.deepcopy, _pickled):
+        twin = make(model)
+        unfreeze(twin)
+        twin.train()
+        assert twin.get_submodule("0.1").training and not model.get_submodule("0.1").training
+        assert held_by(model[0][1]) is not None
+
+
+@pytest.mark.parametrize("norm", NO_NORMS)
+def test_layers_without_running_statistics_are_left_alone(norm: str) -> None:
+    model = with_norm(NO_NORMS[norm])
+    before = {name: set(vars(m)) for name, m in model.named_modules()}
+    assert freeze(model).held == ()
+    assert all(m.training for m in model.modules())
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == before
+
+
+def test_a_held_norm_runs_its_own_forward_without_hooks() -> None:
+    # The hold costs a forward nothing: no hook, no wrapper, only `training` reads differently.
+    norm = nn.BatchNorm2d(3)
+    before = dict(vars(norm))
+    freeze(norm)
+    differs = {k for k, v in vars(norm).items() if k not in before or v is not before[k]}
+    assert differs == {"train", "training"}
+    assert type(norm) is nn.BatchNorm2d and "forward" not in vars(norm)
+    assert not norm._forward_hooks and not norm._forward_pre_hooks and not norm._backward_hooks
+    assert set(norm.state_dict()) == set(nn.BatchNorm2d(3).state_dict())
+
+
+def test_row_14_hold_norm_false_leaves_norms_in_their_own_mode(net: Net) -> None:
+    result = freeze(net, hold_norm=False)
+    assert result.held == () and all(m.training for m in net.modules())
+    before = snapshot(net)
+    net(batch())
+    assert any("running_mean" in name for name in changed(net, before))
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_row_14_unfreezing_restores_the_mode_asked_for_meanwhile(mode: bool, net: Net) -> None:
+    net.train(not mode)
+    freeze(net)
+    net.train(mode)
+    result = unfreeze(net)
+    assert set(result.released) == {f"layers.{i}.{n}" for i in (0, 1) for n in ("bn", "plain_bn")}
+    assert all(m.training == mode for m in net.modules())
+
+
+def test_row_14_unfreezing_restores_the_mode_when_none_was_asked_for(net: Net) -> None:
+    net.layers[0].bn.eval()
+    freeze(net)
+    unfreeze(net)
+    modes = [net.layers[0].bn.training, net.layers[1].bn.training, net.layers[0].plain_bn.training]
+    assert modes == [False, True, True]
+
+
+def test_row_15_held_norms_use_their_running_statistics() -> None:
+    norm: Any = nn.BatchNorm1d(2)
+    norm.running_mean.fill_(5.0)
+    freeze(norm)
+    norm.train()
+    assert norm(torch.zeros(4, 2)).mean().item() == pytest.approx(-5, rel=1e-3)
+
+
+def test_row_15_a_norm_told_not_to_track_is_held_by_its_running_statistics() -> None:
+    # Another library's freeze sets track_running_stats False and leaves the norm in train mode.
+    norm: Any = nn.BatchNorm1d(2)
+    norm.running_mean.fill_(5.0)
+    norm.track_running_stats = False
+    freeze(norm)
+    norm.train()
+    assert norm(torch.zeros(4, 2)).mean().item() == pytest.approx(-5, rel=1e-3)
+
+
+HELD: dict[str, tuple[Callable[[Net], Any], set[str]]] = {
+    "a module around it": (lambda m: freeze(m, "layers.0"), {"layers.0.bn", "layers.0.plain_bn"}),
+    "its own name": (lambda m: freeze(m, "layers.0.bn"), {"layers.0.bn"}),
+    "its name without affine": (lambda m: freeze(m, "*.plain_bn"), {"layers.*.plain_bn"}),
+    "its class": (lambda m: freeze(m, nn.BatchNorm2d), {"layers.*.bn", "layers.*.plain_bn"}),
+    "all its parameters": (lambda m: freeze(m, "layers.0.bn.*"), {"layers.0.bn"}),
+    "some of its parameters": (lambda m: freeze(m, "layers.0.bn.weight"), set()),
+    "its parameters one after the other": (
+        lambda m: (freeze(m, "layers.0.bn.weight"), freeze(m, "layers.0.bn.bias")),
+        {"layers.0.bn"},
+    ),
+    "every parameter around it by a callable": (
+        lambda m: freeze(m, lambda n, p: n.startswith("layers.1")),
+        {"layers.1.bn", "layers.1.plain_bn"},
+    ),
+    "all but a part of it": (
+        lambda m: freeze(m, exclude="*.bias"),
+        {"layers.*.plain_bn"},
+    ),
+    "all but its class": (lambda m: freeze(m, exclude=nn.BatchNorm2d), set()),
+    "all but the module around it": (
+        lambda m: freeze_except(m, "layers.0"),
+        {"layers.1.bn", "layers.1.plain_bn"},
+    ),
+    "all but the parameters around it": (
+        lambda m: freeze(m, exclude=lambda n, p: n.startswith("layers.0")),
+        {"layers.1.bn", "layers.1.plain_bn"},
+    ),
+    "one parameter freed again": (
+        lambda m: (freeze(m), unfreeze(m, "layers.0.bn.bias")),
+        {"layers.1.bn", "layers.*.plain_bn"},
+    ),
+    "the module around it freed again": (
+        lambda m: (freeze(m), unfreeze(m, "layers.0")),
+        {"layers.1.bn", "layers.1.plain_bn"},
+    ),
+    "all freed but one": (
+        lambda m: (freeze(m), unfreeze(m, exclude="layers.1.bn")),
+        {"layers.1.bn"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_a_norm_is_held_by_freezing(case: str, net: Net) -> None:
+    act, expected = HELD[case]
+    act(net)
+    wanted = {e.replace("*", i) for e in expected for i in "01"}
+    held = {n for n, m in net.named_modules() if held_by(m) is not None}
+    assert held == wanted
+    assert {n for n, m in net.train().named_modules() if not m.training} == wanted
+
+
+def test_a_user_subclass_keeps_its_own_train_and_its_children_their_mode() -> None:
+    model = with_norm(NORMS["a user's subclass"])
+    norm = model[0][1]
+    freeze(model)
+    model.train()
+    assert norm.calls == [True] and norm.act.training and not norm.training
+    model.eval()
+    assert norm.calls == [True, False] and not norm.act.training
+
+
+def test_a_train_the_user_put_on_the_layer_is_given_back() -> None:
+    norm: Any = nn.BatchNorm1d(2)
+    calls: list[bool] = []
+    norm.train = lambda mode=True: calls.append(mode)
+    own = norm.train
+    freeze(norm)
+    norm.train(False)
+    assert calls == [False]
+    unfreeze(norm)
+    assert norm.train is own
+
+
+def test_freezing_again_mends_a_direct_write_to_training() -> None:
+    norm = nn.BatchNorm1d(2)
+    freeze(norm)
+    norm.training = True
+    freeze(norm)
+    assert not norm.training
+
+
+def test_a_wrong_mode_raises_as_ever() -> None:
+    norm = nn.BatchNorm1d(2)
+    freeze(norm)
+    with pytest.raises(ValueError, match="boolean"):
+        norm.train("yes")  # type: ignore[arg-type]
+    assert not norm.training
+
+
+@pytest.mark.parametrize("how", ["export", "trace", "script"])
+def test_a_held_model_can_be(how: str, net: Net) -> None:
+    freeze(net)
+    net.train()
+    x = batch()
+    made: Any
+    jit: Any = torch.jit
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if how == "export":
+            made = torch.export.export(net, (x,)).module()
+        elif how == "trace":
+            made = jit.trace(net, x)
+        else:
+            made = jit.script(net)
+    before = snapshot(net)
+    assert torch.allclose(made(x), net(x), atol=1e-6)
+    assert not changed(net, before)
+
+
+# --- compiled and wrapped models -----------------------------------------------------------------
+
+
+def test_row_21_a_compiled_model_follows_freezing_and_unfreezing(net: Net) -> None:
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled: Any = torch.compile(net, backend=counter)
+    x = batch()
+    freeze(compiled, "layers", "stem")
+    compiled.train()
+    before = snapshot(net)
+    compiled(x).sum().backward()
+    assert not changed(net, before)
+    assert {n for n, p in net.named_parameters() if p.grad is not None} == names(net, "head")
+    frozen_frames = counter.frame_count
+    compiled(x)
+    assert counter.frame_count == frozen_frames, "recompiled without a change"
+    result = unfreeze(compiled, "_orig_mod.layers")
+    assert set(result.changed) == names(net, "layers")
+    before = snapshot(net)
+    compiled(x).sum().backward()
+    assert any("running_mean" in name for name in changed(net, before))
+    with_grad = {n for n, p in net.named_parameters() if p.grad is not None}
+    assert with_grad == names(net, "head", "layers")
+    assert counter.frame_count == frozen_frames + 1
+
+
+def test_row_21_the_hold_survives_the_default_compiler(net: Net) -> None:
+    torch.compiler.reset()
+    freeze(net)
+    compiled: Any = torch.compile(net, backend="aot_eager")
+    compiled.train()
+    before = snapshot(net)
+    x = batch()
+    assert torch.allclose(compiled(x), net(x), atol=1e-6)
+    assert not changed(net, before)
+
+
+def test_names_leave_out_the_segments_of_wrappers(net: Net) -> None:
+    net.layers[0] = torch.compile(net.layers[0])
+    model = nn.DataParallel(net)
+    assert freeze(model, "layers.0.conv").changed == (
+        "layers.0.conv.weight",
+        "layers.0.conv.bias",
+    )
+    assert freeze(model, "module.layers.0._orig_mod.bn").changed == (
+        "layers.0.bn.weight",
+        "layers.0.bn.bias",
+    )
+    assert freeze(model, net.layers[0]).matched[0] == "layers.0.conv.weight"
+
+
+def test_a_module_called_module_keeps_its_name() -> None:
+    model = nn.Module()
+    model.module = nn.Linear(2, 2)
+    assert freeze(model, "module").changed == ("module.weight", "module.bias")
+
+
+@contextmanager
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("torch was built without gloo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def test_row_16_ddp_freezing_a_wrapped_model_warns_of_what_then_happens(
+    net: Net, tmp_path: Path
+) -> None:
+    with one_process(tmp_path):
+        ddp = DistributedDataParallel(net)
+        with pytest.warns(UserWarning, match=r"Expected to have finished reduction.*wrap") as seen:
+            freeze(ddp, "stem")
+        assert seen[0].filename == __file__
+        ddp(batch()).sum().backward()
+        with pytest.raises(RuntimeError, match="Expected to have finished reduction"):
+            ddp(batch())
+        # The mend the warning names.
+        ddp = DistributedDataParallel(ddp.module)
+        for _ in range(2):
+            ddp(batch()).sum().backward()
+        assert net.stem.weight.grad is None
+        with pytest.warns(UserWarning, match="processes drift apart"):
+            unfreeze(ddp, "module.stem")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            unfreeze(ddp, "stem")
+
+
+def test_row_16_freezing_before_wrapping_works_without_a_warning(net: Net, tmp_path: Path) -> None:
+    with one_process(tmp_path), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        freeze(net, "stem", "layers.0")
+        ddp: Any = DistributedDataParallel(net)
+        before = snapshot(net)
+        for _ in range(2):
+            ddp.train()
+            ddp(batch()).sum().backward()
+        moved = changed(net, before)
+        assert not any(name.startswith(("stem", "layers.0")) for name in moved)
+
+
+def test_row_17_fsdp2_takes_mixed_requires_grad(net: Net, tmp_path: Path) -> None:
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("this torch has no fully_shard")
+    with one_process(tmp_path):
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        freeze(net, "stem", "layers.0")
+        for layer in net.layers:
+            fsdp.fully_shard(layer, mesh=mesh)
+        fsdp.fully_shard(net, mesh=mesh)
+        for tuned in ({"layers.1", "head"}, {"head"}):
+            freeze_except(net, *tuned)
+            net(batch()).sum().backward()
+            got = {n for n, p in net.named_parameters() if p.grad is not None}
+            assert got == trains(net) == names(net, *tuned)
+        unfreeze(net, "layers.0")
+        net(batch()).sum().backward()
+        assert net.layers[0].conv.weight.grad is not None
+
+
+def test_a_shared_walk_sees_every_module_once() -> None:
+    shared = nn.Linear(2, 2)
+    tree = Tree(nn.ModuleList([shared, shared, nn.ModuleList([shared])]))
+    assert len(tree.order) == 3 and len(tree.params) == 2
+    assert tree.order[1].names == ("0", "1", "2.0")
