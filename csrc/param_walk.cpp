@@ -194,6 +194,7 @@ void ParamWalk::reset(PyObject* state) {
   copied_.clear();
   rest_ = py::object();
   rest_group_ = -1;
+  skipped_.clear();
   shared_buffers_ = false;
 }
 
@@ -211,6 +212,14 @@ C10_ALWAYS_INLINE WalkBatch& ParamWalk::batch_for(c10::Device device, c10::Scala
   batch.launch.grad_type = grad_type;
   batch.launch.momentum_type = param_type;
   return batch;
+}
+
+void ParamWalk::skip(const py::list& rest) {
+  for (const auto group : rest) {
+    for (const auto param : py::cast<py::list>(py::cast<py::tuple>(group)[1])) {
+      skipped_.insert(param.ptr());
+    }
+  }
 }
 
 void ParamWalk::add_to_rest(PyObject* param, const GroupUse& use) {
@@ -386,6 +395,9 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
       }
     }
     for (Py_ssize_t i = 0; i < live; ++i) {
+      if (C10_UNLIKELY(!skipped_.empty()) && skipped_.count(slots[i].object) != 0) {
+        continue;
+      }
       if (use.stock_form) {
         add_to_rest(slots[i].object, use);
       } else {

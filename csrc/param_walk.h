@@ -7,6 +7,7 @@
 #include <c10/core/TensorImpl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <unordered_set>
 #include <vector>
 
 #include "tensor_update.h"
@@ -42,6 +43,8 @@ class ParamWalk {
 
   // Collects the parameters of one group. Throws on what no kernel and no fallback can take.
   void add_group(PyObject* params, const GroupUse& use);
+  // Leaves out what an earlier walk returned as its rest.
+  void skip(const pybind11::list& rest);
 
   // What the kernels do not cover, as [(group index, [parameter, …]), …]; null where they cover everything.
   const pybind11::object& rest() const { return rest_; }
@@ -97,6 +100,7 @@ class ParamWalk {
   std::vector<CopiedGrad> copied_;
   pybind11::object rest_;
   int32_t rest_group_ = -1;
+  std::unordered_set<PyObject*> skipped_;
   bool shared_buffers_ = false;  // somebody else holds a buffer too
 };
 

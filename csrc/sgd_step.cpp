@@ -245,11 +245,14 @@ py::object step(
     const py::dict& state,
     const py::object& grad_scale,
     const py::object& found_inf,
-    bool rest_done) {
+    const std::optional<py::list>& done) {
   work.walk.reset(state.ptr());
   work.groups.clear();
   work.device_lrs.clear();
   work.has_device_lr = false;
+  if (done) {
+    work.walk.skip(*done);
+  }
   const Py_ssize_t group_count = PyList_GET_SIZE(param_groups.ptr());
   for (Py_ssize_t i = 0; i < group_count; ++i) {
     const GroupReader reader(PyList_GET_ITEM(param_groups.ptr(), i), static_cast<int32_t>(i));
@@ -277,7 +280,7 @@ py::object step(
     }
     work.walk.add_group(reader.item(kParams), use);
   }
-  if (work.walk.rest() && !rest_done) {
+  if (work.walk.rest()) {
     return work.walk.rest();
   }
   // An overflow must leave no trace, a new buffer included. On a GPU asking costs a synchronisation, so it is
@@ -298,13 +301,13 @@ py::object sgd_step(
     const py::dict& state,
     const py::object& grad_scale,
     const py::object& found_inf,
-    bool rest_done) {
+    const std::optional<py::list>& done) {
   static thread_local StepWork shared;
   static thread_local bool busy = false;
   if (busy) {
     // A step within a step, from code that letting go of a gradient ran.
     StepWork own;
-    return step(own, param_groups, state, grad_scale, found_inf, rest_done);
+    return step(own, param_groups, state, grad_scale, found_inf, done);
   }
   struct Guard {
     Guard() { busy = true; }
@@ -314,7 +317,7 @@ py::object sgd_step(
       busy = false;
     }
   } guard;
-  return step(shared, param_groups, state, grad_scale, found_inf, rest_done);
+  return step(shared, param_groups, state, grad_scale, found_inf, done);
 }
 
 void zero_grad(const py::list& param_groups, bool set_to_none) {

@@ -3,17 +3,19 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
+
 namespace torch_freeze {
 
-// Updates every trainable parameter and drops the gradients of the frozen ones; returns None. What no kernel
-// covers is not touched: where there is such a thing, and `rest_done` is false, nothing at all is done and it is
-// returned as [(group index, [parameter, …]), …].
+// Updates every trainable parameter and drops the gradients of the frozen ones; returns None. Where there is
+// something that no kernel covers, nothing at all is done and that is returned, as
+// [(group index, [parameter, …]), …]: the caller updates it and calls again with that list as `done`.
 pybind11::object sgd_step(
     const pybind11::list& param_groups,
     const pybind11::dict& state,
     const pybind11::object& grad_scale,
     const pybind11::object& found_inf,
-    bool rest_done);
+    const std::optional<pybind11::list>& done);
 
 // `.grad = None`, or zero where `set_to_none` is false, for every parameter.
 void zero_grad(const pybind11::list& param_groups, bool set_to_none);

@@ -159,7 +159,7 @@ class FrozenAwareSGD(torch.optim.SGD):
         rest = _C.sgd_step(self.param_groups, self.state, *scaling)
         if rest is not None:
             self._step_rest(rest, *scaling)
-            _C.sgd_step(self.param_groups, self.state, *scaling, rest_done=True)
+            _C.sgd_step(self.param_groups, self.state, *scaling, done=rest)
         return loss
 
     _step_observed = _stock.Optimizer.profile_hook_step(_step)
