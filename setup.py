@@ -130,8 +130,10 @@ def configure(torch: ModuleType) -> tuple[setuptools.Extension, dict[str, object
     compiler = cpp_extension.get_cxx_compiler()
     debug = os.environ.get("DEBUG") == "1"
     includes = cpp_extension.include_paths()
-    # Contracted products and sums would not round as stock's do.
-    host = ["-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    # Contracted products and sums would not round as stock's do. The kernel's body is compiled for
+    # the host too, where `#pragma unroll` says nothing.
+    warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    host = ["-ffp-contract=off", "-fvisibility=hidden", *warnings]
     # -fopenmp is for the compiler alone: GOMP_* stay undefined and resolve at load time to the
     # libgomp that torch brings, so that one pool of threads, sized by torch, serves both. Clang
     # calls a runtime that torch does not bring; there the linker adds it.
@@ -167,8 +169,7 @@ def configure(torch: ModuleType) -> tuple[setuptools.Extension, dict[str, object
     system = [word for path in includes for word in ("-isystem", path)]
     # Most Pythons' own flags have -g and -DNDEBUG.
     level = ["-O0", "-g", "-UNDEBUG"] if debug else ["-O3", "-g0"]
-    # The kernel's body is compiled for the host too, where `#pragma unroll` says nothing.
-    cxx = [*level, *host, "-Wno-unknown-pragmas", "-fno-math-errno", *openmp, *system]
+    cxx = [*level, *host, "-fno-math-errno", *openmp, *system]
     extension.extra_compile_args = {"cxx": cxx, "nvcc": [*nvcc, *system]}
     return extension, {
         "torch": torch.__version__,
