@@ -19,7 +19,7 @@ import torch
 from digits import DigitsOutcome, run_digits
 from machine import describe, headline
 from measure import Budget
-from models import DEFAULT_MODELS, MODELS, MissingPackageError, require
+from models import ALL_MODELS, MODELS, MissingPackageError, require
 from plots import save
 from suites import Outcome, Setting, run_models, run_synthetic
 from tables import digits_table, legend, outcome_table, targets_table
@@ -29,9 +29,20 @@ from verdict import unequal, verdict
 
 SUITES = ("synthetic", "models", "digits", "targets")
 DEFAULT_SUITES = ("synthetic", "models", "digits")
-DEFAULT_FROZEN = "0,50,90,head"
-QUICK_MODELS = ("resnet50", "mobilenet_v3_small")
-QUICK_FROZEN = "0,head"
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """How much a run covers where the options do not say it."""
+
+    models: tuple[str, ...]
+    frozen: str
+    budget: Budget
+
+
+QUICK = Extent(("resnet50", "mobilenet_v3_small"), "0,head", Budget(0.2, least=3))
+USUAL = Extent(("resnet50", "vit_b_16", "mobilenet_v3_small"), "0,50,head", Budget(0.8, least=3))
+FULL = Extent(ALL_MODELS, "0,50,90,head", Budget(1.5))
 
 
 class NoGpuError(RuntimeError):
@@ -75,18 +86,18 @@ def _shares(text: str) -> list[float | str]:
     return shares
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+def _above_zero(kind: type[int] | type[float]) -> Callable[[str], Any]:
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(0)
+        if not 0 < value < float("inf"):
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} above 0")
+        return value
 
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
+    return parse
 
 
 def _output(text: str) -> Path:
@@ -118,12 +129,16 @@ def make_parser() -> Parser:
     add(
         "--frozen",
         type=_shares,
-        help=f"percents of the elements, or head for all but it (default: {DEFAULT_FROZEN})",
+        help=f"percents of the elements, or head for all but it (default: {USUAL.frozen})",
     )
     add("--quick", action="store_true", help="fewer models, shares and rounds: a look")
-    add("--steps", type=_count, help="rounds per measure, instead of as many as the time allows")
-    add("--seconds", type=_positive, help="time per measure and workload")
-    add("--threads", type=_count, help="threads torch may use on the CPU")
+    add(
+        "--steps",
+        type=_above_zero(int),
+        help="rounds per measure, instead of as many as the time allows",
+    )
+    add("--seconds", type=_above_zero(float), help="time per measure and workload")
+    add("--threads", type=_above_zero(int), help="threads torch may use on the CPU")
     add("--compiled", action="store_true", help="also a stock step through torch.compile")
     add("--json", type=_output, metavar="FILE", help="write all samples, the machine and versions")
     add("--plot", type=_output, metavar="FILE", help="write a PNG picture of the ratios")
@@ -149,9 +164,10 @@ def plan(options: argparse.Namespace) -> tuple[list[str], list[str], list[float 
     """Suites, models, frozen shares and time budget that follow from the options."""
     asked = options.suite or list(DEFAULT_SUITES)
     suites = [suite for suite in SUITES if suite in asked or "all" in asked]
-    models = options.models or list(QUICK_MODELS if options.quick else DEFAULT_MODELS)
-    shares = options.frozen or _shares(QUICK_FROZEN if options.quick else DEFAULT_FROZEN)
-    budget = Budget(seconds=0.2, least=3) if options.quick else Budget(seconds=0.8, least=5)
+    extent = QUICK if options.quick else FULL if "all" in asked else USUAL
+    models = options.models or list(extent.models)
+    shares = options.frozen or _shares(extent.frozen)
+    budget = extent.budget
     if options.seconds is not None:
         budget = dataclasses.replace(budget, seconds=options.seconds, most=10_000)
     if options.steps is not None:

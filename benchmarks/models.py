@@ -137,7 +137,7 @@ MODELS: dict[str, ModelSpec] = {
 }
 """``tiny`` needs no further package: it tries the script itself and is run only when named."""
 
-DEFAULT_MODELS = ("resnet50", "vit_b_16", "mobilenet_v3_small", "bert_base")
+ALL_MODELS = ("resnet50", "vit_b_16", "mobilenet_v3_small", "bert_base")
 
 
 def freeze_share(named: Iterable[tuple[str, nn.Parameter]], share: float | str, head: str) -> float:

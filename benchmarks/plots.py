@@ -75,8 +75,9 @@ def _plain_ticks(axes: Any) -> None:
     ticker = require("matplotlib.ticker", "matplotlib", "--plot")
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.8), max(high, 2.5))
-    marks = [0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]
     low, high = axes.get_xlim()
+    steps = (1, 2, 5) if high / low < 100 else (1,)
+    marks = [step * 10**power for power in range(-2, 6) for step in steps]
     axes.set_xticks([mark for mark in marks if low <= mark <= high])
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}x"))
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())

@@ -10,29 +10,14 @@ from measure import Equality, Summary
 from models import require
 from suites import Outcome, Row
 from targets import Reached
+from units import duration, multiple
 
 WIDTH = 120
 NOTHING = "-"
 
 
-def duration(nanoseconds: float) -> str:
-    """Three digits and a unit."""
-    for unit, size in (("s", 1e9), ("ms", 1e6), ("us", 1e3)):
-        if nanoseconds >= size:
-            value = nanoseconds / size
-            return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
-    return f"{nanoseconds:.0f} ns"
-
-
 def _middle(time: Summary | None) -> str:
     return duration(time.median) if time else NOTHING
-
-
-def multiple(value: float) -> str:
-    """A ratio to three digits."""
-    if value >= 9999.5:
-        return f"{value:.0e}"
-    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
 def _ratio(times: Summary | None, *, spread: bool = True) -> str:
@@ -47,7 +32,9 @@ def _ratio(times: Summary | None, *, spread: bool = True) -> str:
 def _megabytes(size: int | None) -> str:
     if size is None:
         return NOTHING
-    return f"{size / 1e6:.0f}" if size >= 9.95e6 or size == 0 else f"{size / 1e6:.2g}"
+    if 0 < size < 0.095e6:
+        return "<0.1"
+    return f"{size / 1e6:.1f}" if 0 < size < 9.95e6 else f"{size / 1e6:.0f}"
 
 
 def equality_mark(equality: Equality) -> str:
@@ -204,7 +191,8 @@ def digits_table(outcome: DigitsOutcome) -> str:
         )
     title = (
         f"Digits: a CNN that knows 0-4 ({outcome.pretrained_accuracy:.1f} % right) fine-tuned on "
-        f"5-9, backbone frozen\n({outcome.trainable_elements:,} of {outcome.elements:,} elements train; "
+        "5-9, its backbone frozen\n"
+        f"({outcome.trainable_elements:,} of {outcome.elements:,} elements train; "
         f"{outcome.accuracy_before:.1f} % right before, {len(outcome.ours.losses)} iterations)"
     )
     return "\n".join([title, _render(headers, rows)])

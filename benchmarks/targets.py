@@ -12,6 +12,7 @@ from contestants import OURS
 from measure import allocations, held_bytes
 from models import LoadedModel
 from suites import Outcome, Setting, run_models, run_synthetic
+from units import duration, multiple
 
 Status = Literal["reached", "missed", "not measured", "no target"]
 
@@ -50,14 +51,16 @@ class Faster:
 
     def line(self, found: Mapping[str, Outcome]) -> Reached:
         """The ratio of the medians, with the spread of the ratios in the rounds."""
-        case = f"{self.case}, against stock {self.against.replace('/', ' ')}"
+        case = f"{self.case}, vs stock {self.against.replace('/', ' ')}"
         target = f">= {self.least:g}x"
         outcome = found.get(self.workload)
         row = outcome.row(self.against) if outcome else None
         times = outcome.times_ours(row, self.measure) if outcome and row else None
-        if times is None:
+        ours = outcome.ours.time(self.measure) if outcome else None
+        if times is None or ours is None:
             return Reached(case, "-", target, "not measured")
-        figure = f"{times.median:.2f}x [{times.low:.2f}-{times.high:.2f}]"
+        spread = f"{multiple(times.low)}-{multiple(times.high)}"
+        figure = f"{times.median:.2f}x [{spread}], {duration(ours.median)}"
         return Reached(case, figure, target, _status(times.median >= self.least))
 
 

@@ -9,8 +9,9 @@ from contestants import OURS
 from digits import DigitsOutcome
 from measure import TOLERANCE, Summary
 from suites import Outcome, Row
-from tables import WIDTH, duration, multiple
+from tables import WIDTH
 from targets import Reached
+from units import duration, multiple
 
 GAIN = 1.05
 """A ratio within this of 1 is called no difference: two runs on one machine differ by as much."""
@@ -138,7 +139,8 @@ def _digits_line(digits: DigitsOutcome) -> str:
     gain = "no gain" if 1 / GAIN < times < GAIN else "FrozenAwareSGD's is 1"
     return (
         f"Digits: FrozenAwareSGD follows {curve} and ends at {digits.ours.accuracy:.1f} % right; "
-        f"an iteration of the fastest stock form takes {multiple(times)}x FrozenAwareSGD's ({gain})."
+        f"an iteration of the fastest stock form takes {multiple(times)}x that of FrozenAwareSGD "
+        f"({gain})."
     )
 
 

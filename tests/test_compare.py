@@ -1,0 +1,624 @@
+"""The comparison computes what it says, shows it in 120 columns, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import struct
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import compare
+import measure
+import models
+import suites
+import targets
+from contestants import OURS, REFERENCE, Contestant, Hyper, select
+from digits import DigitsOutcome, DigitsRow
+from measure import Allocations, Budget, Equality, Memory, Summary
+from suites import Outcome, Row, Setting
+from tables import digits_table, legend, outcome_table, targets_table
+from units import duration, multiple
+from verdict import fastest_stock, unequal, verdict
+
+CPU = torch.device("cpu")
+for package in ("tabulate", "tqdm", "matplotlib"):
+    pytest.importorskip(package, reason=f"compare.py needs {package}: pip install {package}")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads that wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def same(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> list[bool]:
+    """Which tensors are equal in every bit."""
+    return [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
+
+
+EXACT = Equality(True, 0.0, 0.0)
+HELD = Memory(102_228_128, 102_228_128, 446_000_000, 0)
+
+
+def setting(steps: int = 2, device: torch.device = CPU) -> Setting:
+    budget = Budget(seconds=60, least=steps, most=steps)
+    return Setting(device, budget, False, random.Random(0), lambda text: None)
+
+
+def outcome(
+    samples: dict[str, dict[str, list[float]]],
+    *,
+    device: str = "cpu",
+    suite: str = "models",
+    equality: Equality = EXACT,
+    memory: Memory | None = HELD,
+    title: str = "MobileNetV3-small, all but the head frozen",
+) -> Outcome:
+    """An outcome with made-up samples, by contestant and measure."""
+    rows = [
+        Row(contestant, equality, samples[contestant.key], memory)
+        for contestant in select(any_frozen=True, compiled=True)
+        if contestant.key in samples
+    ]
+    rounds = len(samples["ours"]["warm"])
+    return Outcome(
+        suite=suite,
+        key="made-up",
+        title=title,
+        device=device,
+        tensors=161,
+        frozen_tensors=159,
+        elements=109_483_778,
+        trainable_elements=2_049_000,
+        frozen_percent=91.98,
+        step_bytes=20_000,
+        momentum=0.9,
+        weight_decay=1e-4,
+        batch="2 images" if suite == "models" else "",
+        rows=rows,
+        passes={"read-modify-write": (20_000, [1e3] * rounds), "copy": (8_000, [1e3] * rounds)},
+        trainable_alone=[1_000.0, 1_200.0],
+    )
+
+
+class TestStatistics:
+    def test_the_summary_is_median_and_outer_tenths(self) -> None:
+        assert measure.summarise([float(i) for i in range(1, 12)]) == Summary(6, 2, 10)
+
+    def test_one_sample_is_all_of_its_summary(self) -> None:
+        assert measure.summarise([3.0]) == Summary(3, 3, 3)
+
+    def test_the_ratio_is_that_of_the_medians(self) -> None:
+        assert measure.ratio([2.0, 4.0, 60.0], [1.0, 2.0, 3.0]).median == 2.0
+
+    def test_a_slow_moment_of_the_machine_drops_out_of_the_spread(self) -> None:
+        found = measure.ratio([2.0, 2.0, 20.0, 2.0, 2.0], [1.0, 1.0, 10.0, 1.0, 1.0])
+        assert found == Summary(2, 2, 2)
+
+    @pytest.mark.parametrize(
+        ("rounds", "seconds", "spent"),
+        [
+            pytest.param(4, 5.0, False, id="fewer than the least rounds go on"),
+            pytest.param(5, 0.5, False, id="time left goes on"),
+            pytest.param(5, 1.5, True, id="least rounds and no time left stop"),
+            pytest.param(20, 0.5, True, id="most rounds stop"),
+            pytest.param(3, 11.0, True, id="ten times over time three rounds have to do"),
+            pytest.param(2, 11.0, False, id="ten times over time two rounds do not do"),
+        ],
+    )
+    def test_the_budget_bounds_rounds_and_time(
+        self, rounds: int, seconds: float, spent: bool
+    ) -> None:
+        assert Budget(seconds=1.0, least=5, most=20).spent(rounds, seconds) is spent
+
+
+class TestInterleaving:
+    def test_everyone_has_one_turn_a_round_in_changing_order(self) -> None:
+        calls: list[str] = []
+
+        def turn(name: str) -> Callable[[], float]:
+            def run() -> float:
+                calls.append(name)
+                return float(len(calls))
+
+            return run
+
+        names = ["a", "b", "c"]
+        budget = Budget(seconds=60, least=30, most=30)
+        samples = measure.interleave({n: turn(n) for n in names}, budget, random.Random(0))
+        rounds = [calls[i : i + 3] for i in range(0, 90, 3)]
+        assert all(sorted(names) == sorted(order) for order in rounds)
+        assert len({tuple(order) for order in rounds}) == 6
+        for name in names:
+            places = [i + 1 for i, call in enumerate(calls) if call == name]
+            assert samples[name] == places
+
+    def test_a_cold_turn_walks_the_memory_before_its_one_step(self) -> None:
+        walked = torch.zeros(8)
+        seen: list[float] = []
+
+        class Step:
+            def step(self) -> None:
+                seen.append(float(walked.sum()))
+
+        turn = measure.cold_turn(Step(), CPU, walked)
+        assert turn() > 0
+        turn()
+        assert seen == [8.0, 16.0]
+
+
+class TestContestants:
+    def test_something_frozen_brings_all_stock_forms_in_both_scopes(self) -> None:
+        keys = [c.key for c in select(any_frozen=True, compiled=False)]
+        forms = ("default", "foreach", "fused")
+        assert keys == ["ours", *(f"all/{f}" for f in forms), *(f"filter/{f}" for f in forms)]
+
+    def test_nothing_frozen_leaves_one_scope(self) -> None:
+        keys = [c.key for c in select(any_frozen=False, compiled=True)]
+        assert keys == ["ours", "all/default", "all/foreach", "all/fused", "all/compiled"]
+
+    @pytest.mark.parametrize("contestant", select(any_frozen=True, compiled=False))
+    def test_the_scope_decides_who_is_in_the_optimizer(self, contestant: Contestant) -> None:
+        frozen, free = nn.Parameter(torch.ones(2), False), nn.Parameter(torch.ones(2))
+        alone = nn.Parameter(torch.ones(2), False)
+        entry = contestant.build([[frozen, free], [alone]], Hyper())
+        owned = [[id(p) for p in group["params"]] for group in entry.optimizer.param_groups]
+        everyone = [[id(frozen), id(free)], [id(alone)]]
+        assert owned == (everyone if contestant.scope == "all" else [[id(free)]])
+
+    @pytest.mark.parametrize(
+        ("device", "label"), [("cpu", "all default=loop"), ("cuda", "all default=foreach")]
+    )
+    def test_the_label_says_what_default_means(self, device: str, label: str) -> None:
+        assert Contestant("all", "default").label(device) == label
+
+
+class TestFreezing:
+    @pytest.mark.parametrize(
+        ("share", "frozen"),
+        [
+            pytest.param(0, [], id="nothing"),
+            pytest.param(49, ["a", "b"], id="the nearest number of parameters above"),
+            pytest.param(35, ["a"], id="the nearest number of parameters below"),
+            pytest.param(99, ["a", "b", "c"], id="never the last parameter"),
+            pytest.param("head", ["a", "b"], id="all but the head"),
+        ],
+    )
+    def test_a_share_freezes_from_the_input_side(
+        self, share: float | str, frozen: list[str]
+    ) -> None:
+        sizes = {"a": 30, "b": 20, "c": 40, "d": 10}
+        head = {"c": "head.c", "d": "head.d"} if share == "head" else {}
+        named = [(head.get(n, n), nn.Parameter(torch.ones(s))) for n, s in sizes.items()]
+        named[0][1].grad = torch.ones(30)
+        reached = models.freeze_share(named, share, "head.")
+        assert [n for n, p in named if not p.requires_grad] == frozen
+        assert reached == pytest.approx(sum(sizes[n] for n in frozen))
+        assert all(p.grad is None for _, p in named)
+
+    def test_the_next_share_starts_from_the_first_weights(self) -> None:
+        loaded = models.LoadedModel("tiny", CPU)
+        first = [p.detach().clone() for p in loaded.workload(50).parameters]
+        for p in loaded.model.parameters():
+            p.data.mul_(2)
+        assert all(same(loaded.workload("head").parameters, first))
+
+
+class TestEquality:
+    @pytest.mark.parametrize(
+        ("found", "expected", "result"),
+        [
+            pytest.param([1.0, 2.0], [1.0, 2.0], Equality(True, 0, 0), id="equal"),
+            pytest.param([1.0, 3.0], [1.0, 4.0], Equality(False, 1, 0.25), id="apart"),
+            pytest.param(
+                [1.0, float("nan")],
+                [1.0, 2.0],
+                Equality(False, float("inf"), float("inf")),
+                id="not a number",
+            ),
+        ],
+    )
+    def test_the_difference_is_relative_to_the_largest_value(
+        self, found: list[float], expected: list[float], result: Equality
+    ) -> None:
+        assert measure.compare_tensors([torch.tensor(found)], [torch.tensor(expected)]) == result
+
+    @pytest.mark.parametrize("share", [0, 50, "head"])
+    def test_frozen_aware_sgd_has_every_bit_of_stock(self, share: float | str) -> None:
+        workload = models.LoadedModel("tiny", CPU).workload(share)
+        workload.fill_gradients()
+        before = [p.detach().clone() for p in workload.parameters]
+        expected = measure.reference_result(workload)
+        assert measure.check_equality(OURS, workload, expected).bit_equal
+        assert all(same(before, workload.parameters))
+        unmoved = same(expected[: len(before)], before)
+        assert unmoved == [not p.requires_grad for p in workload.parameters]
+
+    def test_a_contestant_that_decays_otherwise_is_found_out(self) -> None:
+        workload = models.LoadedModel("tiny", CPU).workload(0)
+        workload.fill_gradients()
+        expected = measure.reference_result(workload)
+        workload.hyper = Hyper(momentum=0.9, weight_decay=0.5)
+        assert not measure.check_equality(OURS, workload, expected).holds
+
+
+class TestMemory:
+    def test_allocations_are_counted_with_their_peak(self) -> None:
+        def run() -> None:
+            first = torch.empty(1000)
+            del first
+            second, third = torch.empty(250), torch.empty(250)
+            del second, third
+
+        assert measure.allocations(run, CPU) == Allocations(count=3, peak=4000)
+
+    def test_work_in_place_allocates_nothing(self) -> None:
+        kept = torch.ones(1000)
+        assert measure.allocations(lambda: kept.add_(kept), CPU) == Allocations(0, 0)
+
+    def test_views_of_one_storage_count_once(self) -> None:
+        whole = torch.zeros(100)
+        assert measure.held_bytes([whole, whole[:50], None, torch.zeros(1)]) == 404
+
+    def test_an_iteration_holds_the_gradients_and_state_of_what_trains(self) -> None:
+        workload = models.LoadedModel("tiny", CPU).workload("head")
+        entry = OURS.build(workload.groups, workload.hyper)
+        measure.iteration_turn(workload, entry.optimizer, entry.stepper, CPU)()
+        kept = measure.memory(workload, entry.optimizer, entry.stepper, CPU)
+        head = 4 * (32 * 4 + 4)
+        weights = 4 * sum(p.numel() for p in workload.parameters)
+        assert (kept.gradients, kept.state, kept.step_allocations) == (head, head, 0)
+        assert weights + 2 * head < kept.peak < weights + 2 * head + 20_000
+
+    @pytest.mark.parametrize(
+        ("momentum", "streams"),
+        [pytest.param(0.9, 5, id="momentum"), pytest.param(0, 3, id="plain")],
+    )
+    def test_the_bytes_of_a_step_are_those_of_the_reference_pass(
+        self, momentum: float, streams: int
+    ) -> None:
+        workload = models.LoadedModel("tiny", CPU).workload(0)
+        workload.hyper = Hyper(momentum=momentum)
+        elements = sum(p.numel() for p in workload.parameters)
+        passes = measure.reference_passes(workload, CPU)
+        assert workload.step_bytes == 4 * streams * elements
+        assert passes["read-modify-write"].size == workload.step_bytes
+        assert passes["copy"].size == 8 * elements
+
+
+class TestWorkloads:
+    def test_every_measure_of_a_network_has_a_sample_for_each_round(self) -> None:
+        workload = models.LoadedModel("tiny", CPU).workload(50)
+        found = suites.run_workload("models", workload, setting(3), suites.MEASURES)
+        assert [row.contestant for row in found.rows] == select(any_frozen=True, compiled=False)
+        for row in found.rows:
+            assert {name: len(s) for name, s in row.samples.items()} == {
+                "warm": 3,
+                "cold": 3,
+                "iteration": 3,
+            }
+            assert row.equality.holds
+            assert row.memory is not None
+        assert [len(times) for _, times in found.passes.values()] == [3, 3]
+        assert found.share_of_pass(found.ours) is not None
+
+    def test_the_synthetic_sets_are_what_their_names_say(self) -> None:
+        found = {o.key: o for o in suites.run_synthetic(setting(1))}
+        counts = {key: (o.tensors, o.frozen_tensors) for key, o in found.items()}
+        assert counts == {"tiny161": (161, 0), "frozen998": (1000, 998), "groups50": (500, 0)}
+        assert len(found["frozen998"].trainable_alone) == 1
+        assert all(row.equality.holds for o in found.values() for row in o.rows)
+
+    def test_a_stock_form_this_torch_lacks_is_named_and_left_out(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        build = Contestant.build
+
+        def refuse(self: Contestant, groups: object, hyper: Hyper) -> object:
+            if self.kind == "fused":
+                raise RuntimeError("no fused kernel here\nand more")
+            return build(self, groups, hyper)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Contestant, "build", refuse)
+        workload = models.LoadedModel("tiny", CPU).workload(0)
+        found = suites.run_workload("models", workload, setting(1), ["warm"])
+        assert found.unavailable == {"all/fused": "no fused kernel here"}
+        assert [row.contestant.key for row in found.rows] == ["ours", "all/default", "all/foreach"]
+        assert "all/fused: not run: no fused kernel here" in outcome_table(found)
+
+
+WIDEST = {
+    contestant.key: {
+        measure: [time * 12.345**place for time in (888.8e3, 999.4e3, 1.111e6)]
+        for measure in suites.MEASURES
+    }
+    for place, contestant in enumerate(select(any_frozen=True, compiled=True))
+}
+"""Medians of three digits and ratios from 12.3x on, all with a spread."""
+
+
+class TestTables:
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    @pytest.mark.parametrize("suite", ["models", "synthetic"])
+    def test_a_table_fits_120_columns(self, suite: str, device: str) -> None:
+        worst = Equality(False, 1.0, 0.5, compile_seconds=123.4)
+        text = outcome_table(outcome(WIDEST, suite=suite, device=device, equality=worst))
+        assert max(map(len, text.splitlines())) <= 120
+        assert text.count("NO 5e-01") == len(WIDEST)
+
+    def test_the_digits_table_fits_120_columns(self) -> None:
+        rows = [
+            DigitsRow(
+                c, [12.3456, 0.1234], [1e9, 2e9, 3e9], 99.9, 0.5, Memory(10**9, 10**9, 10**9, 0)
+            )
+            for c in select(any_frozen=True, compiled=True)
+        ]
+        text = digits_table(DigitsOutcome("cuda", 99.9, 10.0, 645, 150_661, rows))
+        assert max(map(len, text.splitlines())) <= 120
+
+    def test_the_targets_table_fits_120_columns(self) -> None:
+        times = measured(1.11e6, all_default=555.5e6, all_fused=555.5e6, filter_fused=555.5e6)
+        found = outcome({key: s | {"cold": s["warm"]} for key, s in times.items()})
+        lines = [target.line({"frozen998": found}) for target in targets.TARGETS]
+        lines += targets.memory_lines("tiny", setting())
+        assert any(line.status == "missed" for line in lines)
+        assert max(map(len, targets_table(lines).splitlines())) <= 120
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_legend_and_verdict_fit_120_columns(self, device: str) -> None:
+        outcomes = [
+            outcome(WIDEST, device=device),
+            outcome(WIDEST, device=device, suite="synthetic"),
+        ]
+        text = legend(device, outcomes, trained=True) + verdict(outcomes, None, [])
+        assert max(map(len, text.splitlines())) <= 120
+
+    def test_a_cpu_has_no_device_time(self) -> None:
+        samples = {k: {m: s for m, s in v.items() if m != "device"} for k, v in WIDEST.items()}
+        text = outcome_table(outcome(samples))
+        ours = next(line for line in text.splitlines() if line.startswith("FrozenAwareSGD"))
+        assert ours.split()[4] == "-"
+
+    @pytest.mark.parametrize(
+        ("nanoseconds", "text"),
+        [
+            (7, "7 ns"),
+            (8_612, "8.61 us"),
+            (1_320_000, "1.32 ms"),
+            (999.7e3, "1000 us"),
+            (2e9, "2 s"),
+        ],
+    )
+    def test_durations_have_three_digits(self, nanoseconds: float, text: str) -> None:
+        assert duration(nanoseconds) == text
+
+    @pytest.mark.parametrize(
+        ("value", "text"), [(0.904, "0.90"), (12.345, "12.3"), (123.4, "123"), (53321.0, ">999")]
+    )
+    def test_ratios_have_three_digits(self, value: float, text: str) -> None:
+        assert multiple(value) == text
+
+
+def measured(ours: float, **stock: float) -> dict[str, dict[str, list[float]]]:
+    """Two rounds of warm steps: ours, and stock as ``all_fused=...``."""
+    times = {"ours": ours} | {name.replace("_", "/"): time for name, time in stock.items()}
+    return {key: {"warm": [time, time]} for key, time in times.items()}
+
+
+class TestVerdict:
+    def test_the_fastest_stock_form_is_the_one_to_beat(self) -> None:
+        found = outcome(measured(10, all_default=40, all_fused=20, filter_fused=15))
+        best = fastest_stock(found, "warm")
+        assert best is not None
+        assert (best[0].contestant.key, best[1].median) == ("filter/fused", 1.5)
+
+    @pytest.mark.parametrize(
+        ("fused", "words"),
+        [
+            pytest.param(10.2, "No gain over the fastest stock form in step()", id="no gain"),
+            pytest.param(8.0, "SLOWER than the fastest stock form in step()", id="slower"),
+        ],
+    )
+    def test_it_says_where_there_is_no_gain(self, fused: float, words: str) -> None:
+        found = outcome(measured(10, all_default=40, filter_fused=fused))
+        assert words in " ".join(verdict([found], None, []).split())
+
+    def test_a_gain_is_not_called_none(self) -> None:
+        found = outcome(measured(10, all_default=40, filter_fused=20))
+        text = " ".join(verdict([found], None, []).split())
+        assert "No gain" not in text
+        assert "stock's default takes 4.00x" in text
+        assert "the fastest stock form 2.00x" in text
+
+    def test_a_wrong_result_comes_first(self) -> None:
+        wrong = outcome(measured(10, all_fused=20), equality=Equality(False, 1, 0.5))
+        assert len(unequal([wrong], None)) == 2
+        assert verdict([wrong], None, []).splitlines()[1].startswith("- WRONG RESULT")
+
+    def test_another_loss_curve_is_a_wrong_result(self) -> None:
+        rows = [DigitsRow(OURS, [1.0], [1.0], 90.0, 0.5)]
+        digits = DigitsOutcome("cpu", 99.0, 10.0, 645, 150_661, rows)
+        assert unequal([], digits) == ["FrozenAwareSGD on the digits"]
+
+
+class TestTargets:
+    @pytest.mark.parametrize(
+        ("fused", "status"),
+        [pytest.param(120, "reached", id="at"), pytest.param(119, "missed", id="below")],
+    )
+    def test_a_ratio_is_held_against_its_target(self, fused: float, status: str) -> None:
+        target = targets.Faster("case", "made-up", "all/fused", 12)
+        line = target.line({"made-up": outcome(measured(10, all_fused=fused))})
+        assert line.status == status
+
+    def test_the_cost_of_a_frozen_parameter_is_what_they_add(self) -> None:
+        found = outcome(measured(1100 + 159 * 4.5))
+        line = targets.FrozenCost("case", "made-up", 5).line({"made-up": found})
+        assert (line.figure, line.status) == ("4.50 ns", "reached")
+
+    @pytest.mark.parametrize(
+        ("ours", "figure", "status"),
+        [
+            pytest.param(1000, "100 %", "reached", id="as fast as the pass"),
+            pytest.param(1250, "80 %", "missed", id="slower than the pass"),
+        ],
+    )
+    def test_the_bandwidth_is_held_against_the_pass(
+        self, ours: float, figure: str, status: str
+    ) -> None:
+        line = targets.Bandwidth("case", "made-up", 90).line({"made-up": outcome(measured(ours))})
+        assert line.figure.startswith(figure)
+        assert line.status == status
+
+    def test_a_case_without_its_model_is_not_measured(self) -> None:
+        assert {t.line({}).status for t in targets.TARGETS} == {"not measured"}
+
+    def test_a_step_allocates_nothing_and_leaves_no_frozen_gradients(self) -> None:
+        lines = targets.memory_lines("tiny", setting())
+        assert [line.status for line in lines] == ["reached", "reached"]
+        assert lines[0].figure == "0"
+        assert lines[1].figure.startswith("0 B (before: ")
+
+
+class TestCommand:
+    ARGUMENTS = ("--device", "cpu", "--suite", "models", "--models", "tiny", "--steps", "2")
+
+    def test_it_measures_and_ends_with_a_verdict(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert compare.main([*self.ARGUMENTS, "--frozen", "0,head"]) == 0
+        printed = capsys.readouterr()
+        assert printed.out.count("FrozenAwareSGD  ") == 2
+        assert "\nVerdict\n" in printed.out
+        assert max(map(len, printed.out.splitlines())) <= 120
+        assert printed.err == ""
+
+    def test_the_files_hold_samples_machine_and_picture(self, tmp_path: Path) -> None:
+        data, picture = tmp_path / "run.json", tmp_path / "run.png"
+        options = ["--frozen", "50", "--json", str(data), "--plot", str(picture)]
+        assert compare.main([*self.ARGUMENTS, *options]) == 0
+        found = json.loads(data.read_text())
+        assert found["machine"]["versions"]["torch"] == torch.__version__
+        assert found["machine"]["torch_freeze"]["torch"]
+        (only,) = found["outcomes"]
+        assert {len(row["samples"]["warm"]) for row in only["rows"]} == {2}
+        header = picture.read_bytes()[:24]
+        assert header[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = struct.unpack(">II", header[16:])
+        assert width > 600
+        assert height > 200
+
+    def test_a_wrong_result_ends_with_status_1(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        wrong = Equality(False, 1.0, 1.0)
+        monkeypatch.setattr(suites, "check_equality", lambda *given: wrong)
+        assert compare.main([*self.ARGUMENTS, "--frozen", "0"]) == 1
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            pytest.param(
+                ["--models", "resnet5"], "unknown model 'resnet5'; known: resnet50", id="model"
+            ),
+            pytest.param(
+                ["--suite", "speed"], "unknown suite 'speed'; known: synthetic", id="suite"
+            ),
+            pytest.param(["--frozen", "100"], "'100' is no share to freeze", id="share"),
+            pytest.param(["--frozen", "most"], "'most' is no share to freeze", id="share in words"),
+            pytest.param(["--threads", "0"], "'0' is not a whole number above 0", id="threads"),
+            pytest.param(["--seconds", "nan"], "'nan' is not a number above 0", id="seconds"),
+            pytest.param(
+                ["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at", id="folder"
+            ),
+        ],
+    )
+    def test_what_cannot_be_done_is_said_in_one_line(
+        self, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as ended:
+            compare.main(arguments)
+        printed = capsys.readouterr()
+        assert ended.value.code == 2
+        assert words in printed.err
+        assert len(printed.err.splitlines()) == 1
+
+    def test_a_missing_gpu_is_said_in_one_line(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(SystemExit) as ended:
+            compare.main(["--device", "cuda"])
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "sees no CUDA GPU; use --device cpu or auto" in line
+
+    def test_a_named_model_without_its_package_names_the_command(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(SystemExit) as ended:
+            compare.main(["--device", "cpu", "--suite", "models", "--models", "bert_base"])
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "bert_base needs transformers: pip install transformers" in line
+
+    def test_a_model_not_asked_for_is_skipped_with_a_line(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "torchvision", None)
+        assert compare.main(["--device", "cpu", "--suite", "models", "--steps", "1"]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.split(":")[0] for line in lines] == [
+            f"skipped {name}" for name in compare.USUAL.models
+        ]
+
+    def test_quick_and_all_change_the_extent_and_options_win(self) -> None:
+        parse = compare.make_parser().parse_args
+        assert compare.plan(parse(["--quick"]))[1:3] == (list(compare.QUICK.models), [0.0, "head"])
+        suites_, models_, shares, budget = compare.plan(
+            parse(["--suite", "all", "--models", "tiny", "--seconds", "9"])
+        )
+        assert suites_ == list(compare.SUITES)
+        assert models_ == ["tiny"]
+        assert shares == [0.0, 50.0, 90.0, "head"]
+        assert budget.seconds == 9
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed"
+)
+@pytest.mark.parametrize("name", ["resnet50", "vit_b_16", "mobilenet_v3_small"])
+def test_the_head_of_a_network_is_its_last_layer(name: str) -> None:
+    spec = models.MODELS[name]
+    with torch.device("meta"):
+        named = list(spec.build().named_parameters())
+    head = [n for n, _ in named if n.startswith(spec.head)]
+    assert head == [n for n, _ in named[-2:]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_has_time_of_its_own_and_the_same_results() -> None:
+    device = torch.device("cuda")
+    workload = models.LoadedModel("tiny", device).workload(50)
+    found = suites.run_workload("models", workload, setting(3, device), suites.MEASURES)
+    assert all(row.equality.holds for row in found.rows)
+    assert {len(row.samples["device"]) for row in found.rows} == {3}
+    assert found.share_of_pass(found.ours) is not None
+    assert found.ours.memory is not None
+    assert found.ours.memory.step_allocations == 0
+
+
+def test_the_reference_is_stock_without_foreach() -> None:
+    entry = REFERENCE.build([[nn.Parameter(torch.ones(1))]], Hyper())
+    assert type(entry.optimizer) is torch.optim.SGD
+    assert entry.optimizer.param_groups[0]["foreach"] is False
