@@ -1,8 +1,8 @@
 """The CUDA kernel's body, run on the CPU for every thread of every block: no GPU needed.
 
-Two views of it. `step` runs it on memory that exists and compares what it wrote with stock; around every
-array lies a border that must not change. `accesses` only notes what it would touch, so that an
-array may lie anywhere and be larger than any memory.
+Two views of it. `step` runs it on memory that exists, where every array lies in a border that must
+not change, and what it wrote is compared with stock. `accesses` only notes what it would touch, so
+that an array may lie anywhere and be larger than any memory.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Group:
 
 @dataclass
 class Bordered:
-    """An array that starts `offset` bytes after a 128-byte line, in a border that must stay as it is."""
+    """An array `offset` bytes after a 128-byte line, in a border that must stay as it is."""
 
     values: Tensor
     offset: int = 0
@@ -205,7 +205,7 @@ def expected(
     sgd(
         [param],
         [grad],
-        buffers,  # type: ignore[arg-type]  # stock's own signature forgets the None it fills in
+        buffers,
         foreach=False,
         weight_decay=group.weight_decay,
         momentum=group.momentum,
@@ -403,15 +403,19 @@ def test_a_learning_rate_on_the_device(lr_dtype: torch.dtype, triple: Triple) ->
     assert_stepped(updates, groups, triple)
 
 
-SCALES = {"a power of two": 65536.0, "a small power of two": 2.0**-20, "1": 1.0, "three": 3.0, "1e30": 1e30}
+SCALES = {
+    "a power of two": 65536.0,
+    "a small power of two": 2.0**-20,
+    "1": 1.0,
+    "three": 3.0,
+    "1e30": 1e30,
+}
 
 
 @every_triple
 @pytest.mark.parametrize("grad_offset", [0, 1], ids=["aligned", "gradients one element off"])
 @pytest.mark.parametrize("scale", [pytest.param(s, id=f"scale {n}") for n, s in SCALES.items()])
-def test_gradients_are_unscaled_and_left_so(
-    scale: float, grad_offset: int, triple: Triple
-) -> None:
+def test_gradients_are_unscaled_and_left_so(scale: float, grad_offset: int, triple: Triple) -> None:
     torch.manual_seed(0)
     groups = [Group(weight_decay=0.01)]
     offsets = (0, grad_offset * triple.grad.itemsize, 0)
@@ -446,10 +450,7 @@ def test_special_values_equal_stock(triple: Triple) -> None:
     grid = torch.cartesian_prod(values, values, values)
     for group in HYPERS.values():
         update = Update(
-            *(
-                Bordered(grid[:, i].contiguous().to(dtype))
-                for i, dtype in enumerate(triple)
-            )  # type: ignore[arg-type]
+            *(Bordered(grid[:, i].contiguous().to(dtype)) for i, dtype in enumerate(triple))  # type: ignore[arg-type]
         )
         if group.momentum == 0:
             update.momentum = None
@@ -519,7 +520,9 @@ def assert_covered(touched: Iterable[Access], start: int, size: int) -> None:
     """The stores into [start, start + size) make it up exactly, each byte once."""
     at = start
     for run in sorted(a for a in touched if a.store and start <= a.address < start + size):
-        assert run.address == at, f"byte {at - start} is stored {'twice' if run.address < at else 'never'}"
+        assert run.address == at, (
+            f"byte {at - start} is stored {'twice' if run.address < at else 'never'}"
+        )
         at += run.bytes
     assert at == start + size
 
@@ -533,9 +536,7 @@ def test_every_byte_is_stored_once(resident: int, triple: Triple) -> None:
     for i, numel in enumerate(sizes):
         base = (i + 1) << 24
         offsets = [rng.randrange(0, 16) * dtype.itemsize for dtype in triple]
-        param, grad, momentum = (
-            base + (k << 20) + offset for k, offset in enumerate(offsets)
-        )
+        param, grad, momentum = (base + (k << 20) + offset for k, offset in enumerate(offsets))
         updates.append((param, grad, momentum, numel, 0, False))
     touched = accesses(updates, triple, resident, grad_scale=torch.tensor(2.0))
     for param, grad, momentum, numel, _, _ in updates:

@@ -1,0 +1,180 @@
+"""What nvcc makes of the CUDA kernel: registers, spills, access widths, rounding. No GPU needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# By torch's own packages: the toolkit's headers of another minor version come with the wheels.
+NVIDIA = Path(torch.__file__).parent.parent / "nvidia"
+HEADER = (ROOT / "csrc" / "multi_tensor_cuda.h").read_text()
+WARPS, BLOCKS = (
+    int(re.search(rf"{name} = (\d+);", HEADER)[1])  # type: ignore[index]
+    for name in ("kWarps", "kBlocksPerMultiprocessor")
+)
+# The register file of a multiprocessor, shared by all of its threads, in steps of eight.
+MOST_REGISTERS = 65536 // (32 * WARPS * BLOCKS) // 8 * 8
+
+# How a triple of dtypes reads in a mangled name, with the bytes of a vector of gradients.
+TRIPLES = {
+    "fp32": (r"fff", 16),
+    "fp64": (r"ddd", 16),
+    "bf16": (r"N3c108BFloat16E\w+?", 16),
+    "fp16": (r"N3c104HalfE\w+?", 16),
+    "fp32 with bf16 gradients": (r"fN3c108BFloat16Ef", 8),
+    "fp32 with fp16 gradients": (r"fN3c104HalfEf", 8),
+}
+TABLES = (1024, 8192, 32760)
+every_kernel = pytest.mark.parametrize(
+    ("triple", "table"),
+    [
+        pytest.param(name, size, id=f"{name}, table of {size} bytes")
+        for name in TRIPLES
+        for size in TABLES
+    ],
+)
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+
+
+class Compiled(NamedTuple):
+    """The kernels' PTX, and the tools that go on from there."""
+
+    ptx: Path
+    ptxas: Path
+    known: list[int]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    spec = importlib.util.spec_from_file_location("torch_freeze_setup", ROOT / "setup.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{ROOT / 'setup.py'} cannot be loaded")
+    setup_py = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = setup_py
+    spec.loader.exec_module(setup_py)
+    toolkit = setup_py.find_toolkit(torch, NVIDIA)
+    if isinstance(toolkit, str):
+        pytest.skip(f"no CUDA compiler for this torch: {toolkit}")
+    from torch.utils import cpp_extension
+
+    wheels = [str(path.parent) for path in NVIDIA.glob("*/include/cuda_runtime_api.h")]
+    includes = [
+        word
+        for path in (*cpp_extension.include_paths(), *toolkit.includes, *wheels)
+        if path != "/usr/include"
+        for word in ("-isystem", path)
+    ]
+    ptx = tmp_path_factory.mktemp("ptx") / "sgd_cuda.ptx"
+    flags = ["-ptx", "-arch=compute_80", "-std=c++20", "-O3", "-fmad=false"]
+    flags += ["--expt-relaxed-constexpr", "-DWITH_CUDA", "-o", str(ptx)]
+    nvcc = str(toolkit.home / "bin" / "nvcc")
+    source = str(ROOT / "csrc" / "sgd_cuda.cu")
+    done = subprocess.run([nvcc, *flags, *includes, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return Compiled(ptx, toolkit.home / "bin" / "ptxas", toolkit.known)
+
+
+def kernel_name(triple: str, table: int) -> re.Pattern[str]:
+    return re.compile(rf"\w+SgdFormulaI{TRIPLES[triple][0]}EELi{table}E\w+")
+
+
+def body_of(text: str, triple: str, table: int, start: str, end: str) -> str:
+    """The part of a listing that belongs to one kernel."""
+    name = kernel_name(triple, table)
+    bodies = [part.split(end)[0] for part in text.split(start)[1:] if name.match(part)]
+    assert len(bodies) == 1, f"{len(bodies)} kernels for {triple}, table of {table} bytes"
+    return bodies[0]
+
+
+@pytest.fixture(scope="module")
+def ptx(compiled: Compiled) -> str:
+    return compiled.ptx.read_text()
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def assembled(
+    request: pytest.FixtureRequest, compiled: Compiled, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """What ptxas says of each kernel on one architecture, and the machine code."""
+    architecture: str = request.param
+    if int(architecture.removeprefix("sm_")) not in compiled.known:
+        pytest.skip(f"this nvcc does not know {architecture}")
+    cubin = tmp_path_factory.mktemp(architecture) / "sgd_cuda.cubin"
+    command = [compiled.ptxas, "-v", f"-arch={architecture}", "-o", cubin, compiled.ptx]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr, cubin
+
+
+def test_no_kernel_spills_and_registers_leave_room_for_every_block(
+    assembled: tuple[str, Path],
+) -> None:
+    report, _ = assembled
+    for triple in TRIPLES:
+        for table in TABLES:
+            end = "Compiling entry function"
+            text = body_of(report, triple, table, "Compiling entry function '", end)
+            assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text
+            used = re.search(r"Used (\d+) registers", text)
+            assert used and int(used[1]) <= MOST_REGISTERS, f"{triple}: {text}"
+
+
+@every_kernel
+def test_vectors_of_sixteen_bytes(triple: str, table: int, ptx: str) -> None:
+    body = body_of(ptx, triple, table, ".entry ", ".entry ")
+    widths = {"u8": 1, "u16": 2, "b16": 2, "u32": 4, "b32": 4, "f32": 4, "u64": 8, "b64": 8}
+    widths["f64"] = 8
+
+    def count(kind: str, size: int) -> int:
+        found = re.findall(rf"\b{kind}(?:\.v(\d))?\.(\w\d+)", body)
+        return sum(int(times or 1) * widths[name] == size for times, name in found)
+
+    # Parameter and momentum, two vectors of each under way; the gradient streamed.
+    assert count(r"ld\.global", 16) >= 4
+    assert count(r"st\.global", 16) >= 4
+    assert count(r"ld\.global\.cs", TRIPLES[triple][1]) >= 2
+
+
+@every_kernel
+def test_arithmetic_rounds_as_written(triple: str, table: int, ptx: str) -> None:
+    body = body_of(ptx, triple, table, ".entry ", ".entry ")
+    assert re.search(r"\bfma\.rn\.f(32|64)\b", body)
+    assert not re.search(r"\.ftz\b|\.approx\b|\.full\b|\bmad\.f", body)
+
+
+def disassembler() -> str | None:
+    """nvdisasm from PATH, a toolkit, or triton, which torch's CUDA wheels bring."""
+    places = [os.environ.get("PATH", "")]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    places.append("/usr/local/cuda/bin")
+    return shutil.which("nvdisasm", path=os.pathsep.join(places))
+
+
+def test_machine_code_moves_sixteen_bytes_at_a_time(assembled: tuple[str, Path]) -> None:
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("no nvdisasm on PATH, in a toolkit or in triton")
+    _, cubin = assembled
+    done = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for triple in TRIPLES:
+        for table in TABLES:
+            start = "//--------------------- .text."
+            body = body_of(done.stdout, triple, table, start, "//---------------------")
+            loads = re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", body)
+            stores = re.findall(r"\bSTG\.E\.(?:\w+\.)*128\b", body)
+            assert len(loads) >= 4, f"{triple}, table of {table} bytes"
+            assert len(stores) >= 4, f"{triple}, table of {table} bytes"
+            assert not re.search(r"\b(LDL|STL)\b", body), "local memory is a spill"
