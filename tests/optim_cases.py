@@ -324,7 +324,7 @@ class Snapshot:
     def _take(self) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for g, group in enumerate(self.optimizer.param_groups):
-            seen[f"group {g}"] = {k: v for k, v in group.items() if k != "params"}
+            seen[f"group {g}"] = sorted((k, repr(v)) for k, v in group.items() if k != "params")
             for i, p in enumerate(group["params"]):
                 name = f"param_groups[{g}] params[{i}]"
                 seen[name] = self._tensor(p)
