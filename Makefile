@@ -66,8 +66,11 @@ export SANITIZED
 gpu: build ## GPU tests, compute-sanitizer and benchmark; results go to $OUT or benchmarks/results
 	$(PY) -c 'import torch; torch.cuda.is_available() or exit("make gpu: torch finds no CUDA device")'
 	$(PY) -m pytest -m gpu
-	@sanitizer=$$(PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer) || \
-	  { echo "make gpu: no compute-sanitizer on PATH or in CUDA_HOME: that check is left out"; exit 0; }; \
+	@packages=$$($(PY) -c 'import glob, sysconfig; \
+	  print(*glob.glob(sysconfig.get_path("purelib") + "/nvidia/*/bin"), sep=":")'); \
+	sanitizer=$$(PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin:$$packages" command -v compute-sanitizer) || \
+	  { echo "make gpu: left out, for want of compute-sanitizer: memcheck, racecheck, initcheck" \
+	    "(pip install 'cuda-toolkit[sanitizer]')"; exit 0; }; \
 	for tool in memcheck racecheck initcheck; do \
 	  "$$sanitizer" --tool $$tool --error-exitcode 1 $(PY) -c "$$SANITIZED" || exit 1; \
 	done

@@ -48,7 +48,7 @@ def ask_nvcc(nvcc: Path) -> Toolkit | None:
     here = re.search(r"_HERE_=(.+)", plan)
     if not release or not here:
         return None
-    includes = [os.path.realpath(path) for path in re.findall(r'"-I([^"]+)"', plan)]
+    includes = [os.path.realpath(path) for path in re.findall(r'INCLUDES="-I([^"]+)"', plan)]
     known = {int(c) for c in re.findall(r"compute_(\d+)\b", output(nvcc, "--list-gpu-arch"))}
     return Toolkit(Path(here[1].strip()).parent, int(release[1]), includes, sorted(known))
 
@@ -73,7 +73,7 @@ def find_toolkit(torch: ModuleType, nvidia: Path) -> Toolkit | str:
         others = ", ".join(sorted({f"{t.home} (CUDA {t.major})" for t in toolkits})) or "none"
         reason = (
             f"torch needs an nvcc of CUDA {wanted} and found is {others}; put one on PATH, set "
-            f"CUDA_HOME or `pip install nvidia-cuda-nvcc=={torch.version.cuda}.*`"
+            f"CUDA_HOME or `pip install 'cuda-toolkit[nvcc,cccl]=={torch.version.cuda}.*'`"
         )
     if choice == "1":
         raise SystemExit(f"torch_freeze: USE_CUDA=1, but {reason}")
