@@ -187,16 +187,15 @@ def _tied(tree: Tree) -> Iterator[Finding]:
         states = {name: around.trains(name, entry) for name in entry.names}
         is_now = "trainable" if entry.parameter.requires_grad else "frozen"
         names = " = ".join(entry.names)
-        known = {state for state in states.values() if state is not None}
-        if len(known) > 1:
-            odd = [n for n, s in states.items() if s is not None and s != (is_now == "trainable")]
+        odd = [n for n, s in states.items() if s is not None and s != (is_now == "trainable")]
+        if odd:
             other = "frozen" if is_now == "trainable" else "trainable"
             yield Finding(
                 "warning",
                 entry.name,
                 f"is tied ({names}) and {is_now}, though {', '.join(odd)} lies in a module that "
                 f"is otherwise {other}.",
-                "Name both modules, or untie the parameter if they should differ.",
+                "Fine if it is meant for both; else name both modules, or untie the parameter.",
                 "tied half",
             )
         else:
@@ -218,9 +217,8 @@ class _Surroundings:
         }
 
     def trains(self, name: str, tied: ParamEntry) -> bool | None:
-        """True, False, or None where they are mixed or there are none."""
-        while name:
-            name = name.rpartition(".")[0]
+        """True, False, or None where they are mixed or there are none short of the model."""
+        while name := name.rpartition(".")[0]:
             flags = {
                 other.parameter.requires_grad
                 for other in self._below[name].parameters()

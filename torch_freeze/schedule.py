@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -466,9 +466,9 @@ class FreezeOutSchedule(_GroupSchedule):
             made.append(rest)
         return [{"params": params, "lr": lr, **options} for params in made]
 
-    def lr_lambdas(self) -> list[CosineToZero]:
+    def lr_lambdas(self) -> list[Callable[[int], float]]:
         """Multipliers for torch.optim.lr_scheduler.LambdaLR, one per group of `param_groups`."""
-        made = [
+        made: list[Callable[[int], float]] = [
             CosineToZero(share * self.total_steps, 1 / share if self.scale_lr else 1.0)
             for share in self.shares
         ]

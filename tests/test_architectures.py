@@ -1,0 +1,248 @@
+"""The freeze API on real architectures with random weights; what is absent is skipped by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from torch_freeze import (
+    FrozenAwareSGD,
+    audit,
+    freeze,
+    freeze_except,
+    frozen,
+    guard,
+    report,
+    rotate,
+    unfreeze,
+)
+
+
+def resnet50() -> tuple[Any, Any]:
+    torchvision = pytest.importorskip("torchvision")
+    return torchvision.models.resnet50(num_classes=10), (torch.randn(2, 3, 32, 32),)
+
+
+def vit_b_16() -> tuple[Any, Any]:
+    torchvision = pytest.importorskip("torchvision")
+    # One image of 2 x 2 patches: the model in full size, little to compute.
+    model = torchvision.models.vit_b_16(image_size=32, num_classes=10)
+    # torchvision starts the head at zero, and no gradient would pass it.
+    nn.init.normal_(model.heads.head.weight, std=0.1)
+    return model, (torch.randn(1, 3, 32, 32),)
+
+
+def bert() -> tuple[Any, Any]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=100,
+        tie_word_embeddings=True,
+    )
+    ids = torch.randint(0, 100, (2, 8))
+    return transformers.BertForMaskedLM(config), {"input_ids": ids}
+
+
+def gpt2() -> tuple[Any, Any]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=3, n_head=4, vocab_size=100, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config), {"input_ids": torch.randint(0, 100, (2, 8))}
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        x, _ = self.attention(x, x, x, need_weights=False)
+        out: torch.Tensor = self.head(x.mean(1))
+        return out
+
+
+def attention() -> tuple[Any, Any]:
+    return Attention(), (torch.randn(2, 5, 6),)
+
+
+Maker = Callable[[], tuple[Any, Any]]
+# name: (model, what is frozen, how many of its parameters that is, where backward is)
+CASES: dict[str, tuple[Maker, list[str], int, str]] = {
+    "ResNet-50, all but the head": (resnet50, ["conv1", "bn1", "layer?"], 159, "stops early"),
+    "ResNet-50, a frozen tail": (resnet50, ["layer4", "fc"], 32, "runs through"),
+    "ResNet-50, biases": (resnet50, ["*.bias"], 54, "runs through"),
+    "ViT-B/16, patches and class token": (
+        vit_b_16,
+        ["conv_proj", "class_token", "encoder.pos_embedding"],
+        4,
+        "stops early",
+    ),
+    "ViT-B/16, the first half, class token forgotten": (
+        vit_b_16,
+        ["conv_proj", "encoder.layers.encoder_layer_[0-5]"],
+        74,
+        "mixed",
+    ),
+    "BERT, the encoder": (bert, ["bert.encoder"], 48, "runs through"),
+    "BERT, the body": (bert, ["bert"], 53, "mixed"),
+    "BERT, all attention": (bert, ["bert.encoder.layer.*.attention"], 30, "runs through"),
+    "GPT-2, the first blocks, embeddings forgotten": (
+        gpt2,
+        ["transformer.h.[01]"],
+        24,
+        "runs through",
+    ),
+    "GPT-2, the embeddings": (gpt2, ["transformer.wte", "transformer.wpe"], 2, "mixed"),
+    "attention": (attention, ["embed", "attention"], 6, "stops early"),
+    "attention, its projection": (attention, ["attention.out_proj"], 2, "runs through"),
+}
+
+
+def loss_of(model: Any, example: Any) -> Any:
+    out = model(**example) if isinstance(example, dict) else model(*example)
+    out = out.logits if hasattr(out, "logits") else out
+    return out.float().square().mean()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_freezing_does_what_it_says_on(case: str) -> None:
+    make, what, count, kind = CASES[case]
+    torch.manual_seed(0)
+    model, example = make()
+    optimizer = FrozenAwareSGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.01)
+    loss_of(model, example).backward()
+    result = freeze(model, *what)
+    assert len(result.matched) == len(result.frozen_names) == count
+    model.train()
+    told = report(model, optimizer, example=example)
+    assert told.flow.kind == kind, told.flow.sentence
+    assert max(map(len, str(told).splitlines())) <= 120
+    # Two steps: nothing frozen moves, everything trainable that has a gradient does.
+    before = copy.deepcopy(model.state_dict())
+    optimizer.zero_grad()
+    with guard(model, content=True):
+        for _ in range(2):
+            loss_of(model, example).backward()
+            assert not [f for f in audit(model, optimizer) if f.level == "error"]
+            got = {n for n, p in model.named_parameters() if p.grad is not None}
+            assert not got & set(result.frozen_names)
+            optimizer.step()
+    after = model.state_dict()
+    moved = {n for n, p in model.named_parameters() if not before[n].equal(after[n])}
+    assert moved and moved <= set(told.trainable_names)
+    if kind == "stops early":
+        assert moved == set(told.trainable_names)
+    unfreeze(model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(m.training for m in model.modules())
+
+
+SAVED: dict[str, tuple[Maker, list[str]]] = {
+    "ResNet-50, all but the head": (resnet50, ["conv1", "bn1", "layer?"]),
+    "ResNet-50, the tail": (resnet50, ["layer3", "layer4"]),
+    "BERT, the encoder": (bert, ["bert.encoder.layer.0", "bert.embeddings"]),
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_the_backward_work_saved_agrees_with_counted_flops_on(case: str) -> None:
+    make, what = SAVED[case]
+    model, example = make()
+
+    def backward_flops() -> int:
+        loss = loss_of(model, example)
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        return int(counter.get_total_flops())
+
+    everything = backward_flops()
+    freeze(model, *what)
+    counted = 1 - backward_flops() / everything
+    saved = report(model, example=example).flow.backward_saved
+    # Attention's own products have no weights; torch counts them, the report does not.
+    assert saved == pytest.approx(counted, abs=0.05 if case.startswith("BERT") else 0.001)
+
+
+def test_every_norm_of_a_frozen_resnet_is_held_and_the_eval_output_kept() -> None:
+    model, (x,) = resnet50()
+    model.eval()
+    expected = model(x)
+    result = freeze(model)
+    assert len(result.held) == 53
+    model.train()
+    for twin in (model, copy.deepcopy(model)):
+        assert torch.equal(twin(x), expected)
+
+
+def test_the_forgotten_class_token_shows_only_when_measured() -> None:
+    model, example = vit_b_16()
+    freeze(model, "conv_proj", "encoder.layers.encoder_layer_[0-5]")
+    result = report(model, example=example)
+    assert result.flow.first_trainable == "class_token"
+    freeze(model, "class_token", "encoder.pos_embedding")
+    assert report(model, example=example).flow.kind == "stops early"
+
+
+@pytest.mark.parametrize("alias", ["word_embeddings", "cls.predictions.decoder.weight"])
+def test_row_19_the_tied_embedding_of_bert(alias: str) -> None:
+    model, _ = bert()
+    result = freeze(model, f"*{alias}*")
+    names = ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight")
+    assert names in result.tied
+    assert any("the same tensor, so it is frozen too" in note for note in result.notes)
+    assert not model.get_input_embeddings().weight.requires_grad
+
+
+def test_row_19_the_tied_head_of_gpt2() -> None:
+    model, example = gpt2()
+    freeze_except(model, "lm_head")
+    assert model.transformer.wte.weight.requires_grad
+    kinds = {finding.kind for finding in audit(model)}
+    assert "tied half" in kinds and "all frozen" not in kinds
+    loss_of(model, example).backward()
+    grads = [n for n, p in model.named_parameters() if p.grad is not None]
+    assert grads == ["transformer.wte.weight"]
+
+
+def test_lisa_on_gpt2_trains_the_drawn_blocks_with_embedding_and_head() -> None:
+    model, example = gpt2()
+    optimizer = FrozenAwareSGD(model.parameters(), lr=0.1)
+    schedule = rotate(model, "transformer.h.*", k=1, every=1, always=["lm_head", "*.wpe"], seed=1)
+    drawn = set()
+    for _ in range(6):
+        schedule.step()
+        with guard(model):
+            loss_of(model, example).backward()
+            optimizer.step()
+        drawn.add(schedule.active)
+        names = {n for n, p in model.named_parameters() if p.grad is not None}
+        expected = {
+            n for n, _ in model.named_parameters() if n.startswith(f"{schedule.active[0]}.")
+        }
+        assert names == expected | {"transformer.wte.weight", "transformer.wpe.weight"}
+        optimizer.zero_grad()
+    assert len(drawn) > 1
+
+
+def test_a_generator_step_through_a_frozen_critic_keeps_the_critic() -> None:
+    model, example = resnet50()
+    generator = nn.Conv2d(3, 3, 1)
+    loss_of(model, example).backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    with guard(model), frozen(model):
+        loss_of(model, (generator(example[0]),)).backward()
+    assert generator.weight.grad is not None
+    assert all(p.grad is grads[n] for n, p in model.named_parameters())
