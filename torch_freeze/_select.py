@@ -427,7 +427,6 @@ def nearest(tree: Tree, text: str) -> list[str]:
     last = {name.rsplit(".", 1)[-1] for name in folded}
     tail = text.strip(".*")
     found = [f"*.{tail}"] if tail in last and text != f"*.{tail}" else []
-    found += [f"*{tail}*"] if not found and any(tail in name for name in folded) and tail else []
     pool = list(folded) if "*" in text else list(literal)
     found += difflib.get_close_matches(text, pool, n=3, cutoff=0.6)
     if len(found) < 2:
@@ -435,4 +434,6 @@ def nearest(tree: Tree, text: str) -> list[str]:
     if not found:
         close = difflib.get_close_matches(tail, last, n=2, cutoff=0.6)
         found = [name if name in literal else f"*.{name}" for name in close]
+    if tail and any(tail in name for name in folded):
+        found.append(f"*{tail}*")
     return list(dict.fromkeys(found))[:3]
