@@ -48,21 +48,6 @@ format: $(call need,lint) ## bring Python and C++ into that style
 typecheck: $(call need,lint) ## check the types with mypy --strict
 	$(PY) -m mypy
 
-# A few tensors of each kind for the sanitizers, which slow every access down: frozen, odd, half.
-define SANITIZED
-import torch, torch_freeze
-for dtype in (torch.float32, torch.bfloat16):
-    parameters = [torch.nn.Parameter(torch.ones(n, device="cuda", dtype=dtype)) for n in (1, 7, 4099)]
-    parameters[0].requires_grad_(False)
-    optimizer = torch_freeze.FrozenAwareSGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
-    for _ in range(3):
-        for p in parameters[1:]:
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-torch.cuda.synchronize()
-endef
-export SANITIZED
-
 gpu: build ## GPU tests, compute-sanitizer and benchmark; results go to $OUT or benchmarks/results
 	$(PY) -c 'import torch; torch.cuda.is_available() or exit("make gpu: torch finds no CUDA device")'
 	$(PY) -m pytest -m gpu
@@ -72,7 +57,7 @@ gpu: build ## GPU tests, compute-sanitizer and benchmark; results go to $OUT or 
 	  { echo "make gpu: left out, for want of compute-sanitizer: memcheck, racecheck, initcheck" \
 	    "(pip install 'cuda-toolkit[sanitizer]')"; exit 0; }; \
 	for tool in memcheck racecheck initcheck; do \
-	  "$$sanitizer" --tool $$tool --error-exitcode 1 $(PY) -c "$$SANITIZED" || exit 1; \
+	  "$$sanitizer" --tool $$tool --error-exitcode 1 $(PY) benchmarks/sanitize.py || exit 1; \
 	done
 	mkdir -p $(RESULTS)
 	$(PY) benchmarks/compare.py --device cuda --json $(RESULTS)/cuda.json --plot $(RESULTS)/cuda.png $(ARGS)
