@@ -762,6 +762,22 @@ def test_a_held_model_can_be(how: str, net: Net) -> None:
     assert not changed(net, before)
 
 
+def test_the_norms_of_a_scripted_model_are_held() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        jit: Any = torch.jit
+        model = jit.script(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    result = freeze(model, "1")
+    assert (result.held, result.changed) == (("1",), ("1.weight", "1.bias"))
+    model.train()
+    before = snapshot(model)
+    model(torch.randn(5, 2))
+    assert not changed(model, before)
+    unfreeze(model)
+    model(torch.randn(5, 2))
+    assert "1.running_mean" in changed(model, before)
+
+
 # --- compiled and wrapped models -----------------------------------------------------------------
 
 

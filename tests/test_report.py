@@ -324,6 +324,49 @@ def test_attention_is_measured_though_its_projection_is_never_called() -> None:
     assert result.flow.crossed == result.total.frozen - in_proj
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.cell = kind(4, 8, batch_first=True)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.cell(self.embed(x))[0])
+        return out
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_count_by_their_weights(kind: Any) -> None:
+    model = Recurrent(kind)
+    freeze(model, "cell.weight*")
+    flow = report(model, example=torch.randint(0, 9, (2, 5))).flow
+    gates = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}[kind]
+    weights = gates * 8 * (4 + 8)
+    assert flow.kind == "runs through"
+    assert flow.weight_gradient_saved == pytest.approx(weights / (weights + 8 * 2))
+
+
+def test_parameters_that_share_one_storage_are_told_apart() -> None:
+    model = three()
+    parameters = list(model.parameters())
+    flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.data = part.view_as(p)
+    freeze(model, "0", "1")
+    flow = report(model, example=torch.ones(2, 3)).flow
+    assert (flow.kind, flow.skipped, flow.first_trainable) == ("stops early", 41, "2.weight")
+
+
+def test_casts_of_parameters_count_as_the_parameters() -> None:
+    model = three()
+    freeze(model, "1")
+    plain = report(model, example=torch.ones(2, 3)).flow
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = report(model, example=torch.ones(2, 3)).flow
+    assert cast == plain and plain.weight_gradient_saved == pytest.approx(20 / 42)
+
+
 CONVS: dict[str, list[str]] = {
     "a frozen prefix": ["0", "1", "2"],
     "a frozen tail": ["4", "5"],
@@ -467,8 +510,8 @@ def test_a_freeze_prints_what_it_did() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
     freeze(model, "0")
     first = str(freeze(model, "0", "1")).splitlines()[0]
-    assert first == "freeze: 4 parameters named, 2 changed, 1 norms held"
-    assert str(unfreeze(model)).startswith("unfreeze: 6 parameters named, 4 changed, 1 norms rel")
+    assert first == "freeze: 4 parameters named, 2 changed, 1 norm held"
+    assert str(unfreeze(model)).startswith("unfreeze: 6 parameters named, 4 changed, 1 norm rel")
 
 
 def test_to_dict_is_plain_and_complete() -> None:

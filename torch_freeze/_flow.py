@@ -163,17 +163,26 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         self.used: set[int] = set()
         self.reached: set[int] = set()
         self.flops: dict[int, float] = {}
-        # Views and casts of a parameter count as the parameter. They are known by their storage;
+        # Views and casts of a parameter count as the parameter. They are known by their storage
+        # and, where parameters share one (a flattened LSTM), by the bytes of it they cover;
         # keeping a reference to each keeps its address from being used again.
-        self._sources: dict[int, frozenset[int]] = {}
+        self._sources: dict[int, list[tuple[int, int, frozenset[int]]]] = {}
         self._kept: list[torch.Tensor] = []
         for key, entry in entries.items():
             if not is_lazy(entry.parameter):
                 self._mark(entry.parameter, frozenset([key]))
 
     def _mark(self, tensor: torch.Tensor, source: frozenset[int]) -> None:
-        self._sources[_storage(tensor)] = source
+        self._sources.setdefault(_storage(tensor), []).append((*_span(tensor), source))
         self._kept.append(tensor)
+
+    def _source(self, tensor: torch.Tensor) -> frozenset[int]:
+        """The parameters a tensor shows or is made of; empty for an activation."""
+        known = self._sources.get(_storage(tensor), ())
+        if len(known) < 2:
+            return known[0][2] if known else frozenset()
+        start, end = _span(tensor)
+        return frozenset().union(*(keys for a, b, keys in known if a < end and start < b))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -184,11 +193,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         others: list[torch.Tensor] = []
         for value in tree_iter((args, kwargs)):
             if isinstance(value, torch.Tensor):
-                source = self._sources.get(_storage(value))
-                if source is None:
+                source = self._source(value)
+                from_params |= source
+                if not source:
                     others.append(value)
-                else:
-                    from_params |= source
         if not from_params:
             return out
         if not others:
@@ -199,18 +207,46 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
             return out
         # Autograd works above this mode, so the inputs still say whether they are tracked.
         tracked = any(value.requires_grad for value in others)
-        count = flop_registry.get(getattr(func, "_overloadpacket", None))
-        flops = float(count(*args, **kwargs, out_val=out)) if count is not None else 0.0
         weights = [key for key in from_params if self.entries[key].parameter.dim() > 1]
+        for key, flops in zip(weights, _flops(func, args, kwargs, out, weights, self), strict=True):
+            self.flops[key] = self.flops.get(key, 0.0) + flops
         for key in sorted(from_params, key=lambda key: self.entries[key].first_place):
             if key not in self.used:
                 self.used.add(key)
                 self.order.append(self.entries[key])
             if tracked:
                 self.reached.add(key)
-        for key in weights:
-            self.flops[key] = self.flops.get(key, 0.0) + flops / len(weights)
         return out
+
+
+# Whole recurrent layers in one operation, for which torch has no formula.
+_RECURRENT = ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")
+
+
+def _flops(
+    func: Any, args: tuple[Any, ...], kwargs: Any, out: Any, weights: list[int], watch: _Watch
+) -> list[float]:
+    """FLOPs of an operation, shared out among the weights it uses."""
+    packet = getattr(func, "_overloadpacket", None)
+    count = flop_registry.get(packet)
+    if count is not None:
+        share = float(count(*args, **kwargs, out_val=out)) / max(len(weights), 1)
+        return [share] * len(weights)
+    if getattr(packet, "__name__", "") in _RECURRENT:
+        # Every weight is applied once to every element of the sequence.
+        steps = args[0].numel() / args[0].shape[-1]
+        return [2.0 * steps * watch.entries[key].parameter.numel() for key in weights]
+    return [0.0] * len(weights)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First and last byte a tensor covers; all of them where it has no plain memory."""
+    if tensor.layout is not torch.strided or tensor.numel() == 0:
+        return 0, 2**63
+    size = tensor.element_size()
+    start = int(tensor.storage_offset()) * size
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (int(last) + 1) * size
 
 
 def _storage(tensor: torch.Tensor) -> int:

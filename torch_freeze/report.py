@@ -126,10 +126,9 @@ class FreezeReport:
         if self.action == "report":
             return _fit(state, _WIDTH)
         did = f"{self.action}: {len(self.matched)} parameters named, {len(self.changed)} changed"
-        if self.held:
-            did += f", {len(self.held)} norms held"
-        if self.released:
-            did += f", {len(self.released)} norms released"
+        for norms, what in ((self.held, "held"), (self.released, "released")):
+            if norms:
+                did += f", {len(norms)} norm{'s' * (len(norms) > 1)} {what}"
         return f"{did}\n{_fit(state, _WIDTH)}"
 
     def _cells(self) -> tuple[list[str], list[list[str]], str]:
