@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from digits import DigitsOutcome, run_digits
-from machine import describe, headline
+from machine import company, describe, granted_share, headline
 from measure import Budget
 from models import ALL_MODELS, MODELS, MissingPackageError, require
 from plots import save
@@ -246,6 +246,7 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
 
     described = describe(device)
+    shares_of_time = [granted_share()]
     outcomes: list[Outcome] = []
     digits: DigitsOutcome | None = None
     targets: list[Reached] = []
@@ -279,7 +280,9 @@ def run(options: argparse.Namespace) -> int:
             outcomes += measured
             show(targets_table(targets))
     print(legend(device.type, outcomes, trained=digits is not None))
-    summary = verdict(outcomes, digits, targets)
+    shares_of_time.append(granted_share())
+    described["share of its threads' time"] = shares_of_time
+    summary = verdict(outcomes, digits, targets, warning=company(shares_of_time))
     print(f"\n{summary}")
 
     if options.json:

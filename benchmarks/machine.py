@@ -8,6 +8,8 @@ import os
 import platform
 import shutil
 import subprocess
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import torch
 
 import torch_freeze
 
+BUSY = 0.7
+"""Below this share of its threads' time a process is held to have company."""
 _PACKAGES = ("torchvision", "transformers", "scikit-learn", "numpy")
 
 
@@ -40,6 +44,21 @@ def driver_version() -> str | None:
         check=False,
     )
     return answer.stdout.splitlines()[0].strip() if answer.stdout.strip() else None
+
+
+def granted_share(seconds: float = 0.3) -> float:
+    """How much of the time its threads wanted the machine gave this process; 1 if all of it.
+
+    Each of these operations waits for its slowest thread, as a multi-threaded step does: where
+    others compute at the same time, its figures are mostly those of the waiting.
+    """
+    numbers = torch.ones(1 << 18)
+    numbers.add_(1)
+    wall, cpu = time.perf_counter(), time.process_time()
+    while time.perf_counter() - wall < seconds:
+        numbers.add_(1)
+    spent = time.process_time() - cpu
+    return min(1.0, spent / (time.perf_counter() - wall) / torch.get_num_threads())
 
 
 def versions() -> dict[str, str | None]:
@@ -83,4 +102,15 @@ def headline(described: dict[str, Any]) -> str:
     return (
         f"{where}, {described['cores']} cores, {described['threads']} threads, "
         f"torch {described['versions']['torch']} ({'CUDA ' + cuda if cuda else 'CPU only'})"
+    )
+
+
+def company(shares: Sequence[float]) -> str | None:
+    """A warning, if the machine had other work at any time the share was looked at."""
+    if min(shares) >= BUSY:
+        return None
+    return (
+        f"This machine is busy: at times this process got {100 * min(shares):.0f} % of the time "
+        "its threads wanted. Where they wait for each other, ratios and spread mostly show that; "
+        "repeat the run on a machine that has nothing else to do."
     )

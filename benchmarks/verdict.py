@@ -145,10 +145,14 @@ def _digits_line(digits: DigitsOutcome) -> str:
 
 
 def verdict(
-    outcomes: Sequence[Outcome], digits: DigitsOutcome | None, targets: Sequence[Reached]
+    outcomes: Sequence[Outcome],
+    digits: DigitsOutcome | None,
+    targets: Sequence[Reached],
+    *,
+    warning: str | None = None,
 ) -> str:
-    """The summary at the end of a run."""
-    lines: list[str | None] = []
+    """The summary at the end of a run; ``warning`` is what a reader must know before all else."""
+    lines: list[str | None] = [warning]
     wrong = unequal(outcomes, digits)
     if wrong:
         lines.append(f"WRONG RESULT (further than {TOLERANCE:g} from stock): {'; '.join(wrong)}.")

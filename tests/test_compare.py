@@ -17,6 +17,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import compare
+import machine
 import measure
 import models
 import suites
@@ -451,6 +452,26 @@ class TestVerdict:
         rows = [DigitsRow(OURS, [1.0], [1.0], 90.0, 0.5)]
         digits = DigitsOutcome("cpu", 99.0, 10.0, 645, 150_661, rows)
         assert unequal([], digits) == ["FrozenAwareSGD on the digits"]
+
+
+class TestMachine:
+    def test_a_process_is_granted_a_share_of_its_time(self) -> None:
+        assert 0 < machine.granted_share(0.05) <= 1
+
+    def test_company_is_warned_of_before_all_else(self) -> None:
+        warning = machine.company([1.0, 0.4])
+        text = verdict([outcome(measured(10, all_default=40))], None, [], warning=warning)
+        assert text.splitlines()[1].startswith("- This machine is busy: at times")
+        assert "40 %" in text
+
+    def test_a_quiet_machine_is_not_warned_of(self) -> None:
+        assert machine.company([1.0, 0.9]) is None
+
+    def test_the_description_names_machine_and_versions(self) -> None:
+        described = machine.describe(CPU)
+        assert described["cores"] >= 1
+        assert described["versions"]["torch"] == torch.__version__
+        assert torch.__version__ in machine.headline(described)
 
 
 class TestTargets:
