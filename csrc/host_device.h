@@ -12,8 +12,6 @@
 // Before a loop over a register array: it must not survive as a loop, since registers have no index.
 #if defined(__CUDACC__)
 #define TORCH_FREEZE_UNROLL _Pragma("unroll")
-#define TORCH_FREEZE_NO_UNROLL _Pragma("unroll 1")
 #else
 #define TORCH_FREEZE_UNROLL
-#define TORCH_FREEZE_NO_UNROLL
 #endif

@@ -43,12 +43,13 @@ c10::ScalarType scalar_type(const std::string& name) {
 
 class Batch {
  public:
-  Batch(const std::vector<Update>& updates, const std::vector<Group>& groups, const Dtypes& dtypes, uintptr_t grad_scale,
-        uintptr_t found_inf) {
+  Batch(
+      const std::vector<Update>& updates, const std::vector<Group>& groups, const Dtypes& dtypes,
+      uintptr_t grad_scale, uintptr_t found_inf) {
     for (const auto& [param, grad, momentum, numel, group, fresh] : updates) {
       updates_.push_back(
-          {reinterpret_cast<void*>(param), reinterpret_cast<void*>(grad), reinterpret_cast<void*>(momentum), numel, group,
-           fresh});
+          {reinterpret_cast<void*>(param), reinterpret_cast<void*>(grad), reinterpret_cast<void*>(momentum), numel,
+           group, fresh});
       batch_.numel += numel;
     }
     for (const auto& [lr, momentum, dampening, weight_decay, nesterov, maximize, device_lr, is_double] : groups) {
@@ -108,12 +109,12 @@ void check_alignment(const char* address) {
 
 struct HostMemory {
   template <int kBytes, bool kStreamed>
-  void load(const char* from, uint32_t (&raw)[4]) const {
+  void load(const char* from, uint32_t* raw) const {
     check_alignment<kBytes>(from);
     std::memcpy(raw, from, kBytes);
   }
   template <int kBytes>
-  void store(char* to, const uint32_t (&raw)[4]) const {
+  void store(char* to, const uint32_t* raw) const {
     check_alignment<kBytes>(to);
     std::memcpy(to, raw, kBytes);
   }
@@ -123,12 +124,12 @@ struct HostMemory {
 class RecordedMemory {
  public:
   template <int kBytes, bool kStreamed>
-  void load(const char* from, uint32_t (&raw)[4]) {
+  void load(const char* from, uint32_t* raw) {
     note<kBytes>(from, false);
-    std::fill_n(raw, 4, 0u);
+    std::memset(raw, 0, kBytes);
   }
   template <int kBytes>
-  void store(char* to, const uint32_t (&)[4]) {
+  void store(char* to, const uint32_t*) {
     note<kBytes>(to, true);
   }
 
@@ -136,7 +137,7 @@ class RecordedMemory {
   std::vector<Access> runs() {
     std::sort(accesses_.begin(), accesses_.end(), [](const Access& a, const Access& b) {
       return std::tuple(std::get<3>(a), std::get<2>(a), std::get<0>(a)) <
-          std::tuple(std::get<3>(b), std::get<2>(b), std::get<0>(b));
+             std::tuple(std::get<3>(b), std::get<2>(b), std::get<0>(b));
     });
     std::vector<Access> runs;
     for (const Access& access : accesses_) {
@@ -164,13 +165,8 @@ class RecordedMemory {
 };
 
 std::vector<py::dict> step(
-    const std::vector<Update>& updates,
-    const std::vector<Group>& groups,
-    const Dtypes& dtypes,
-    uint32_t resident,
-    uintptr_t grad_scale,
-    uintptr_t found_inf,
-    bool backwards) {
+    const std::vector<Update>& updates, const std::vector<Group>& groups, const Dtypes& dtypes, uint32_t resident,
+    uintptr_t grad_scale, uintptr_t found_inf, bool backwards) {
   const Batch batch(updates, groups, dtypes, grad_scale, found_inf);
   std::vector<py::dict> launches;
   batch.for_each_launch(resident, [&](const auto& table, uint32_t blocks) {
@@ -181,19 +177,16 @@ std::vector<py::dict> step(
       multi_tensor::update_block(table, memory, thread / multi_tensor::kThreads, thread % multi_tensor::kThreads);
     }
     launches.push_back(
-        py::dict("parameter_bytes"_a = sizeof(table), "tensors"_a = table.row_count, "groups"_a = table.group_count,
-                 "blocks"_a = blocks));
+        py::dict(
+            "parameter_bytes"_a = sizeof(table), "tensors"_a = table.row_count, "groups"_a = table.group_count,
+            "blocks"_a = blocks));
   });
   return launches;
 }
 
 std::vector<Access> accesses(
-    const std::vector<Update>& updates,
-    const std::vector<Group>& groups,
-    const Dtypes& dtypes,
-    uint32_t resident,
-    const std::optional<std::vector<uint32_t>>& chosen,
-    uintptr_t grad_scale) {
+    const std::vector<Update>& updates, const std::vector<Group>& groups, const Dtypes& dtypes, uint32_t resident,
+    const std::optional<std::vector<uint32_t>>& chosen, uintptr_t grad_scale) {
   const Batch batch(updates, groups, dtypes, grad_scale, 0);
   RecordedMemory memory;
   batch.for_each_launch(resident, [&](const auto& table, uint32_t blocks) {
@@ -210,7 +203,8 @@ std::vector<Access> accesses(
     }
     for (const uint32_t block : *chosen) {
       if (block >= blocks) {
-        throw py::index_error("kernel on host: no block " + std::to_string(block) + " of " + std::to_string(blocks));
+        throw py::index_error(
+            "kernel on host: no block " + std::to_string(block) + " of " + std::to_string(blocks));
       }
       run(block);
     }

@@ -103,9 +103,7 @@ struct alignas(8) Table {
   uint32_t longer_blocks;  // the first so many blocks take one tile more
   alignas(8) unsigned char storage[kStorage];
 
-  TORCH_FREEZE_INLINE const Row& row(uint32_t index) const {
-    return reinterpret_cast<const Row*>(storage)[index];
-  }
+  TORCH_FREEZE_INLINE const Row& row(uint32_t index) const { return reinterpret_cast<const Row*>(storage)[index]; }
   TORCH_FREEZE_INLINE const Group& group(uint32_t index) const {
     return *reinterpret_cast<const Group*>(storage + kStorage - (index + 1) * sizeof(Group));
   }
@@ -127,9 +125,7 @@ struct alignas(8) Table {
     ++row_count;
   }
   // The blocks to launch, where `resident` fit the device at once: every warp has at least one tile.
-  uint32_t useful_blocks(uint32_t resident) const {
-    return std::min(resident, (tile_count() - 1) / kWarps + 1);
-  }
+  uint32_t useful_blocks(uint32_t resident) const { return std::min(resident, (tile_count() - 1) / kWarps + 1); }
   void spread_over(uint32_t blocks) {
     tiles_per_block = tile_count() / blocks;
     longer_blocks = tile_count() % blocks;
@@ -147,7 +143,7 @@ TORCH_FREEZE_INLINE void for_arrays(Run&& run, std::integer_sequence<int, kArray
 template <class Formula>
 TORCH_FREEZE_INLINE int32_t lead_of(const void* first_array) {
   return static_cast<int32_t>(reinterpret_cast<uintptr_t>(first_array) % kLineBytes) /
-      Shape<Formula>::template kSize<0>;
+         Shape<Formula>::template kSize<0>;
 }
 
 // The kBytes that begin `shift` bytes into the two aligned words `low` and `high`; `shift` < kBytes, and even.
@@ -183,7 +179,7 @@ struct Span {
   uint32_t shift[Shape<Formula>::kArrays];  // bytes by which the array's tiles miss its vectors' alignment
   int64_t numel;
   int32_t lead;
-  uint32_t first;  // its first tile
+  uint32_t first;          // its first tile
   uint32_t vectors_begin;  // the tiles moved in vectors: full ones, where every array written is aligned
   uint32_t vectors_end;
 
@@ -195,9 +191,7 @@ struct Span {
 
 template <class Formula>
 TORCH_FREEZE_INLINE Span<Formula> span_of(
-    const typename Formula::Rule& rule,
-    const Row<Shape<Formula>::kArrays>& row,
-    uint32_t first) {
+    const typename Formula::Rule& rule, const Row<Shape<Formula>::kArrays>& row, uint32_t first) {
   using Of = Shape<Formula>;
   Span<Formula> span;
   span.first = first;
@@ -213,8 +207,7 @@ TORCH_FREEZE_INLINE Span<Formula> span_of(
         span.shift[kArray] = 0;
         if (rule.template reads<kArray>() || rule.template writes<kArray>()) {
           const auto address = reinterpret_cast<uintptr_t>(row.array[kArray]);
-          const uint32_t shift =
-              static_cast<uint32_t>(address - span.lead * Of::template kSize<kArray>) % kBytes;
+          const uint32_t shift = static_cast<uint32_t>(address - span.lead * Of::template kSize<kArray>) % kBytes;
           span.shift[kArray] = shift;
           shifted |= shift != 0;
           vectors &= shift == 0 || (Formula::template kRealigned<kArray> && !rule.template writes<kArray>());
@@ -233,62 +226,67 @@ TORCH_FREEZE_INLINE Span<Formula> span_of(
   return span;
 }
 
-// A tile element by element, each lane a column: the same lines touched as by vectors, in more accesses. For what
-// is not full or not aligned.
+// A tile element by element, each lane a column: as many bytes under way as in one vector per lane, and the
+// same lines touched, in more accesses. For what is not full or not aligned.
 template <class Formula, class Memory>
 TORCH_FREEZE_INLINE void update_by_element(
-    const typename Formula::Rule& rule,
-    Memory& memory,
-    const Span<Formula>& span,
-    uint32_t tile,
-    uint32_t lane) {
+    const typename Formula::Rule& rule, Memory& memory, const Span<Formula>& span, uint32_t tile, uint32_t lane) {
   using Of = Shape<Formula>;
   using Value = typename Formula::Value;
   const auto arrays = std::make_integer_sequence<int, Of::kArrays>{};
-  int64_t at = span.element(tile, lane, 1);
-  TORCH_FREEZE_NO_UNROLL
-  for (int part = 0; part < Of::kVector / Of::kPart; ++part) {
+  const int64_t start = span.element(tile, lane, 1);
+  // Of the lane's rows, those from `begin` to `end` are the tensor's.
+  constexpr int64_t kStride = kLanes;
+  const int32_t begin = start < 0 ? static_cast<int32_t>((-start + kStride - 1) / kStride) : 0;
+  const int64_t left = start < span.numel ? (span.numel - start + kStride - 1) / kStride : 0;
+  const int32_t end = left < Of::kVector ? static_cast<int32_t>(left) : Of::kVector;
+  const auto inside = [&](int row) { return row >= begin && row < end; };
+  uint32_t raw[Of::kArrays][Of::kVector][2];
+  for_arrays(
+      [&](auto index) {
+        constexpr int kArray = decltype(index)::value;
+        constexpr int kSize = Of::template kSize<kArray>;
+        TORCH_FREEZE_UNROLL
+        for (int i = 0; i < Of::kVector; ++i) {
+          raw[kArray][i][0] = 0;
+          raw[kArray][i][1] = 0;
+          if (rule.template reads<kArray>() && inside(i)) {
+            memory.template load<kSize, Formula::template kStreamed<kArray>>(
+                span.array[kArray] + (start + i * kStride) * kSize, raw[kArray][i]);
+          }
+        }
+      },
+      arrays);
+  TORCH_FREEZE_UNROLL
+  for (int part = 0; part < Of::kVector; part += Of::kPart) {
     Value values[Of::kArrays][Of::kPart];
-    TORCH_FREEZE_UNROLL
-    for (int i = 0; i < Of::kPart; ++i) {
-      const int64_t element = at + i * static_cast<int64_t>(kLanes);
-      const bool inside = element >= 0 && element < span.numel;
-      for_arrays(
-          [&](auto index) {
-            constexpr int kArray = decltype(index)::value;
-            using Element = typename Of::template Element<kArray>;
-            values[kArray][i] = Value(0);
-            if (inside && rule.template reads<kArray>()) {
-              uint32_t raw[4];
-              memory.template load<sizeof(Element), Formula::template kStreamed<kArray>>(
-                  span.array[kArray] + element * static_cast<int64_t>(sizeof(Element)), raw);
-              Element value;
-              std::memcpy(&value, raw, sizeof(Element));
-              values[kArray][i] = static_cast<Value>(value);
-            }
-          },
-          arrays);
-    }
+    for_arrays(
+        [&](auto index) {
+          constexpr int kArray = decltype(index)::value;
+          TORCH_FREEZE_UNROLL
+          for (int i = 0; i < Of::kPart; ++i) {
+            typename Of::template Element<kArray> element;
+            std::memcpy(&element, raw[kArray][part + i], sizeof(element));
+            values[kArray][i] = static_cast<Value>(element);
+          }
+        },
+        arrays);
     rule.update(values);
-    TORCH_FREEZE_UNROLL
-    for (int i = 0; i < Of::kPart; ++i) {
-      const int64_t element = at + i * static_cast<int64_t>(kLanes);
-      const bool inside = element >= 0 && element < span.numel;
-      for_arrays(
-          [&](auto index) {
-            constexpr int kArray = decltype(index)::value;
-            using Element = typename Of::template Element<kArray>;
-            if (inside && rule.template writes<kArray>()) {
-              const Element value = static_cast<Element>(values[kArray][i]);
-              uint32_t raw[4];
-              std::memcpy(raw, &value, sizeof(Element));
-              memory.template store<sizeof(Element)>(
-                  span.array[kArray] + element * static_cast<int64_t>(sizeof(Element)), raw);
+    for_arrays(
+        [&](auto index) {
+          constexpr int kArray = decltype(index)::value;
+          constexpr int kSize = Of::template kSize<kArray>;
+          TORCH_FREEZE_UNROLL
+          for (int i = 0; i < Of::kPart; ++i) {
+            if (rule.template writes<kArray>() && inside(part + i)) {
+              const auto element = static_cast<typename Of::template Element<kArray>>(values[kArray][i]);
+              uint32_t out[2];
+              std::memcpy(out, &element, kSize);
+              memory.template store<kSize>(span.array[kArray] + (start + (part + i) * kStride) * kSize, out);
             }
-          },
-          arrays);
-    }
-    at += Of::kPart * static_cast<int64_t>(kLanes);
+          }
+        },
+        arrays);
   }
 }
 
@@ -296,11 +294,7 @@ TORCH_FREEZE_INLINE void update_by_element(
 // on with.
 template <class Formula, class Memory>
 TORCH_FREEZE_INLINE uint32_t update_by_vector(
-    const typename Formula::Rule& rule,
-    Memory& memory,
-    const Span<Formula>& span,
-    uint32_t tile,
-    uint32_t end,
+    const typename Formula::Rule& rule, Memory& memory, const Span<Formula>& span, uint32_t tile, uint32_t end,
     uint32_t lane) {
   using Of = Shape<Formula>;
   using Value = typename Formula::Value;
@@ -320,7 +314,8 @@ TORCH_FREEZE_INLINE uint32_t update_by_vector(
           TORCH_FREEZE_UNROLL
           for (int i = 0; i < kInFlight; ++i) {
             if (tile + i * kWarps < end) {
-              memory.template load<kBytes, Formula::template kStreamed<kArray>>(from + i * kStep * kSize, raw[kArray][i]);
+              memory.template load<kBytes, Formula::template kStreamed<kArray>>(
+                  from + i * kStep * kSize, raw[kArray][i]);
             }
           }
         }
@@ -338,7 +333,8 @@ TORCH_FREEZE_INLINE uint32_t update_by_vector(
             TORCH_FREEZE_UNROLL
             for (int i = 0; i < kInFlight; ++i) {
               if (tile + i * kWarps < end) {
-                memory.template load<kBytes, Formula::template kStreamed<kArray>>(from + i * kStep * kSize, high[i]);
+                memory.template load<kBytes, Formula::template kStreamed<kArray>>(
+                    from + i * kStep * kSize, high[i]);
               }
             }
             TORCH_FREEZE_UNROLL
@@ -508,8 +504,8 @@ void fill_and_launch(const Source& source, int64_t& next, Launch&& launch) {
 
 // Packs the tensors of `source`, in order, into as few tables as hold them, each of the smallest tier that
 // does, and calls `launch(table)` for each. A Source has launch(), count(), group_count(), numel(tensor),
-// group_of(tensor), group(index), and fill(tensor, row), which writes the row's arrays and branch. Tensors of one group
-// are best kept together: a group is written again whenever it changes.
+// group_of(tensor), group(index), and fill(tensor, row), which writes the row's arrays and branch. Tensors of one
+// group are best kept together: a group is written again whenever it changes.
 template <class Formula, class Source, class Launch>
 void for_each_table(const Source& source, Launch&& launch) {
   using Small = Table<Formula, kSmallTable>;
@@ -519,7 +515,8 @@ void for_each_table(const Source& source, Launch&& launch) {
   int64_t next = 0;
   while (next < source.count()) {
     const int64_t left = source.count() - next;
-    const int64_t bytes = left * static_cast<int64_t>(sizeof(typename Large::Row)) +
+    const int64_t bytes =
+        left * static_cast<int64_t>(sizeof(typename Large::Row)) +
         std::min(left, source.group_count()) * static_cast<int64_t>(sizeof(typename Large::Group));
     if (bytes <= Small::kStorage) {
       detail::fill_and_launch<Small>(source, next, launch);

@@ -1,5 +1,6 @@
 #include "param_walk.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <dlfcn.h>
@@ -215,9 +216,10 @@ C10_ALWAYS_INLINE WalkBatch& ParamWalk::batch_for(c10::Device device, c10::Scala
 }
 
 void ParamWalk::skip(const py::list& rest) {
-  for (const auto group : rest) {
-    for (const auto param : py::cast<py::list>(py::cast<py::tuple>(group)[1])) {
-      skipped_.insert(param.ptr());
+  for (const auto entry : rest) {
+    const auto group = py::cast<py::tuple>(entry);
+    for (const auto param : py::cast<py::list>(group[1])) {
+      skipped_.insert({py::cast<int32_t>(group[0]), param.ptr()});
     }
   }
 }
@@ -395,7 +397,7 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
       }
     }
     for (Py_ssize_t i = 0; i < live; ++i) {
-      if (C10_UNLIKELY(!skipped_.empty()) && skipped_.count(slots[i].object) != 0) {
+      if (C10_UNLIKELY(!skipped_.empty()) && skipped_.count({use.index, slots[i].object}) != 0) {
         continue;
       }
       if (use.stock_form) {
@@ -407,32 +409,52 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
   }
 }
 
+void ParamWalk::check_fit(const char* what, const TensorImpl* tensor, const char* mend, const Slot& slot, const GroupUse& use)
+    const {
+  const auto* const param = slot.param;
+  TORCH_CHECK_VALUE(
+      tensor->sizes() == param->sizes(), function_, ": ", what, " of ", place(use, slot.index), " has shape ",
+      tensor->sizes(), "; the parameter has ", param->sizes(), ". ", mend);
+  TORCH_CHECK_VALUE(
+      tensor->device() == param->device(), function_, ": ", what, " of ", place(use, slot.index), " is on ",
+      tensor->device(), "; the parameter is on ", param->device(), ". ", mend);
+  TORCH_CHECK_TYPE(
+      c10::canCast(type_of(param), type_of(tensor)) && c10::canCast(type_of(tensor), type_of(param)), function_, ": ",
+      what, " of ", place(use, slot.index), " is ", type_of(tensor), "; the parameter is ", type_of(param), ". ", mend);
+}
+
 void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
   TensorImpl* const param = slot.param;
   TensorImpl* const grad = slot.grad;
   TensorImpl* const buffer = slot.buffer;
+  // Bad input is found here, before anything is written, whatever takes the tensor later. Only wrapped tensors and
+  // those without fixed sizes are left to say for themselves what fits them.
+  constexpr c10::DispatchKeySet opaque(
+      {c10::DispatchKey::Python, c10::DispatchKey::NestedTensor, c10::DispatchKey::FuncTorchBatched,
+       c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize});
+  const auto is_opaque = [&](const TensorImpl* tensor) { return tensor->key_set().has_any(opaque); };
+  if (!is_opaque(param)) {
+    if (!is_opaque(grad)) {
+      check_fit("the gradient", grad, "Set .grad to None and run backward again.", slot, use);
+    }
+    if (buffer != nullptr && !is_opaque(buffer)) {
+      check_fit(
+          "momentum_buffer", buffer, "Delete it from the optimizer's state, or give it the parameter's.", slot, use);
+    }
+    for (const auto* written : {static_cast<const TensorImpl*>(param), static_cast<const TensorImpl*>(buffer)}) {
+      if (written != nullptr && written->layout() == c10::kStrided && !is_opaque(written)) {
+        TORCH_CHECK(
+            at::has_internal_overlap(const_cast<TensorImpl*>(written)) != at::MemOverlap::Yes, function_, ": ",
+            written == param ? "" : "momentum_buffer of ", place(use, slot.index),
+            " is expanded: several of its elements are one place in memory. Clone it before optimizing it.");
+      }
+    }
+  }
   if (!is_plain(param) || !is_plain(grad) || (buffer != nullptr && !is_plain(buffer)) ||
       (!slot.exact && overrides_operators(slot.object)) || param->is_inference() ||
       (buffer != nullptr && (buffer->is_inference() || !THPVariable_CheckExact(slot.buffer_object)))) {
     add_to_rest(slot.object, use);
     return;
-  }
-  // Bad input is found here, before anything is written, whatever takes the tensor later.
-  const auto check = [&](const char* what, const TensorImpl* tensor, const char* mend) {
-    TORCH_CHECK_VALUE(
-        same_sizes(param, tensor), function_, ": ", what, " of ", place(use, slot.index), " has shape ",
-        tensor->sizes(), "; the parameter has ", param->sizes(), ". ", mend);
-    TORCH_CHECK_VALUE(
-        tensor->device() == param->device(), function_, ": ", what, " of ", place(use, slot.index), " is on ",
-        tensor->device(), "; the parameter is on ", param->device(), ". ", mend);
-    TORCH_CHECK_TYPE(
-        c10::canCast(type_of(param), type_of(tensor)) && c10::canCast(type_of(tensor), type_of(param)), function_,
-        ": ", what, " of ", place(use, slot.index), " is ", type_of(tensor), "; the parameter is ", type_of(param),
-        ". ", mend);
-  };
-  check("the gradient", grad, "Set .grad to None and run backward again.");
-  if (buffer != nullptr) {
-    check("momentum_buffer", buffer, "Delete it from the optimizer's state, or give it the parameter's.");
   }
   const auto type = type_of(param);
   if (!has_kernel(param->device().type()) || !has_kernel(param->device().type(), type, type_of(grad)) ||
@@ -452,7 +474,7 @@ void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
   auto copy = at::empty_strided(param->sizes(), param->strides(), original.options().requires_grad(false));
   copy.copy_(original);
   push(slot, copy.unsafeGetTensorImpl(), use, type, type_of(grad));
-  copied_.push_back({original, std::move(copy)});
+  copied_.push_back({slot.meta, std::move(copy)});
 }
 
 bool ParamWalk::has_overlap() const {
@@ -508,13 +530,26 @@ bool ParamWalk::has_overlap() const {
   return false;
 }
 
-void ParamWalk::make_fresh_buffers() {
+void ParamWalk::make_fresh_buffers(bool overlap) {
   if (fresh_.empty()) {
     return;
   }
-  for (auto& fresh : fresh_) {
-    at::NoGradGuard no_grad;
-    fresh.buffer = at::empty_like(THPVariable_Unpack(fresh.param));
+  at::NoGradGuard no_grad;
+  for (size_t i = 0; i < fresh_.size(); ++i) {
+    auto& fresh = fresh_[i];
+    auto& update = batches_[fresh.batch].updates[fresh.update];
+    // A parameter in two groups: the second finds the buffer that the first has made.
+    for (size_t j = overlap ? i : 0; j-- > 0 && !fresh.buffer.defined();) {
+      const auto& earlier = fresh_[j];
+      if (earlier.param == fresh.param && batches_[earlier.batch].updates[earlier.update].group != update.group) {
+        fresh.buffer = earlier.buffer;
+        update.fresh = false;
+      }
+    }
+    if (!fresh.buffer.defined()) {
+      fresh.buffer = at::empty_like(THPVariable_Unpack(fresh.param));
+    }
+    update.momentum = data_of(fresh.buffer.unsafeGetTensorImpl());
   }
   // Entering them can fail half-way only for want of memory; then what was entered is taken out again.
   size_t entered = 0;
@@ -538,15 +573,16 @@ void ParamWalk::make_fresh_buffers() {
     }
     throw;
   }
-  for (const auto& fresh : fresh_) {
-    batches_[fresh.batch].updates[fresh.update].momentum = data_of(fresh.buffer.unsafeGetTensorImpl());
-  }
 }
 
 void ParamWalk::return_copied_grads() {
   at::NoGradGuard no_grad;
   for (auto& grad : copied_) {
-    grad.original.copy_(grad.copy);
+    if (at::has_internal_overlap(grad.meta->grad_) == at::MemOverlap::Yes) {
+      grad.meta->grad_ = std::move(grad.copy);  // an expanded gradient cannot be written to
+    } else {
+      grad.meta->grad_.copy_(grad.copy);
+    }
   }
 }
 

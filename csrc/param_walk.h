@@ -5,9 +5,11 @@
 #pragma once
 
 #include <c10/core/TensorImpl.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <unordered_set>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "tensor_update.h"
@@ -53,8 +55,9 @@ class ParamWalk {
   // Whether two of the tensors to be written share memory, so that their order matters.
   bool has_overlap() const;
 
-  // Makes the buffers that are missing and enters them into the state; all of them or none.
-  void make_fresh_buffers();
+  // Makes the buffers that are missing and enters them into the state; all of them or none. `overlap` is what
+  // has_overlap() says.
+  void make_fresh_buffers(bool overlap);
   // Where gradients were copied into another layout and then changed, brings them back.
   void return_copied_grads();
   // Keeps the memory behind every update alive for as long as the result lives.
@@ -76,12 +79,14 @@ class ParamWalk {
     at::Tensor buffer;
   };
   struct CopiedGrad {
-    at::Tensor original;
+    torch::autograd::AutogradMeta* meta;  // of the parameter
     at::Tensor copy;
   };
 
   void emit(const Slot& slot, const GroupUse& use);
   void emit_unusual(const Slot& slot, const GroupUse& use);
+  void check_fit(
+      const char* what, const c10::TensorImpl* tensor, const char* mend, const Slot& slot, const GroupUse& use) const;
   void push(
       const Slot& slot,
       c10::TensorImpl* grad,
@@ -100,7 +105,7 @@ class ParamWalk {
   std::vector<CopiedGrad> copied_;
   pybind11::object rest_;
   int32_t rest_group_ = -1;
-  std::unordered_set<PyObject*> skipped_;
+  std::set<std::pair<int32_t, PyObject*>> skipped_;  // (group, parameter)
   bool shared_buffers_ = false;  // somebody else holds a buffer too
 };
 

@@ -37,7 +37,7 @@ struct Word<2> {
 
 struct DeviceMemory {
   template <int kBytes, bool kStreamed>
-  __device__ __forceinline__ void load(const char* from, uint32_t (&raw)[4]) const {
+  __device__ __forceinline__ void load(const char* from, uint32_t* raw) const {
     using Type = typename Word<kBytes>::type;
     static_assert(sizeof(Type) == kBytes);
     const auto* const address = reinterpret_cast<const Type*>(from);
@@ -45,7 +45,7 @@ struct DeviceMemory {
     memcpy(raw, &word, kBytes);
   }
   template <int kBytes>
-  __device__ __forceinline__ void store(char* to, const uint32_t (&raw)[4]) const {
+  __device__ __forceinline__ void store(char* to, const uint32_t* raw) const {
     using Type = typename Word<kBytes>::type;
     Type word;
     memcpy(&word, raw, kBytes);
@@ -93,19 +93,14 @@ void sgd_step_cuda(const UpdateBatch& batch) {
       // Not by <<<>>>, whose stub would copy the table once more.
       void* arguments[] = {&table};
       C10_CUDA_CHECK(cudaLaunchKernel(
-          reinterpret_cast<const void*>(&multi_tensor_kernel<Table>),
-          dim3(blocks),
-          dim3(multi_tensor::kThreads),
-          arguments,
-          0,
-          stream));
+          reinterpret_cast<const void*>(&multi_tensor_kernel<Table>), dim3(blocks), dim3(multi_tensor::kThreads),
+          arguments, 0, stream));
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });
   TORCH_CHECK_NOT_IMPLEMENTED(
-      known,
-      "sgd step on ", batch.device, ": no kernel for parameters of ", batch.param_type, " with gradients of ",
-      batch.grad_type, " and momentum of ", batch.momentum_type);
+      known, "sgd step on ", batch.device, ": no kernel for parameters of ", batch.param_type,
+      " with gradients of ", batch.grad_type, " and momentum of ", batch.momentum_type);
 }
 
 }  // namespace torch_freeze

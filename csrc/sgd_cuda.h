@@ -85,8 +85,8 @@ TORCH_FREEZE_INLINE void with_variant(uint8_t id, Run&& run) {
   }
 }
 
-// A scaler's scale is one unless its user chose otherwise, and dividing by one is multiplying by its inverse, to the
-// last bit. (2^127 is left out: its inverse is subnormal.)
+// A scaler's scale is one unless its user chose otherwise, and dividing by one is multiplying by its inverse, to
+// the last bit. (2^127 is left out: its inverse is subnormal.)
 TORCH_FREEZE_INLINE bool is_power_of_two(float scale) {
   uint32_t bits;
   std::memcpy(&bits, &scale, sizeof(bits));

@@ -105,6 +105,9 @@ class GroupReader {
       return PyFloat_AS_DOUBLE(value);
     }
     if (const auto* found = tensor(key)) {
+      TORCH_CHECK_TYPE(
+          !found->is_complex(), kStep, ": ", kKeyNames[key], " of param_groups[", index_, "] is a ",
+          found->scalar_type(), " tensor; it has to be a real number");
       return found->item<double>();
     }
     const double number = PyFloat_AsDouble(value);
@@ -181,8 +184,7 @@ void launch_in_order(const UpdateBatch& batch) {
   }
 }
 
-void run(StepWork& work, const py::object& grad_scale, const py::object& found_inf) {
-  const bool in_order = work.walk.has_overlap();
+void run(StepWork& work, const py::object& grad_scale, const py::object& found_inf, bool in_order) {
   int64_t cpu_numel = 0;
   for (const auto& batch : work.walk.batches()) {
     cpu_numel += batch.launch.device.is_cpu() ? batch.launch.numel : 0;
@@ -289,8 +291,9 @@ py::object step(
     work.walk.drop_frozen_grads();
     return py::none();
   }
-  work.walk.make_fresh_buffers();
-  run(work, grad_scale, found_inf);
+  const bool overlap = work.walk.has_overlap();
+  work.walk.make_fresh_buffers(overlap);
+  run(work, grad_scale, found_inf, overlap);
   return py::none();
 }
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 from torch.optim import optimizer as _stock
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
@@ -105,14 +105,15 @@ class FrozenAwareSGD(torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._advertise_amp()
+        self._prepare()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._advertise_amp()
+        self._prepare()
 
-    def _advertise_amp(self) -> None:
-        """Ask GradScaler for `grad_scale` and `found_inf` instead of a step withheld by the host."""
+    def _prepare(self) -> None:
+        _keep_compiler_out()
+        # Asks GradScaler for grad_scale and found_inf, instead of a step withheld by the host.
         self._step_supports_amp_scaling = not self.defaults.get("differentiable", False)
 
     @overload  # type: ignore[override]  # torch declares the closure's result as float
@@ -120,7 +121,7 @@ class FrozenAwareSGD(torch.optim.SGD):
     @overload
     def step(self, closure: _Closure) -> Any: ...
 
-    def step(self, closure: _Closure | None = None) -> Any:
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Update every trainable parameter that has a gradient; drop the gradients of the frozen ones.
 
         Args:
@@ -132,11 +133,8 @@ class FrozenAwareSGD(torch.optim.SGD):
         Raises:
             ValueError, TypeError: a gradient or momentum buffer does not fit its parameter. Nothing was written.
         """
-        # A freeze check in traced code would go stale, since nothing guards on requires_grad.
-        if is_dynamo_compiling():
-            return self._step_untraced(closure)
         # Stock's wrapper for hooks and profiler costs more than a small step: only where someone listens.
-        # A subclass with a step of its own is inside that wrapper already.
+        # It shows hooks the arguments as they were given. A subclass with a step of its own is inside it already.
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -144,8 +142,10 @@ class FrozenAwareSGD(torch.optim.SGD):
             or _global_post_hooks
             or _C.is_observed()
         ) and type(self).step is FrozenAwareSGD.step:
-            return self._step_observed() if closure is None else self._step_observed(closure)
-        return self._step(closure)
+            return self._step_observed(*args, **kwargs)
+        if args or kwargs:
+            return self._step(*args, **kwargs)
+        return self._step()
 
     step.hooked = True  # type: ignore[attr-defined]  # keeps Optimizer.__init__ from wrapping it
 
@@ -162,9 +162,10 @@ class FrozenAwareSGD(torch.optim.SGD):
             _C.sgd_step(self.param_groups, self.state, *scaling, done=rest)
         return loss
 
-    _step_observed = _stock.Optimizer.profile_hook_step(_step)
-    _step_untraced = torch._disable_dynamo(step)
+    step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
+    _step_observed = torch._disable_dynamo(_stock.Optimizer.profile_hook_step(_step))
 
+    @torch._disable_dynamo
     def _step_rest(self, rest: _Rest, grad_scale: Any, found_inf: Any) -> None:
         """Update what the kernels do not cover through `torch.optim.sgd.sgd`."""
         for index, params in rest:
@@ -234,9 +235,7 @@ class FrozenAwareSGD(torch.optim.SGD):
         Args:
             set_to_none: set each ``.grad`` to None, which frees its memory; False fills it with zeros instead.
         """
-        if is_dynamo_compiling():
-            self._zero_grad_untraced(set_to_none)
-        elif _C.is_observed():
+        if _C.is_observed():
             with torch.autograd.profiler.record_function(
                 f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"
             ):
@@ -244,7 +243,18 @@ class FrozenAwareSGD(torch.optim.SGD):
         else:
             _C.zero_grad(self.param_groups, set_to_none)
 
-    _zero_grad_untraced = torch._disable_dynamo(zero_grad)
+
+@functools.cache
+def _keep_compiler_out() -> None:
+    """Have torch.compile run the step as it is.
+
+    A freeze check in traced code would go stale, since nothing guards on requires_grad. Marking the functions
+    costs nothing at a step, where a wrapper around them would.
+    """
+    from torch._dynamo.decorators import skip
+
+    for function in (FrozenAwareSGD.step, FrozenAwareSGD._step, FrozenAwareSGD.zero_grad):
+        skip(function)
 
 
 def _kernels_wanted(group: dict[str, Any]) -> bool:
