@@ -23,9 +23,11 @@ SIZES = (1, 7, 127, 128, 129, 4099)
 TENSORS_OF_TWO_LAUNCHES = 1100
 
 
-def steps(params: Sequence[Tensor], grads: Sequence[Tensor], **hyper: float) -> None:
+def steps(
+    params: Sequence[Tensor], grads: Sequence[Tensor], momentum: float = 0, weight_decay: float = 0
+) -> None:
     """A first step, a steady one, a scaled one and one that overflowed."""
-    optimizer = FrozenAwareSGD(list(params), lr=0.1, **hyper)
+    optimizer = FrozenAwareSGD(list(params), lr=0.1, momentum=momentum, weight_decay=weight_decay)
     for found_inf in (None, None, 0.0, 1.0):
         if found_inf is not None:  # as GradScaler.step hands them over
             scaling = {"grad_scale": torch.tensor(4.0), "found_inf": torch.tensor(found_inf)}
