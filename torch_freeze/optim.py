@@ -174,10 +174,9 @@ class FrozenAwareSGD(torch.optim.SGD):
             return
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             for index, params in rest:
-                grads = [p.grad for p in params if p.grad is not None]
                 if grad_scale is not None:
-                    for grad in grads:
-                        grad.div_(torch.as_tensor(grad_scale, device=grad.device))
+                    for p in params:
+                        _unscale(p, grad_scale)
                 group = self.param_groups[index]
                 for part in _parts(group, params, self.state):
                     self._step_stock(group, part)
@@ -273,6 +272,18 @@ def _parts(
     fresh = [p for p in params if state[p].get("momentum_buffer") is None]
     kept = [p for p in params if state[p].get("momentum_buffer") is not None]
     return [part for part in (fresh, kept) if part]
+
+
+def _unscale(param: Tensor, grad_scale: Any) -> None:
+    """Divide the gradient in place; an expanded one, which cannot be written to, is replaced."""
+    grad = param.grad
+    if grad is None:
+        return
+    scale = torch.as_tensor(grad_scale, device=grad.device)
+    if grad.layout is torch.strided and torch._debug_has_internal_overlap(grad) == 1:
+        param.grad = grad / scale
+    else:
+        grad.div_(scale)
 
 
 @functools.cache
