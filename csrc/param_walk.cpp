@@ -44,9 +44,10 @@ const auto lookup_known_hash = reinterpret_cast<KnownHashLookup>(dlsym(RTLD_DEFA
 
 // Borrowed; null where it is missing.
 inline PyObject* state_of(PyObject* state, PyObject* param, bool exact) {
-  PyObject* found = exact && lookup_known_hash != nullptr
-      ? lookup_known_hash(state, param, static_cast<Py_hash_t>(reinterpret_cast<intptr_t>(param)))
-      : PyDict_GetItemWithError(state, param);
+  PyObject* found =
+      exact && lookup_known_hash != nullptr
+          ? lookup_known_hash(state, param, static_cast<Py_hash_t>(reinterpret_cast<intptr_t>(param)))
+          : PyDict_GetItemWithError(state, param);
   if (found == nullptr && PyErr_Occurred() != nullptr) {
     throw py::error_already_set();
   }
@@ -76,9 +77,7 @@ const uint64_t plain_keys = (c10::DispatchKeySet({c10::DispatchKey::CPU, c10::Di
                              c10::getAutocastRelatedKeySetFromBackend(c10::BackendComponent::CUDABit))
                                 .raw_repr();
 
-inline bool is_plain(const TensorImpl* tensor) {
-  return (tensor->key_set().raw_repr() & ~plain_keys) == 0;
-}
+inline bool is_plain(const TensorImpl* tensor) { return (tensor->key_set().raw_repr() & ~plain_keys) == 0; }
 
 // What is_inference() asks of one tensor.
 const uint64_t tracked_keys = c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView).raw_repr();
@@ -97,10 +96,11 @@ C10_ALWAYS_INLINE bool same_sizes(const TensorImpl* a, const TensorImpl* b) {
   return true;
 }
 
-// The common case: nothing to convert, nothing to complain of. Both are plain, so none has sizes of its own making.
+// The common case: nothing to convert, nothing to complain of. Both are plain, so none has sizes of its own
+// making.
 C10_ALWAYS_INLINE bool fits(const TensorImpl* param, const TensorImpl* tensor) {
   return tensor->dtype() == param->dtype() && tensor->device() == param->device() &&
-      tensor->is_contiguous_default(c10::MemoryFormat::Contiguous) && same_sizes(param, tensor);
+         tensor->is_contiguous_default(c10::MemoryFormat::Contiguous) && same_sizes(param, tensor);
 }
 
 inline bool has_kernel(c10::DeviceType device) {
@@ -116,18 +116,15 @@ inline bool has_kernel(c10::ScalarType type) {
 }
 
 inline bool has_kernel(c10::DeviceType device, c10::ScalarType param, c10::ScalarType grad) {
-  return has_kernel(param) &&
-      (grad == param || (device == c10::kCUDA && param == c10::kFloat && (grad == c10::kBFloat16 || grad == c10::kHalf)));
+  return has_kernel(param) && (grad == param || (device == c10::kCUDA && param == c10::kFloat &&
+                                                 (grad == c10::kBFloat16 || grad == c10::kHalf)));
 }
 
-inline c10::ScalarType type_of(const TensorImpl* tensor) {
-  return c10::typeMetaToScalarType(tensor->dtype());
-}
+inline c10::ScalarType type_of(const TensorImpl* tensor) { return c10::typeMetaToScalarType(tensor->dtype()); }
 
 // A subclass that leaves operators alone is a tensor like any other.
 bool overrides_operators(PyObject* tensor) {
-  static const auto* plain =
-      new py::object(py::module_::import("torch._C").attr("_disabled_torch_function_impl"));
+  static const auto* plain = new py::object(py::module_::import("torch._C").attr("_disabled_torch_function_impl"));
   const auto type = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
   return type.attr("__torch_function__").ptr() != plain->ptr();
 }
@@ -152,7 +149,8 @@ inline char* data_of(const TensorImpl* tensor) {
     return nullptr;
   }
   auto* storage = tensor->unsafe_storage().unsafeGetStorageImpl();
-  return static_cast<char*>(storage->mutable_data()) + tensor->storage_offset_default() * static_cast<int64_t>(tensor->dtype().itemsize());
+  return static_cast<char*>(storage->mutable_data()) +
+         tensor->storage_offset_default() * static_cast<int64_t>(tensor->dtype().itemsize());
 }
 
 inline void prefetch_storage(const TensorImpl* tensor) {
@@ -199,7 +197,8 @@ void ParamWalk::reset(PyObject* state) {
   shared_buffers_ = false;
 }
 
-C10_ALWAYS_INLINE WalkBatch& ParamWalk::batch_for(c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type) {
+C10_ALWAYS_INLINE WalkBatch& ParamWalk::batch_for(
+    c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type) {
   // One batch is the rule, a few the exception.
   for (auto& batch : batches_) {
     if (batch.launch.device == device && batch.launch.param_type == param_type &&
@@ -238,7 +237,8 @@ void ParamWalk::add_to_rest(PyObject* param, const GroupUse& use) {
 }
 
 C10_ALWAYS_INLINE void ParamWalk::push(
-    const Slot& slot, TensorImpl* grad, const GroupUse& use, c10::ScalarType param_type, c10::ScalarType grad_type) {
+    const Slot& slot, TensorImpl* grad, const GroupUse& use, c10::ScalarType param_type,
+    c10::ScalarType grad_type) {
   auto& batch = batch_for(slot.param->device(), param_type, grad_type);
   const bool fresh = use.has_buffer && slot.buffer == nullptr;
   if (fresh) {
@@ -251,8 +251,8 @@ C10_ALWAYS_INLINE void ParamWalk::push(
     prefetch(momentum, 1);
     // A buffer that nothing else refers to cannot be another parameter's too.
     const auto& storage = slot.buffer->unsafe_storage();
-    shared_buffers_ |= Py_REFCNT(slot.buffer_object) != 1 || Py_REFCNT(slot.state) != 1 || storage.use_count() != 1 ||
-        !storage.unsafeGetStorageImpl()->resizable();
+    shared_buffers_ |= Py_REFCNT(slot.buffer_object) != 1 || Py_REFCNT(slot.state) != 1 ||
+                       storage.use_count() != 1 || !storage.unsafeGetStorageImpl()->resizable();
   }
   const int64_t numel = slot.param->numel();
   batch.updates.push_back({data_of(slot.param), data_of(grad), momentum, numel, use.index, fresh});
@@ -284,9 +284,10 @@ C10_ALWAYS_INLINE void ParamWalk::emit(const Slot& slot, const GroupUse& use) {
 
 void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
   if (!PyList_Check(params) && !PyTuple_Check(params)) {
-    throw py::type_error(c10::str(
-        function_, ": param_groups[", use.index, "]['params'] is a ", Py_TYPE(params)->tp_name,
-        "; give it a list of tensors"));
+    throw py::type_error(
+        c10::str(
+            function_, ": param_groups[", use.index, "]['params'] is a ", Py_TYPE(params)->tp_name,
+            "; give it a list of tensors"));
   }
   PyObject** const items = PySequence_Fast_ITEMS(params);
   const Py_ssize_t size = PySequence_Fast_GET_SIZE(params);
@@ -305,8 +306,9 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyTypeObject* const type = Py_TYPE(run[i]);
       if (type != parameter_type && type != tensor_type && !THPVariable_Check(run[i])) {
-        throw py::type_error(c10::str(
-            function_, ": ", place(use, start + i), " is a ", type->tp_name, "; an optimizer takes tensors"));
+        throw py::type_error(
+            c10::str(
+                function_, ": ", place(use, start + i), " is a ", type->tp_name, "; an optimizer takes tensors"));
       }
       tensors[i] = THPVariable_Unpack(run[i]).unsafeGetTensorImpl();
       prefetch(tensors[i], 1);
@@ -356,9 +358,10 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
       auto& slot = slots[i];
       if (slot.state != nullptr) {
         if (!PyDict_Check(slot.state)) {
-          throw py::type_error(c10::str(
-              function_, ": the state of ", place(use, slot.index), " is a ", Py_TYPE(slot.state)->tp_name,
-              "; it has to be a dict"));
+          throw py::type_error(
+              c10::str(
+                  function_, ": the state of ", place(use, slot.index), " is a ", Py_TYPE(slot.state)->tp_name,
+                  "; it has to be a dict"));
         }
         prefetch(reinterpret_cast<PyDictObject*>(slot.state)->ma_keys, 2 * kLine);
       }
@@ -380,9 +383,10 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
       auto& slot = slots[i];
       if (slot.buffer_object != nullptr) {
         if (!THPVariable_Check(slot.buffer_object)) {
-          throw py::type_error(c10::str(
-              function_, ": ", py::cast<std::string>(buffer_key_), " of ", place(use, slot.index), " is a ",
-              Py_TYPE(slot.buffer_object)->tp_name, "; it has to be a tensor or None"));
+          throw py::type_error(
+              c10::str(
+                  function_, ": ", py::cast<std::string>(buffer_key_), " of ", place(use, slot.index), " is a ",
+                  Py_TYPE(slot.buffer_object)->tp_name, "; it has to be a tensor or None"));
         }
         slot.buffer = THPVariable_Unpack(slot.buffer_object).unsafeGetTensorImpl();
         prefetch(slot.buffer, sizeof(TensorImpl));
@@ -409,8 +413,8 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
   }
 }
 
-void ParamWalk::check_fit(const char* what, const TensorImpl* tensor, const char* mend, const Slot& slot, const GroupUse& use)
-    const {
+void ParamWalk::check_fit(
+    const char* what, const TensorImpl* tensor, const char* mend, const Slot& slot, const GroupUse& use) const {
   const auto* const param = slot.param;
   TORCH_CHECK_VALUE(
       tensor->sizes() == param->sizes(), function_, ": ", what, " of ", place(use, slot.index), " has shape ",
@@ -419,8 +423,9 @@ void ParamWalk::check_fit(const char* what, const TensorImpl* tensor, const char
       tensor->device() == param->device(), function_, ": ", what, " of ", place(use, slot.index), " is on ",
       tensor->device(), "; the parameter is on ", param->device(), ". ", mend);
   TORCH_CHECK_TYPE(
-      c10::canCast(type_of(param), type_of(tensor)) && c10::canCast(type_of(tensor), type_of(param)), function_, ": ",
-      what, " of ", place(use, slot.index), " is ", type_of(tensor), "; the parameter is ", type_of(param), ". ", mend);
+      c10::canCast(type_of(param), type_of(tensor)) && c10::canCast(type_of(tensor), type_of(param)), function_,
+      ": ", what, " of ", place(use, slot.index), " is ", type_of(tensor), "; the parameter is ", type_of(param),
+      ". ", mend);
 }
 
 void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
@@ -439,7 +444,8 @@ void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
     }
     if (buffer != nullptr && !is_opaque(buffer)) {
       check_fit(
-          "momentum_buffer", buffer, "Delete it from the optimizer's state, or give it the parameter's.", slot, use);
+          "momentum_buffer", buffer, "Delete it from the optimizer's state, or give it the parameter's.", slot,
+          use);
     }
     for (const auto* written : {static_cast<const TensorImpl*>(param), static_cast<const TensorImpl*>(buffer)}) {
       if (written != nullptr && written->layout() == c10::kStrided && !is_opaque(written)) {

@@ -86,12 +86,10 @@ class ParamWalk {
   void emit(const Slot& slot, const GroupUse& use);
   void emit_unusual(const Slot& slot, const GroupUse& use);
   void check_fit(
-      const char* what, const c10::TensorImpl* tensor, const char* mend, const Slot& slot, const GroupUse& use) const;
+      const char* what, const c10::TensorImpl* tensor, const char* mend, const Slot& slot,
+      const GroupUse& use) const;
   void push(
-      const Slot& slot,
-      c10::TensorImpl* grad,
-      const GroupUse& use,
-      c10::ScalarType param_type,
+      const Slot& slot, c10::TensorImpl* grad, const GroupUse& use, c10::ScalarType param_type,
       c10::ScalarType grad_type);
   void add_to_rest(PyObject* param, const GroupUse& use);
   WalkBatch& batch_for(c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type);
@@ -106,7 +104,7 @@ class ParamWalk {
   pybind11::object rest_;
   int32_t rest_group_ = -1;
   std::set<std::pair<int32_t, PyObject*>> skipped_;  // (group, parameter)
-  bool shared_buffers_ = false;  // somebody else holds a buffer too
+  bool shared_buffers_ = false;                      // somebody else holds a buffer too
 };
 
 }  // namespace torch_freeze

@@ -34,7 +34,8 @@ struct SeparateArith {
 
 template <class Variant, class Arith, class T>
 TORCH_FREEZE_INLINE void update_block(
-    T* __restrict param, const T* __restrict grad, T* __restrict momentum, int64_t n, const SgdScalars<T>& scalars) {
+    T* __restrict param, const T* __restrict grad, T* __restrict momentum, int64_t n,
+    const SgdScalars<T>& scalars) {
   const SgdScalars<T> s = scalars;
   for (int64_t i = 0; i < n; ++i) {
     T p = param[i];
@@ -197,8 +198,8 @@ struct Avx2Target {
 };
 struct Avx512Target {
   template <class Variant, class T>
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"))) static void run(
-      T* p, T* g, T* m, int64_t n, const SgdScalars<AccOf<T>>& scalars, const float* grad_scale) {
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"))) static void
+  run(T* p, T* g, T* m, int64_t n, const SgdScalars<AccOf<T>>& scalars, const float* grad_scale) {
     update_span<Variant, FusedArith, F16c>(p, g, m, n, scalars, grad_scale);
   }
 };
@@ -215,17 +216,12 @@ void step(const UpdateBatch& batch) {
         group = update.group;
         fresh = update.fresh;
         scalars = sgd_scalars<AccOf<T>>(batch.groups[group]);
-        with_sgd_variant(batch.groups[group], fresh, [&](auto variant) {
-          run = &Target::template run<decltype(variant), T>;
-        });
+        with_sgd_variant(
+            batch.groups[group], fresh, [&](auto variant) { run = &Target::template run<decltype(variant), T>; });
       }
       auto* const momentum = static_cast<T*>(update.momentum);
-      run(static_cast<T*>(update.param) + begin,
-          static_cast<T*>(update.grad) + begin,
-          momentum == nullptr ? nullptr : momentum + begin,
-          end - begin,
-          scalars,
-          batch.grad_scale);
+      run(static_cast<T*>(update.param) + begin, static_cast<T*>(update.grad) + begin,
+          momentum == nullptr ? nullptr : momentum + begin, end - begin, scalars, batch.grad_scale);
     };
   });
 }

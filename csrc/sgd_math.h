@@ -41,11 +41,8 @@ struct SgdScalars {
 template <class T>
 TORCH_FREEZE_INLINE SgdScalars<T> sgd_scalars(const SgdGroup& group) {
   return {
-      static_cast<T>(-group.lr),
-      static_cast<T>(group.momentum),
-      static_cast<T>(group.undamped),
-      static_cast<T>(group.weight_decay),
-      static_cast<T>(group.maximize ? -1.0 : 1.0)};
+      static_cast<T>(-group.lr), static_cast<T>(group.momentum), static_cast<T>(group.undamped),
+      static_cast<T>(group.weight_decay), static_cast<T>(group.maximize ? -1.0 : 1.0)};
 }
 
 enum class MomentumUse : uint8_t {

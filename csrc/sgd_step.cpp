@@ -20,9 +20,21 @@ constexpr const char* kStep = "FrozenAwareSGD.step";
 constexpr int64_t kReleaseGilNumel = 1 << 20;
 
 // What a param group holds, in the order in which torch.optim.SGD enters it.
-enum Key : size_t { kParams, kLr, kMomentum, kDampening, kWeightDecay, kNesterov, kMaximize, kForeach, kDifferentiable, kFused };
-constexpr std::array<const char*, 10> kKeyNames = {
-    "params", "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach", "differentiable", "fused"};
+enum Key : size_t {
+  kParams,
+  kLr,
+  kMomentum,
+  kDampening,
+  kWeightDecay,
+  kNesterov,
+  kMaximize,
+  kForeach,
+  kDifferentiable,
+  kFused
+};
+constexpr std::array<const char*, 10> kKeyNames = {"params",         "lr",       "momentum", "dampening",
+                                                   "weight_decay",   "nesterov", "maximize", "foreach",
+                                                   "differentiable", "fused"};
 
 PyObject* intern(const char* text) {
   PyObject* key = PyUnicode_InternFromString(text);
@@ -113,9 +125,10 @@ class GroupReader {
     const double number = PyFloat_AsDouble(value);
     if (number == -1.0 && PyErr_Occurred() != nullptr) {
       PyErr_Clear();
-      throw py::type_error(c10::str(
-          kStep, ": ", kKeyNames[key], " of param_groups[", index_, "] is a ", Py_TYPE(value)->tp_name,
-          "; it has to be a number"));
+      throw py::type_error(
+          c10::str(
+              kStep, ": ", kKeyNames[key], " of param_groups[", index_, "] is a ", Py_TYPE(value)->tp_name,
+              "; it has to be a number"));
     }
     return number;
   }
@@ -156,10 +169,10 @@ struct StepWork {
 
 // A GradScaler's scalar as one float on `device`, whatever it came as.
 at::Tensor on_device(const py::object& scalar, c10::Device device) {
-  at::Tensor tensor = THPVariable_Check(scalar.ptr())
-      ? THPVariable_Unpack(scalar.ptr()).detach()
-      : at::scalar_tensor(py::cast<double>(scalar), at::kFloat);
-  TORCH_CHECK_VALUE(tensor.numel() == 1, kStep, ": grad_scale and found_inf hold one number; got ", tensor.numel());
+  at::Tensor tensor = THPVariable_Check(scalar.ptr()) ? THPVariable_Unpack(scalar.ptr()).detach()
+                                                      : at::scalar_tensor(py::cast<double>(scalar), at::kFloat);
+  TORCH_CHECK_VALUE(
+      tensor.numel() == 1, kStep, ": grad_scale and found_inf hold one number; got ", tensor.numel());
   return tensor.to(device, at::kFloat);
 }
 
@@ -242,12 +255,8 @@ void run(StepWork& work, const py::object& grad_scale, const py::object& found_i
 }
 
 py::object step(
-    StepWork& work,
-    const py::list& param_groups,
-    const py::dict& state,
-    const py::object& grad_scale,
-    const py::object& found_inf,
-    const std::optional<py::list>& done) {
+    StepWork& work, const py::list& param_groups, const py::dict& state, const py::object& grad_scale,
+    const py::object& found_inf, const std::optional<py::list>& done) {
   work.walk.reset(state.ptr());
   work.groups.clear();
   work.device_lrs.clear();
@@ -264,7 +273,8 @@ py::object step(
     SgdGroup& group = work.groups.emplace_back();
     if (!use.stock_form) {
       const at::Tensor* lr = reader.tensor(kLr);
-      if (lr != nullptr && lr->is_cuda() && (lr->scalar_type() == at::kFloat || lr->scalar_type() == at::kDouble)) {
+      if (lr != nullptr && lr->is_cuda() &&
+          (lr->scalar_type() == at::kFloat || lr->scalar_type() == at::kDouble)) {
         work.has_device_lr = true;
         work.device_lrs.resize(group_count);
         work.device_lrs[i] = *lr;
@@ -300,10 +310,7 @@ py::object step(
 }  // namespace
 
 py::object sgd_step(
-    const py::list& param_groups,
-    const py::dict& state,
-    const py::object& grad_scale,
-    const py::object& found_inf,
+    const py::list& param_groups, const py::dict& state, const py::object& grad_scale, const py::object& found_inf,
     const std::optional<py::list>& done) {
   static thread_local StepWork shared;
   static thread_local bool busy = false;
@@ -330,9 +337,10 @@ void zero_grad(const py::list& param_groups, bool set_to_none) {
     const auto params = py::cast<py::list>(group["params"]);
     for (const auto param : params) {
       if (!THPVariable_Check(param.ptr())) {
-        throw py::type_error(c10::str(
-            "FrozenAwareSGD.zero_grad: param_groups[", g, "]['params'] holds a ", Py_TYPE(param.ptr())->tp_name,
-            "; an optimizer takes tensors"));
+        throw py::type_error(
+            c10::str(
+                "FrozenAwareSGD.zero_grad: param_groups[", g, "]['params'] holds a ",
+                Py_TYPE(param.ptr())->tp_name, "; an optimizer takes tensors"));
       }
       at::Tensor& grad = THPVariable_Unpack(param.ptr()).mutable_grad();
       if (!grad.defined()) {
@@ -353,8 +361,6 @@ void zero_grad(const py::list& param_groups, bool set_to_none) {
   }
 }
 
-bool is_observed() {
-  return at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE).has_value();
-}
+bool is_observed() { return at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE).has_value(); }
 
 }  // namespace torch_freeze

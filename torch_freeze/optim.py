@@ -1,4 +1,4 @@
-"""FrozenAwareSGD: stock SGD that takes every parameter once and pays nothing for the frozen ones."""
+"""FrozenAwareSGD: stock SGD that takes all parameters once and pays nothing for frozen ones."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import optimizer as _stock
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
@@ -29,42 +30,47 @@ _Rest = list[tuple[int, list[Tensor]]]
 class FrozenAwareSGD(torch.optim.SGD):
     r"""`torch.optim.SGD` that takes all parameters once and skips those that are frozen.
 
-    A parameter is frozen while its ``requires_grad`` is False. That is read at every step, so anything may be
-    frozen or unfrozen between any two steps, and the optimizer need not be told. A frozen parameter never
-    moves, whatever its gradient, its momentum or the weight decay; its ``.grad`` is set to None; its momentum is
-    kept. Everything else is stock's: arguments, defaults, errors, ``param_groups``, state and results.
+    A parameter is frozen while its ``requires_grad`` is False. That is read at every step, so
+    anything may be frozen or unfrozen between any two steps, and the optimizer need not be told. A
+    frozen parameter never moves, whatever its gradient, its momentum or the weight decay; its
+    ``.grad`` is set to None; its momentum is kept. Everything else is stock's: arguments, defaults,
+    errors, ``param_groups``, state and results.
 
-    One call updates all tensors of all param groups: one kernel launch per device and dtype on CUDA, one
-    parallel region on the CPU. ``foreach=True``, ``foreach=False`` or ``fused=False`` ask for that implementation of
-    stock's instead, equally frozen-aware; sparse and complex tensors, tensor subclasses, devices other than CPU
-    and CUDA, and ``differentiable=True`` use stock's own operators.
+    One call updates all tensors of all param groups: one kernel launch per device and dtype on
+    CUDA, one parallel region on the CPU. ``foreach=True``, ``foreach=False`` or ``fused=False`` ask
+    for that implementation of stock's instead, equally frozen-aware; sparse and complex tensors,
+    tensor subclasses, devices other than CPU and CUDA, and ``differentiable=True`` use stock's own
+    operators.
 
-    Results are bit-identical to ``torch.optim.SGD(foreach=False)`` on the CPU for float32 and float64. bfloat16 and
-    float16 are computed in float32 and rounded once, when stored.
+    Results are bit-identical to ``torch.optim.SGD(foreach=False)`` on the CPU for float32 and
+    float64. bfloat16 and float16 are computed in float32 and rounded once, when stored.
 
     Args:
-        params: the parameters, all of them, or param groups, or (name, parameter) pairs, as `torch.optim.SGD`
-            takes them.
+        params: the parameters, all of them, or param groups, or (name, parameter) pairs, as
+            `torch.optim.SGD` takes them.
         lr: learning rate; a float or a tensor of one element.
         momentum: momentum factor.
         dampening: dampening of the momentum.
         weight_decay: L2 penalty.
         nesterov: use Nesterov momentum; needs a momentum and no dampening.
         maximize: ascend instead of descend.
-        foreach: None for the fused kernels; True or False for stock's multi-tensor or single-tensor form.
+        foreach: None for the fused kernels; True or False for stock's multi-tensor or single-tensor
+            form.
         differentiable: let autograd differentiate through the step (stock's form).
         fused: None or True for the fused kernels; False for stock's forms.
 
     Raises:
-        ValueError: a negative or otherwise invalid hyper-parameter, with stock's message; at a step, a gradient
-            or momentum buffer of another shape or on another device than its parameter.
-        TypeError: parameters that are not tensors; at a step, a momentum buffer of a type that cannot hold it.
+        ValueError: a negative or otherwise invalid hyper-parameter, with stock's message; at a
+            step, a gradient or momentum buffer of another shape or on another device than its
+            parameter.
+        TypeError: parameters that are not tensors; at a step, a momentum buffer of a type that
+            cannot hold it.
         RuntimeError: contradicting options, with stock's message.
 
     An error raised by a step leaves parameters, gradients and state as they were.
 
-    Source: `torch.optim.SGD <https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html>`_ and the papers
-    it names, Sutskever et al. 2013 for momentum.
+    Source: `torch.optim.SGD <https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html>`_
+    and the papers it names, Sutskever et al. 2013 for momentum.
 
     Example:
         >>> import torch, torch_freeze
@@ -108,7 +114,7 @@ class FrozenAwareSGD(torch.optim.SGD):
         self._prepare()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._prepare()
 
     def _prepare(self) -> None:
@@ -116,13 +122,13 @@ class FrozenAwareSGD(torch.optim.SGD):
         # Asks GradScaler for grad_scale and found_inf, instead of a step withheld by the host.
         self._step_supports_amp_scaling = not self.defaults.get("differentiable", False)
 
-    @overload  # type: ignore[override]  # torch declares the closure's result as float
+    @overload
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: _Closure) -> Any: ...
 
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Update every trainable parameter that has a gradient; drop the gradients of the frozen ones.
+    def step(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D417  # takes what _step takes
+        """Update every trainable parameter that has a gradient; drop the frozen ones' gradients.
 
         Args:
             closure: evaluates the model anew, with gradients enabled, and returns the loss.
@@ -131,10 +137,12 @@ class FrozenAwareSGD(torch.optim.SGD):
             What the closure returned; None without one.
 
         Raises:
-            ValueError, TypeError: a gradient or momentum buffer does not fit its parameter. Nothing was written.
+            ValueError, TypeError: a gradient or momentum buffer does not fit its parameter. Nothing
+            was written.
         """
-        # Stock's wrapper for hooks and profiler costs more than a small step: only where someone listens.
-        # It shows hooks the arguments as they were given. A subclass with a step of its own is inside it already.
+        # Stock's wrapper for hooks and profiler costs more than a small step: only where someone
+        # listens. It shows hooks the arguments as they were given. A subclass with a step of its
+        # own is inside it already.
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -163,9 +171,9 @@ class FrozenAwareSGD(torch.optim.SGD):
         return loss
 
     step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
-    _step_observed = torch._disable_dynamo(_stock.Optimizer.profile_hook_step(_step))
+    _step_observed = _disable_dynamo(_stock.Optimizer.profile_hook_step(_step))
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _step_rest(self, rest: _Rest, grad_scale: Any, found_inf: Any) -> None:
         """Update what the kernels do not cover through `torch.optim.sgd.sgd`."""
         for index, params in rest:
@@ -190,9 +198,9 @@ class FrozenAwareSGD(torch.optim.SGD):
                 raise RuntimeError("`_fused_sgd` does not support sparse gradients")
             if sparse and group["weight_decay"] != 0:
                 raise RuntimeError(
-                    f"FrozenAwareSGD.step: param_groups[{index}] has weight_decay={group['weight_decay']} and a "
-                    "parameter with a sparse gradient, and SGD cannot decay those; put such parameters in a group "
-                    "with weight_decay=0"
+                    f"FrozenAwareSGD.step: param_groups[{index}] has "
+                    f"weight_decay={group['weight_decay']} and a parameter with a sparse gradient, "
+                    "and SGD cannot decay those; put such parameters in a group with weight_decay=0"
                 )
             if group["fused"]:
                 _stock._device_dtype_check_for_fused(p)
@@ -203,8 +211,10 @@ class FrozenAwareSGD(torch.optim.SGD):
         if params[0].is_cuda and _kernels_wanted(group) and not _has_cuda():
             _warn_cpu_only()
             foreach, fused = True, False
-        multi_tensor = foreach or (foreach is None and fused is None and params[0].device.type != "cpu")
-        if multi_tensor and group["nesterov"] and not group["weight_decay"] and not group["maximize"]:
+        on_cpu = params[0].device.type == "cpu"
+        multi_tensor = foreach or (foreach is None and fused is None and not on_cpu)
+        plain = not group["weight_decay"] and not group["maximize"]
+        if multi_tensor and group["nesterov"] and plain:
             # Stock's multi-tensor form would add the momentum into .grad itself.
             grads = [g.clone() for g in grads]
         has_momentum = group["momentum"] != 0
@@ -232,7 +242,8 @@ class FrozenAwareSGD(torch.optim.SGD):
         """Reset the gradients of all parameters, the frozen ones' included.
 
         Args:
-            set_to_none: set each ``.grad`` to None, which frees its memory; False fills it with zeros instead.
+            set_to_none: set each ``.grad`` to None, which frees its memory; False fills it with
+                zeros instead.
         """
         if _C.is_observed():
             with torch.autograd.profiler.record_function(
@@ -247,8 +258,8 @@ class FrozenAwareSGD(torch.optim.SGD):
 def _keep_compiler_out() -> None:
     """Have torch.compile run the step as it is.
 
-    A freeze check in traced code would go stale, since nothing guards on requires_grad. Marking the functions
-    costs nothing at a step, where a wrapper around them would.
+    A freeze check in traced code would go stale, since nothing guards on requires_grad. Marking the
+    functions costs nothing at a step, where a wrapper around them would.
     """
     from torch._dynamo.decorators import skip
 
@@ -296,9 +307,9 @@ def _has_cuda() -> bool:
 @functools.cache
 def _warn_cpu_only() -> None:
     warnings.warn(
-        "this torch_freeze was built without CUDA code, so CUDA tensors take torch's own foreach SGD. Rebuild it "
-        "where an nvcc of torch's CUDA version is found: USE_CUDA=1 pip install --force-reinstall --no-deps "
-        "--no-build-isolation <folder of torch_freeze's source>",
+        "this torch_freeze was built without CUDA code, so CUDA tensors take torch's own foreach "
+        "SGD. Rebuild it where an nvcc of torch's CUDA version is found: USE_CUDA=1 pip install "
+        "--force-reinstall --no-deps --no-build-isolation <folder of torch_freeze's source>",
         RuntimeWarning,
         stacklevel=5,
     )
