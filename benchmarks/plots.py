@@ -47,6 +47,17 @@ def _draw_ratios(axes: Any, outcomes: Sequence[Outcome], measure: str, title: st
     for line, outcome in enumerate(outcomes):
         if line % 2:
             axes.axhspan(line - 0.5, line + 0.5, color="#f2f2f2", zorder=0)
+        if not outcome.ours.samples.get(measure):
+            axes.text(
+                0.5,
+                line,
+                "not measured",
+                transform=axes.get_yaxis_transform(),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="#999999",
+            )
         for row in outcome.rows:
             times = outcome.times_ours(row, measure)
             if row.contestant == OURS or times is None:

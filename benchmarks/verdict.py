@@ -97,7 +97,9 @@ def _no_gain(outcomes: Sequence[Outcome]) -> list[str]:
             if best is None or best[1].median >= GAIN:
                 continue
             entry = f"{outcome.title} ({multiple(best[1].median)}x)"
-            (slower if best[1].median < 1 / GAIN else even).append(entry)
+            # The least of several noisy medians is low by luck, too: slower is what stays slower.
+            beaten = best[1].median < 1 / GAIN and best[1].high < 1
+            (slower if beaten else even).append(entry)
         if even:
             lines.append(f"No gain over the fastest stock form in {name}: {'; '.join(even)}.")
         if slower:
@@ -106,24 +108,23 @@ def _no_gain(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _memory_line(outcomes: Sequence[Outcome]) -> str | None:
-    extra: list[int] = []
-    same = True
-    allocations = 0
-    for outcome in outcomes:
-        ours = outcome.ours.memory
-        if ours is None:
-            continue
-        allocations = max(allocations, ours.step_allocations)
-        for row in outcome.rows:
-            if row.memory is not None:
-                same &= (row.memory.gradients, row.memory.state) == (ours.gradients, ours.state)
-                extra.append(row.memory.peak - ours.peak)
-    if not extra:
+    pairs = [
+        (row.memory, ours, row.contestant.label(outcome.device))
+        for outcome in outcomes
+        for row in outcome.rows
+        if (ours := outcome.ours.memory) is not None and row.memory is not None
+    ]
+    if not pairs:
         return None
-    held = "the same as" if same else "other than"
-    line = f"Memory: gradients and state held after the step are {held} stock's here"
-    if max(extra) > 0:
-        line += f"; stock's peak is up to {max(extra) / 1e6:.0f} MB higher (foreach's temporaries)"
+    same = all((row.gradients, row.state) == (ours.gradients, ours.state) for row, ours, _ in pairs)
+    allocations = max(ours.step_allocations for _, ours, _ in pairs)
+    extra, label = max((row.peak - ours.peak, label) for row, ours, label in pairs)
+    line = (
+        "Memory: gradients and state held after the step are "
+        f"{'the same for everyone' if same else 'NOT the same for everyone'}"
+    )
+    if extra >= 1e6:
+        line += f"; the peak of {label} is up to {extra / 1e6:.0f} MB above FrozenAwareSGD's"
     return f"{line}. FrozenAwareSGD's steady step makes {allocations or 'no'} allocations."
 
 
@@ -136,7 +137,7 @@ def _digits_line(digits: DigitsOutcome) -> str:
         if digits.ours.largest_gap == 0
         else f"stock's loss curve within {digits.ours.largest_gap:.0e}"
     )
-    gain = "no gain" if 1 / GAIN < times < GAIN else "FrozenAwareSGD's is 1"
+    gain = "a gain" if times >= GAIN else "a loss" if times <= 1 / GAIN else "no gain"
     return (
         f"Digits: FrozenAwareSGD follows {curve} and ends at {digits.ours.accuracy:.1f} % right; "
         f"an iteration of the fastest stock form takes {multiple(times)}x that of FrozenAwareSGD "

@@ -436,6 +436,13 @@ class TestVerdict:
         found = outcome(measured(10, all_default=40, filter_fused=fused))
         assert words in " ".join(verdict([found], None, []).split())
 
+    def test_slower_is_only_what_stays_slower(self) -> None:
+        samples = {"ours": [10.0, 10.0, 10.0], "all/fused": [8.0, 9.0, 30.0]}
+        found = outcome({key: {"warm": times} for key, times in samples.items()})
+        text = verdict([found], None, [])
+        assert "SLOWER" not in text
+        assert "No gain" in text
+
     def test_a_gain_is_not_called_none(self) -> None:
         found = outcome(measured(10, all_default=40, filter_fused=20))
         text = " ".join(verdict([found], None, []).split())
