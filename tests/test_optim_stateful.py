@@ -247,11 +247,12 @@ class Training(RuleBasedStateMachine):
 
     @rule(place=PLACES)
     def replace_ones_data(self, place: int) -> None:
+        """In the same layout: with a buffer of other strides, stock's bits are no bar."""
         p, q = self._pair(place)
         value = self._value(p.shape, p.dtype)
         for x in (p, q):
             x.grad = None
-            x.data = value.clone()
+            x.data = torch.empty_like(x).detach().copy_(value)
 
     @rule(place=PLACES, dtype=st.sampled_from(list(cases.DTYPES.values())))
     def change_ones_dtype(self, place: int, dtype: torch.dtype) -> None:
