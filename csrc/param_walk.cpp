@@ -163,6 +163,38 @@ inline void prefetch_data(const TensorImpl* tensor) {
   }
 }
 
+// torch.distributed.tensor.DTensor; null while nobody has imported it, for then there is none.
+PyTypeObject* dtensor_type() {
+  static PyObject* type = nullptr;
+  if (type == nullptr) {
+    PyObject* const module = PyDict_GetItemString(PyImport_GetModuleDict(), "torch.distributed.tensor");
+    if (module != nullptr && PyObject_HasAttrString(module, "DTensor") != 0) {
+      type = py::object(py::handle(module).attr("DTensor")).release().ptr();
+    }
+  }
+  return reinterpret_cast<PyTypeObject*>(type);
+}
+
+at::Tensor local_of(py::handle dtensor) {
+  static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
+  return THPVariable_Unpack(dtensor.attr(name).ptr());
+}
+
+// Whether each element of one lies where the same element of the other does.
+bool same_placement(py::handle a, py::handle b) {
+  return a.is(b) || (a.attr("placements").equal(b.attr("placements")) && a.attr("mesh").equal(b.attr("mesh")));
+}
+
+// Whether the local tensors are terms of a sum that is still to be taken.
+bool is_partial(py::handle spec) {
+  for (const auto placement : spec.attr("placements")) {
+    if (py::cast<bool>(placement.attr("is_partial")())) {
+      return true;
+    }
+  }
+  return false;
+}
+
 std::string place(const GroupUse& use, Py_ssize_t index) {
   return c10::str("param_groups[", use.index, "]['params'][", index, "]");
 }
@@ -191,6 +223,8 @@ void ParamWalk::reset(PyObject* state) {
   frozen_.clear();
   fresh_.clear();
   copied_.clear();
+  locals_.clear();
+  wrappers_.clear();
   rest_ = py::object();
   rest_group_ = -1;
   skipped_.clear();
@@ -260,7 +294,8 @@ C10_ALWAYS_INLINE void ParamWalk::push(
   batch.launch.numel += numel;
 }
 
-C10_ALWAYS_INLINE void ParamWalk::emit(const Slot& slot, const GroupUse& use) {
+// The common case: plain, contiguous, of one type and on one device.
+C10_ALWAYS_INLINE bool ParamWalk::is_usual(const Slot& slot) {
   const auto* const param = slot.param;
   const auto* const grad = slot.grad;
   const auto* const buffer = slot.buffer;
@@ -270,16 +305,62 @@ C10_ALWAYS_INLINE void ParamWalk::emit(const Slot& slot, const GroupUse& use) {
     any |= buffer->key_set().raw_repr();
     all &= buffer->key_set().raw_repr();
   }
-  const auto type = type_of(param);
+  return (any & ~plain_keys) == 0 && (all & tracked_keys) != 0 &&
+         param->is_contiguous_default(c10::MemoryFormat::Contiguous) && fits(param, grad) &&
+         (buffer == nullptr || fits(param, buffer)) && has_kernel(param->device().type()) &&
+         has_kernel(type_of(param));
+}
+
+C10_ALWAYS_INLINE void ParamWalk::emit(const Slot& slot, const GroupUse& use) {
   if (C10_LIKELY(
-          slot.exact && (any & ~plain_keys) == 0 && (all & tracked_keys) != 0 &&
-          param->is_contiguous_default(c10::MemoryFormat::Contiguous) && fits(param, grad) &&
-          (buffer == nullptr || (fits(param, buffer) && THPVariable_CheckExact(slot.buffer_object))) &&
-          has_kernel(param->device().type()) && has_kernel(type))) {
-    push(slot, slot.grad, use, type, type);
+          slot.exact && (slot.buffer == nullptr || THPVariable_CheckExact(slot.buffer_object)) &&
+          is_usual(slot))) {
+    push(slot, slot.grad, use, type_of(slot.param), type_of(slot.param));
   } else {
     emit_unusual(slot, use);
   }
+}
+
+// A step is by element, so each process steps what it holds of a DTensor; the buffer in the state is a DTensor
+// too.
+bool ParamWalk::emit_local(const Slot& slot, const GroupUse& use) {
+  if (slot.exact || Py_TYPE(slot.object) != dtensor_type()) {
+    return false;
+  }
+  const auto grad = py::reinterpret_steal<py::object>(THPVariable_Wrap(slot.meta->grad_));
+  const auto spec = py::handle(slot.object).attr("_spec");
+  if (is_partial(spec)) {
+    return false;
+  }
+  std::array<at::Tensor, 3> locals;
+  const std::array<PyObject*, 3> wholes = {slot.object, grad.ptr(), slot.buffer_object};
+  for (size_t i = 0; i < wholes.size(); ++i) {
+    if (wholes[i] == nullptr) {
+      continue;
+    }
+    if (Py_TYPE(wholes[i]) != dtensor_type() || !same_placement(spec, py::handle(wholes[i]).attr("_spec"))) {
+      return false;
+    }
+    locals[i] = local_of(wholes[i]);
+  }
+  Slot local = slot;
+  local.param = locals[0].unsafeGetTensorImpl();
+  local.grad = locals[1].unsafeGetTensorImpl();
+  local.buffer = locals[2].defined() ? locals[2].unsafeGetTensorImpl() : nullptr;
+  if (!is_usual(local)) {
+    return false;
+  }
+  push(local, local.grad, use, type_of(local.param), type_of(local.param));
+  for (auto& tensor : locals) {
+    if (tensor.defined()) {
+      locals_.push_back(std::move(tensor));
+    }
+  }
+  wrappers_.push_back(slot.param);
+  if (slot.buffer != nullptr) {
+    wrappers_.push_back(slot.buffer);
+  }
+  return true;
 }
 
 void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
@@ -429,6 +510,9 @@ void ParamWalk::check_fit(
 }
 
 void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
+  if (emit_local(slot, use)) {
+    return;
+  }
   TensorImpl* const param = slot.param;
   TensorImpl* const grad = slot.grad;
   TensorImpl* const buffer = slot.buffer;
@@ -555,7 +639,12 @@ void ParamWalk::make_fresh_buffers(bool overlap) {
     if (!fresh.buffer.defined()) {
       fresh.buffer = at::empty_like(THPVariable_Unpack(fresh.param));
     }
-    update.momentum = data_of(fresh.buffer.unsafeGetTensorImpl());
+    TensorImpl* own = fresh.buffer.unsafeGetTensorImpl();
+    if (!is_plain(own)) {
+      const auto dtensor = py::reinterpret_steal<py::object>(THPVariable_Wrap(fresh.buffer));
+      own = locals_.emplace_back(local_of(dtensor)).unsafeGetTensorImpl();
+    }
+    update.momentum = data_of(own);
   }
   // Entering them can fail half-way only for want of memory; then what was entered is taken out again.
   size_t entered = 0;
@@ -607,6 +696,9 @@ std::vector<c10::Storage> ParamWalk::hold_storages() const {
   for (const auto& fresh : fresh_) {
     held.push_back(fresh.buffer.storage());
   }
+  for (const auto& local : locals_) {
+    held.push_back(local.storage());
+  }
   return held;
 }
 
@@ -618,6 +710,9 @@ void ParamWalk::bump_versions() {
         tensors.buffer->bump_version();
       }
     }
+  }
+  for (auto* wrapper : wrappers_) {
+    wrapper->bump_version();
   }
 }
 

@@ -83,8 +83,10 @@ class ParamWalk {
     at::Tensor copy;
   };
 
+  static bool is_usual(const Slot& slot);
   void emit(const Slot& slot, const GroupUse& use);
   void emit_unusual(const Slot& slot, const GroupUse& use);
+  bool emit_local(const Slot& slot, const GroupUse& use);
   void check_fit(
       const char* what, const c10::TensorImpl* tensor, const char* mend, const Slot& slot,
       const GroupUse& use) const;
@@ -101,6 +103,8 @@ class ParamWalk {
   std::vector<c10::TensorImpl*> frozen_;
   std::vector<Fresh> fresh_;
   std::vector<CopiedGrad> copied_;
+  std::vector<at::Tensor> locals_;          // what DTensors hold on this process
+  std::vector<c10::TensorImpl*> wrappers_;  // the DTensors themselves
   pybind11::object rest_;
   int32_t rest_group_ = -1;
   std::set<std::pair<int32_t, PyObject*>> skipped_;  // (group, parameter)
