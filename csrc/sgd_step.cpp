@@ -1,6 +1,7 @@
 #include "sgd_step.h"
 
 #include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -84,6 +85,14 @@ class GroupReader {
     }
   }
 
+  GroupReader(const GroupReader&) = delete;
+  GroupReader& operator=(const GroupReader&) = delete;
+  ~GroupReader() {
+    if (kept_) {
+      std::for_each(values_.begin(), values_.end(), [](PyObject* value) { Py_DECREF(value); });
+    }
+  }
+
   PyObject* item(Key key) const { return values_[key]; }
 
   bool flag(Key key) const {
@@ -91,6 +100,10 @@ class GroupReader {
     if (value == Py_False || value == Py_None) {
       return false;
     }
+    if (value == Py_True) {
+      return true;
+    }
+    keep();
     const int truth = PyObject_IsTrue(value);
     if (truth < 0) {
       throw py::error_already_set();
@@ -104,6 +117,7 @@ class GroupReader {
     if (PyFloat_CheckExact(value) || PyLong_CheckExact(value) || !THPVariable_Check(value)) {
       return nullptr;
     }
+    keep();
     const auto& tensor = THPVariable_Unpack(value);
     TORCH_CHECK_VALUE(
         tensor.numel() == 1, kStep, ": ", kKeyNames[key], " of param_groups[", index_, "] is a tensor of ",
@@ -122,8 +136,12 @@ class GroupReader {
           found->scalar_type(), " tensor; it has to be a real number");
       return found->item<double>();
     }
+    keep();
     const double number = PyFloat_AsDouble(value);
     if (number == -1.0 && PyErr_Occurred() != nullptr) {
+      if (PyErr_ExceptionMatches(PyExc_TypeError) == 0 && PyErr_ExceptionMatches(PyExc_OverflowError) == 0) {
+        throw py::error_already_set();
+      }
       PyErr_Clear();
       throw py::type_error(
           c10::str(
@@ -155,17 +173,35 @@ class GroupReader {
   }
 
  private:
+  // Reading anything but a plain number can run a user's code, and that can take the values out of the group.
+  void keep() const {
+    if (!kept_) {
+      kept_ = true;
+      std::for_each(values_.begin(), values_.end(), [](PyObject* value) { Py_INCREF(value); });
+    }
+  }
+
   std::array<PyObject*, kKeyNames.size()> values_{};
   int32_t index_;
+  mutable bool kept_ = false;
 };
 
 // One step's working memory, kept for its capacity alone.
 struct StepWork {
   ParamWalk walk{kStep, intern("momentum_buffer")};
   std::vector<SgdGroup> groups;
+  std::vector<std::pair<py::object, GroupUse>> params;  // per group
   std::vector<at::Tensor> device_lrs;  // per group; undefined where lr is a number
   bool has_device_lr = false;
 };
+
+// A mode or a function transform wants to see every operator, and may give back tensors of its own.
+bool is_intercepted() {
+  constexpr c10::DispatchKeySet interceptors(
+      {c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot, c10::DispatchKey::Functionalize,
+       c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchDynamicLayerBackMode});
+  return c10::impl::tls_local_dispatch_key_set().included_.has_any(interceptors);
+}
 
 // A GradScaler's scalar as one float on `device`, whatever it came as.
 at::Tensor on_device(const py::object& scalar, c10::Device device) {
@@ -259,25 +295,27 @@ py::object step(
     const py::object& found_inf, const std::optional<py::list>& done) {
   work.walk.reset(state.ptr());
   work.groups.clear();
+  work.params.clear();
   work.device_lrs.clear();
   work.has_device_lr = false;
   if (done) {
     work.walk.skip(*done);
   }
-  const Py_ssize_t group_count = PyList_GET_SIZE(param_groups.ptr());
-  for (Py_ssize_t i = 0; i < group_count; ++i) {
+  const bool intercepted = is_intercepted();
+  // All hyper-parameters first: reading one can run a user's code, which must not change what has been walked.
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups.ptr()); ++i) {
     const GroupReader reader(PyList_GET_ITEM(param_groups.ptr(), i), static_cast<int32_t>(i));
     GroupUse use;
     use.index = static_cast<int32_t>(i);
-    use.stock_form = reader.wants_stock_form();
+    use.stock_form = intercepted || reader.wants_stock_form();
     SgdGroup& group = work.groups.emplace_back();
     if (!use.stock_form) {
       const at::Tensor* lr = reader.tensor(kLr);
       if (lr != nullptr && lr->is_cuda() &&
           (lr->scalar_type() == at::kFloat || lr->scalar_type() == at::kDouble)) {
         work.has_device_lr = true;
-        work.device_lrs.resize(group_count);
-        work.device_lrs[i] = *lr;
+        work.device_lrs.resize(i);
+        work.device_lrs.push_back(*lr);
         group.device_lr = lr->const_data_ptr();
         group.device_lr_is_double = lr->scalar_type() == at::kDouble;
       } else {
@@ -290,7 +328,11 @@ py::object step(
       group.maximize = reader.flag(kMaximize);
       use.has_buffer = group.momentum != 0;
     }
-    work.walk.add_group(reader.item(kParams), use);
+    work.params.emplace_back(py::reinterpret_borrow<py::object>(reader.item(kParams)), use);
+  }
+  work.device_lrs.resize(work.groups.size());
+  for (const auto& [params, use] : work.params) {
+    work.walk.add_group(params.ptr(), use);
   }
   if (work.walk.rest()) {
     return work.walk.rest();
@@ -324,6 +366,7 @@ py::object sgd_step(
     ~Guard() {
       shared.walk.reset(nullptr);  // holds no tensor until the next step
       shared.device_lrs.clear();
+      shared.params.clear();
       busy = false;
     }
   } guard;
