@@ -143,9 +143,7 @@ class Reference(torch.optim.SGD):
         live = [p for p in group["params"] if p.grad is not None]
         has_momentum = group["momentum"] != 0
         # Read before anything is stepped, as stock does: a duplicate sees its first buffer late.
-        buffers = [
-            self.state[p].get("momentum_buffer") if has_momentum else None for p in live
-        ]
+        buffers = [self.state[p].get("momentum_buffer") if has_momentum else None for p in live]
         for p, buffer in zip(live, buffers, strict=True):
             buffer = self._step_tensor(group, p, buffer)
             if has_momentum:
@@ -347,9 +345,13 @@ class Snapshot:
         if tensor.is_meta:
             return id(tensor), version, None
         dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
-        return id(tensor), version, dense.double().flatten().tolist() if not (
-            dense.is_complex()
-        ) else dense.flatten().tolist()
+        return (
+            id(tensor),
+            version,
+            dense.double().flatten().tolist()
+            if not (dense.is_complex())
+            else dense.flatten().tolist(),
+        )
 
     def assert_unchanged(self) -> None:
         after = self._take()
@@ -370,9 +372,7 @@ def threads(count: int) -> Iterator[None]:
 
 def in_groups(params: Sequence[Tensor], count: int) -> list[dict[str, Any]]:
     """Groups that share the parameters round robin, each with a learning rate of its own."""
-    return [
-        {"params": list(params[i::count]), "lr": 0.1 / (i + 1)} for i in range(count)
-    ]
+    return [{"params": list(params[i::count]), "lr": 0.1 / (i + 1)} for i in range(count)]
 
 
 def check_hyper(

@@ -70,7 +70,7 @@ def test_a_first_step_allocates_its_buffers_and_nothing_else(hyper: Hyper) -> No
 
 
 def test_an_overflowing_step_keeps_no_buffers() -> None:
-    optimizer, params = _trained({"lr": 0.1})
+    optimizer, _ = _trained({"lr": 0.1})
     for group in optimizer.param_groups:
         group["momentum"] = 0.9
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)

@@ -1,4 +1,4 @@
-"""GradScaler: read on the device, nothing touched on overflow, gradients left as stock leaves them."""
+"""GradScaler: an overflow touches nothing; gradients are left unscaled, as stock leaves them."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_an_overflow_touches_nothing_but_frozen_gradients(
     optimizer = FrozenAwareSGD(ours, **hyper)
     reference = cases.Reference(theirs, **hyper)
     scaler = _scaler(device)
-    for step in range(steps_before):
+    for _ in range(steps_before):
         cases.set_grads(ours, theirs, gen)
         _scale_grads(ours, 8.0)
         scaler.step(optimizer)

@@ -1,4 +1,4 @@
-"""The contract of torch.optim.Optimizer that other code relies on: hooks, closures, profiler, ..."""
+"""What other code relies on in torch.optim.Optimizer: hooks, closures, profiler, schedulers."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def test_is_an_sgd() -> None:
 def test_repr_is_stocks_but_for_the_name() -> None:
     p = torch.nn.Parameter(torch.ones(1))
     groups = [{"params": [p], "lr": 0.3}]
-    ours, theirs = (repr(make(copy.copy(groups), **MOMENTUM)) for make in (FrozenAwareSGD, torch.optim.SGD))
+    ours, theirs = (
+        repr(make(copy.copy(groups), **MOMENTUM)) for make in (FrozenAwareSGD, torch.optim.SGD)
+    )
     assert ours == theirs.replace("SGD", "FrozenAwareSGD", 1)
 
 
@@ -257,9 +259,7 @@ def _closure() -> float:
 
 @pytest.mark.parametrize("call", cases.ids(CALLS))
 @pytest.mark.parametrize("kind", cases.ids(CLASSES))
-def test_hooks_see_stocks_arguments(
-    kind: type[FrozenAwareSGD], call: Callable[[Any], Any]
-) -> None:
+def test_hooks_see_stocks_arguments(kind: type[FrozenAwareSGD], call: Callable[[Any], Any]) -> None:
     seen = []
     for make in (torch.optim.SGD, kind):
         optimizer = make([_parameter()], lr=0.1)
@@ -340,7 +340,7 @@ def test_a_step_inside_a_hook() -> None:
 
 
 def test_state_dict_hooks() -> None:
-    optimizer, p = _one(momentum=0.9)
+    optimizer, _ = _one(momentum=0.9)
     heard: list[str] = []
     optimizer.register_state_dict_pre_hook(lambda *_: heard.append("pre"))
     optimizer.register_state_dict_post_hook(lambda *_: heard.append("post"))
@@ -430,9 +430,7 @@ def test_no_graph_is_recorded(nesterov: bool) -> None:
 
 @pytest.mark.parametrize("kind", cases.ids(CLASSES))
 @pytest.mark.parametrize("plain_exists", [False, True], ids=["", "after a plain SGD"])
-def test_profiler_records_stocks_names_once(
-    plain_exists: bool, kind: type[FrozenAwareSGD]
-) -> None:
+def test_profiler_records_stocks_names_once(plain_exists: bool, kind: type[FrozenAwareSGD]) -> None:
     if plain_exists:
         torch.optim.SGD([_parameter()])
     p = _parameter()
@@ -452,7 +450,9 @@ def test_the_older_profiler_records_the_step() -> None:
     optimizer, _ = _one()
     with torch.autograd.profiler.profile() as profile:
         optimizer.step()
-    assert [e.name for e in profile.function_events].count("Optimizer.step#FrozenAwareSGD.step") == 1
+    assert [e.name for e in profile.function_events].count(
+        "Optimizer.step#FrozenAwareSGD.step"
+    ) == 1
 
 
 def test_the_memory_profilers_entry_point_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -737,7 +737,9 @@ def test_zero_grad(
     assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("arguments", [((), {}), ((True,), {}), ((), {"set_to_none": True})], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [((), {}), ((True,), {}), ((), {"set_to_none": True})], ids=str
+)
 def test_zero_grad_returns_none_and_takes_its_argument_either_way(arguments: Any) -> None:
     optimizer, p = _one()
     assert optimizer.zero_grad(*arguments[0], **arguments[1]) is None

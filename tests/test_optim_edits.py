@@ -206,14 +206,10 @@ class Pair:
 
     def train(self, steps: int, what: str) -> None:
         for step in range(steps):
-            cases.set_grads(
-                self.params(self.optimizer), self.params(self.reference), self.gen
-            )
+            cases.set_grads(self.params(self.optimizer), self.params(self.reference), self.gen)
             self.optimizer.step()
             self.reference.step()
-            cases.assert_same_training(
-                self.optimizer, self.reference, f"{what}, step {step + 1}:"
-            )
+            cases.assert_same_training(self.optimizer, self.reference, f"{what}, step {step + 1}:")
 
 
 @pytest.mark.parametrize("dtype", cases.ids(cases.DTYPES))
@@ -385,7 +381,9 @@ def test_a_model_cast_narrow_goes_on(hyper: Hyper, to: torch.dtype) -> None:
             model.to(to)
         for p in model.parameters():
             p.grad = torch.randn(p.shape, generator=gen).to(p.dtype)
-        wide = [torch.nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in model.parameters()]
+        wide = [
+            torch.nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in model.parameters()
+        ]
         oracle = torch.optim.SGD(wide, **hyper, foreach=False)
         for p, w in zip(model.parameters(), wide, strict=True):
             buffer = cases.buffer_of(optimizer, p)

@@ -99,7 +99,7 @@ PLACES = {
 
 
 class Trained:
-    """Three groups of three, trained for two steps; one frozen tensor with a stale gradient in each."""
+    """Three groups of four, one step taken; the last of each frozen with a stale gradient."""
 
     def __init__(self, hyper: Hyper, dtype: torch.dtype = torch.float32) -> None:
         self.gen = cases.generator(0)
@@ -161,7 +161,9 @@ def test_the_step_after_the_mend_is_right(spoil: Spoil, says: str) -> None:
     reference = cases.Reference([{"params": twins[i : i + 4]} for i in (0, 4, 8)], **MOMENTUM)
     for p, q in zip(trained.params, twins, strict=True):
         q.grad = None if p.grad is None else p.grad.clone()
-        reference.state[q]["momentum_buffer"] = trained.optimizer.state[p]["momentum_buffer"].clone()
+        reference.state[q]["momentum_buffer"] = trained.optimizer.state[p][
+            "momentum_buffer"
+        ].clone()
     trained.optimizer.step()
     reference.step()
     cases.assert_same_training(trained.optimizer, reference, "after the mend:")
@@ -189,10 +191,10 @@ def test_what_is_frozen_is_not_checked(spoil: Spoil, says: str) -> None:
     ),
 )
 @pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
-def test_a_gradient_of_another_float_dtype_is_stepped_as_stock_or_refused(
+def test_a_gradient_of_another_float_dtype_is_stepped_as_stock(
     hyper: Hyper, dtype: torch.dtype, grad_dtype: torch.dtype
 ) -> None:
-    """Stock promotes such gradients (`p.grad_dtype` asks for them); a refusal writes nothing."""
+    """No bad input: torch's `p.grad_dtype` asks for such gradients, and stock promotes them."""
     gen = cases.generator(0)
     ours = cases.make_parameters((9, 9), gen, dtype)
     theirs = cases.twin(ours)
@@ -204,14 +206,8 @@ def test_a_gradient_of_another_float_dtype_is_stepped_as_stock_or_refused(
             assert p.grad is not None and q.grad is not None
             p.grad.data = p.grad.detach().to(grad_dtype)
             q.grad.data = q.grad.detach().to(grad_dtype)
-        before = cases.Snapshot(optimizer)
         stock.step()
-        try:
-            optimizer.step()
-        except (ValueError, TypeError, RuntimeError) as error:
-            assert "params" in str(error) and "[1]" in str(error)
-            before.assert_unchanged()
-            return
+        optimizer.step()
         tolerance = 1e-5 if dtype.itemsize > 2 else 4 * torch.finfo(dtype).eps
         cases.assert_close(ours[1], theirs[1], "parameter", tolerance)
 
@@ -292,7 +288,9 @@ def test_bad_containers_raise_before_anything_is_written(
     spoil: Callable[[FrozenAwareSGD], None],
 ) -> None:
     trained = Trained(MOMENTUM)
-    before = [(p.detach().clone(), None if p.grad is None else p.grad.clone()) for p in trained.params]
+    before = [
+        (p.detach().clone(), None if p.grad is None else p.grad.clone()) for p in trained.params
+    ]
     spoil(trained.optimizer)
     with pytest.raises((TypeError, ValueError, AttributeError, KeyError, RuntimeError)):
         trained.optimizer.step()

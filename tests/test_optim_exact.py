@@ -30,9 +30,7 @@ def test_equals_stock_bit_for_bit(hyper: Hyper, dtype: torch.dtype, device: str)
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("dtype", cases.ids(cases.NARROW_DTYPES))
 @pytest.mark.parametrize("hyper", cases.ids(cases.HYPERS))
-def test_equals_fp32_arithmetic_rounded_once(
-    hyper: Hyper, dtype: torch.dtype, device: str
-) -> None:
+def test_equals_fp32_arithmetic_rounded_once(hyper: Hyper, dtype: torch.dtype, device: str) -> None:
     cases.check_hyper(hyper, dtype, device, steps=10, stock=False)
 
 
@@ -132,9 +130,7 @@ SPECIAL_VALUES = (
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("dtype", cases.ids(cases.WIDE_DTYPES))
 @pytest.mark.parametrize("hyper", cases.ids(cases.HYPERS))
-def test_zeros_infinities_nans_and_denormals(
-    hyper: Hyper, dtype: torch.dtype, device: str
-) -> None:
+def test_zeros_infinities_nans_and_denormals(hyper: Hyper, dtype: torch.dtype, device: str) -> None:
     """A formula that multiplies by a decay or momentum of 0 turns inf into NaN; stock skips it.
 
     All pairs of special parameter and special gradient; NaNs may differ in sign and payload.
@@ -172,9 +168,7 @@ def _exact_sgd(hyper: Hyper, p: Any, g: Any, b: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("dtype", cases.ids(cases.NARROW_DTYPES))
 @pytest.mark.parametrize("hyper", cases.ids(cases.HYPERS))
-def test_narrow_error_is_never_above_stocks(
-    hyper: Hyper, dtype: torch.dtype, device: str
-) -> None:
+def test_narrow_error_is_never_above_stocks(hyper: Hyper, dtype: torch.dtype, device: str) -> None:
     """Each step starts from the same narrow numbers, so that only its own rounding is measured."""
     gen = cases.generator(5)
     p = torch.nn.Parameter(torch.randn(20_011, generator=gen).to(device, dtype))

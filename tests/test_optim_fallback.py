@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +15,8 @@ import pytest
 import torch
 from optim_cases import FrozenAwareSGD, Hyper
 from torch import Tensor
+
+import torch_freeze
 
 # ------------------------------------------------------------------------------------------ sparse
 
@@ -136,9 +141,7 @@ COMPLEX = {"complex64": torch.complex64, "complex128": torch.complex128}
 @pytest.mark.parametrize("dtype", cases.ids(COMPLEX))
 @pytest.mark.parametrize("conjugate", [False, True], ids=["plain gradient", "conjugated gradient"])
 @pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
-def test_complex_parameters(
-    hyper: Hyper, conjugate: bool, dtype: torch.dtype, device: str
-) -> None:
+def test_complex_parameters(hyper: Hyper, conjugate: bool, dtype: torch.dtype, device: str) -> None:
     gen = cases.generator(0)
 
     def values(*shape: int) -> Tensor:
@@ -320,7 +323,7 @@ def test_fake_tensors() -> None:
         optimizer.zero_grad(set_to_none=False)
 
 
-# ----------------------------------------------------------------- implementations asked for by name
+# ---------------------------------------------------------------- implementations asked for by name
 
 BY_NAME: dict[str, Hyper] = {
     "foreach=True": {"foreach": True},
@@ -374,7 +377,8 @@ def test_foreach_with_nesterov_does_not_write_into_the_gradient() -> None:
 
 @pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
 @pytest.mark.parametrize(
-    "implementation", cases.ids({"foreach and fused unset": {}, "fused=True": {"fused": True}} | BY_NAME)
+    "implementation",
+    cases.ids({"foreach and fused unset": {}, "fused=True": {"fused": True}} | BY_NAME),
 )
 def test_no_implementation_writes_into_a_gradient(implementation: Hyper, hyper: Hyper) -> None:
     gen = cases.generator(0)
@@ -512,7 +516,7 @@ def _compiled(step: Callable[[], Any], backend: str) -> Callable[[], Any]:
 def test_a_compiled_step_honours_freezing_between_calls(
     backend: str, implementation: Hyper
 ) -> None:
-    """Compiled code guards on `grad is None` and not on requires_grad: a traced check goes stale."""
+    """Compiled code guards on `grad is None`, not on requires_grad: a traced check goes stale."""
     hyper = cases.SOME_HYPERS["momentum, dampening and decay"]
     gen = cases.generator(0)
     ours = cases.make_parameters((5, 17), gen)
@@ -530,7 +534,9 @@ def test_a_compiled_step_honours_freezing_between_calls(
             what = f"after step {number + 1}: params[{i}]"
             cases.assert_close(p, q, what)
             if cases.buffer_of(reference, q) is not None:
-                cases.assert_close(cases.buffer_of(optimizer, p), cases.buffer_of(reference, q), what)
+                cases.assert_close(
+                    cases.buffer_of(optimizer, p), cases.buffer_of(reference, q), what
+                )
             assert p.requires_grad or p.grad is None
 
 
@@ -589,6 +595,44 @@ def test_compiling_a_step_warns_no_more_than_stock() -> None:
                 step()
         heard.append({str(w.message)[:100] for w in caught})
     assert heard[1] <= heard[0]
+
+
+CPU_ONLY = """
+import warnings
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch_freeze import FrozenAwareSGD
+
+with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        p, frozen = (torch.nn.Parameter(torch.ones(3, device="cuda")) for _ in range(2))
+        optimizer = FrozenAwareSGD([p, frozen], lr=0.1, momentum=0.9)
+        frozen.requires_grad_(False)
+        for _ in range(3):
+            p.grad, frozen.grad = torch.ones_like(p), torch.ones_like(p)
+            optimizer.step()
+            assert frozen.grad is None
+        assert optimizer.state[p]["momentum_buffer"].is_cuda
+print(*(w.message for w in caught), sep="\\n")
+"""
+
+
+@pytest.mark.skipif(torch_freeze.build_info().cuda is not None, reason="this build has CUDA code")
+def test_cuda_tensors_with_a_cpu_only_build_warn_once_and_name_the_rebuild() -> None:
+    """Fake CUDA tensors, so that no GPU is needed; a process of its own, since it warns once."""
+    result = subprocess.run(
+        [sys.executable, "-c", CPU_ONLY],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    said = result.stdout.strip().split("\n")
+    assert len(said) == 1, said
+    assert "foreach" in said[0] and "USE_CUDA=1 pip install" in said[0]
 
 
 def test_nothing_warns_on_the_usual_paths() -> None:

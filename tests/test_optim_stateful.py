@@ -2,7 +2,7 @@
 
 A hypothesis state machine drives FrozenAwareSGD and the plain reference (stock's for-loop plus
 "frozen does not move") through the same random rules over the same random tensors and compares
-everything after every rule. `TORCH_FREEZE_STATEFUL_STEPS=200000` asks for a long run with new seeds.
+everything after every rule. `TORCH_FREEZE_STATEFUL_STEPS=200000` asks for a long run, new seeds.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ GROUP_EDITS = {
     "maximize": st.booleans(),
 }
 
-HYPER = st.fixed_dictionaries({key: values for key, values in GROUP_EDITS.items() if key != "nesterov"})
+HYPER = st.fixed_dictionaries(
+    {key: values for key, values in GROUP_EDITS.items() if key != "nesterov"}
+)
 
 
 def _copy_value(value: Any) -> Any:
@@ -256,7 +258,7 @@ class Training(RuleBasedStateMachine):
 
     @rule(place=PLACES, dtype=st.sampled_from(list(cases.DTYPES.values())))
     def change_ones_dtype(self, place: int, dtype: torch.dtype) -> None:
-        """The buffer stays as it is between fp32 and fp64, whose mixtures stock computes exactly so.
+        """Between fp32 and fp64 the buffer stays as it is, as after `model.double()`.
 
         With bf16 or fp16 it is cast too: how stock rounds such a mixture is no bar.
         """
@@ -268,7 +270,11 @@ class Training(RuleBasedStateMachine):
             if buffer is not None and (narrow or buffer.dtype not in cases.WIDE_DTYPES.values()):
                 optimizer.state[p]["momentum_buffer"] = buffer.to(dtype)
 
-    @rule(mask=st.integers(1, 2**16 - 1), bad=st.sampled_from((None, math.inf, math.nan)), place=PLACES)
+    @rule(
+        mask=st.integers(1, 2**16 - 1),
+        bad=st.sampled_from((None, math.inf, math.nan)),
+        place=PLACES,
+    )
     def step_with_a_grad_scaler(self, mask: int, bad: float | None, place: int) -> None:
         """fp16 gradients excepted: GradScaler refuses to look at them on the reference's behalf."""
         self._backward(mask, self.scale)
@@ -334,7 +340,9 @@ class Training(RuleBasedStateMachine):
         grad = p.grad
         if grad is None:
             p.grad = torch.zeros_like(p)
-        self.optimizer.state[p]["momentum_buffer"] = torch.ones(2, 2, 77) if kind == "shape" else "x"
+        self.optimizer.state[p]["momentum_buffer"] = (
+            torch.ones(2, 2, 77) if kind == "shape" else "x"
+        )
         before = cases.Snapshot(self.optimizer)
         with pytest.raises((ValueError, TypeError, RuntimeError)):
             self.optimizer.step()
