@@ -143,6 +143,15 @@ bool same_layout(const TensorImpl* a, const TensorImpl* b) {
   return true;
 }
 
+// Memory can be given back under a tensor, as sharding does between uses; it would be written all the same. In a
+// dense tensor the elements follow each other, so their number says where the last one is.
+inline bool has_memory(const TensorImpl* tensor) {
+  const auto* storage = tensor->unsafe_storage().unsafeGetStorageImpl();
+  const int64_t end = tensor->storage_offset_default() + tensor->numel_default();
+  return static_cast<uint64_t>(end) * tensor->dtype().itemsize() <= storage->nbytes() ||
+         tensor->numel_default() == 0;
+}
+
 // Null where there are no elements.
 inline char* data_of(const TensorImpl* tensor) {
   if (tensor->numel_default() == 0) {
@@ -225,10 +234,13 @@ void ParamWalk::reset(PyObject* state) {
   copied_.clear();
   locals_.clear();
   wrappers_.clear();
-  rest_ = py::object();
-  rest_group_ = -1;
+  rest_.clear();
   skipped_.clear();
   shared_buffers_ = false;
+  holding_ = false;
+  held_tensors_.clear();
+  held_storages_.clear();
+  held_objects_.clear();
 }
 
 C10_ALWAYS_INLINE WalkBatch& ParamWalk::batch_for(
@@ -257,22 +269,65 @@ void ParamWalk::skip(const py::list& rest) {
   }
 }
 
-void ParamWalk::add_to_rest(PyObject* param, const GroupUse& use) {
-  if (!rest_) {
-    rest_ = py::list();
+py::object ParamWalk::rest() const {
+  py::list groups;
+  int32_t current = -1;
+  py::list params;
+  for (const auto& [group, param] : rest_) {
+    if (group != current) {
+      current = group;
+      params = py::list();
+      groups.append(py::make_tuple(group, params));
+    }
+    params.append(param);
   }
-  auto rest = py::reinterpret_borrow<py::list>(rest_);
-  if (rest_group_ != use.index) {
-    rest_group_ = use.index;
-    rest.append(py::make_tuple(use.index, py::list()));
+  return groups;
+}
+
+void ParamWalk::hold(TensorImpl* tensor) {
+  if (tensor != nullptr) {
+    held_tensors_.emplace_back(c10::intrusive_ptr<TensorImpl>::reclaim_copy(tensor));
   }
-  const auto last = py::reinterpret_borrow<py::tuple>(rest[rest.size() - 1]);
-  py::reinterpret_borrow<py::list>(last[1]).append(py::handle(param));
+}
+
+void ParamWalk::hold_from_here_on() {
+  if (holding_) {
+    return;
+  }
+  holding_ = true;
+  for (const auto& batch : batches_) {
+    for (const auto& tensors : batch.tensors) {
+      hold(tensors.param);
+      hold(tensors.grad);
+      hold(tensors.buffer);
+    }
+  }
+  for (auto* param : frozen_) {
+    hold(param);
+  }
+  for (const auto& fresh : fresh_) {
+    held_objects_.push_back(py::reinterpret_borrow<py::object>(fresh.param));
+    held_objects_.push_back(py::reinterpret_borrow<py::object>(fresh.state));
+  }
+  // A tensor's memory can be exchanged while the tensor lives on.
+  held_storages_ = hold_storages();
+}
+
+void ParamWalk::raise_no_memory(const Slot& slot, const TensorImpl* grad, const GroupUse& use) const {
+  const char* what = !has_memory(slot.param) ? "" : !has_memory(grad) ? "the gradient of " : "momentum_buffer of ";
+  TORCH_CHECK(
+      false, function_, ": ", what, place(use, slot.index),
+      " has more elements than its storage has memory for. Was the storage resized? Give the memory back before "
+      "the step.");
 }
 
 C10_ALWAYS_INLINE void ParamWalk::push(
     const Slot& slot, TensorImpl* grad, const GroupUse& use, c10::ScalarType param_type,
     c10::ScalarType grad_type) {
+  if (C10_UNLIKELY(
+          !has_memory(slot.param) || !has_memory(grad) || (slot.buffer != nullptr && !has_memory(slot.buffer)))) {
+    raise_no_memory(slot, grad, use);
+  }
   auto& batch = batch_for(slot.param->device(), param_type, grad_type);
   const bool fresh = use.has_buffer && slot.buffer == nullptr;
   if (fresh) {
@@ -291,6 +346,13 @@ C10_ALWAYS_INLINE void ParamWalk::push(
   const int64_t numel = slot.param->numel();
   batch.updates.push_back({data_of(slot.param), data_of(grad), momentum, numel, use.index, fresh});
   batch.tensors.push_back({slot.param, grad, slot.buffer});
+  if (C10_UNLIKELY(holding_)) {
+    for (const auto* tensor : {slot.param, grad, slot.buffer}) {
+      if (tensor != nullptr) {
+        held_storages_.push_back(tensor->unsafe_storage());
+      }
+    }
+  }
   batch.launch.numel += numel;
 }
 
@@ -370,7 +432,7 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
             function_, ": param_groups[", use.index, "]['params'] is a ", Py_TYPE(params)->tp_name,
             "; give it a list of tensors"));
   }
-  PyObject** const items = PySequence_Fast_ITEMS(params);
+  PyObject** items = PySequence_Fast_ITEMS(params);
   const Py_ssize_t size = PySequence_Fast_GET_SIZE(params);
   auto* const tensor_type = reinterpret_cast<PyTypeObject*>(THPVariableClass);
   auto* const parameter_type = reinterpret_cast<PyTypeObject*>(ParameterClass);
@@ -383,13 +445,23 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
   }
   for (Py_ssize_t start = 0; start < size; start += kRun) {
     const Py_ssize_t count = std::min(kRun, size - start);
-    PyObject** const run = items + start;
+    PyObject** run = items + start;
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyTypeObject* const type = Py_TYPE(run[i]);
-      if (type != parameter_type && type != tensor_type && !THPVariable_Check(run[i])) {
-        throw py::type_error(
-            c10::str(
-                function_, ": ", place(use, start + i), " is a ", type->tp_name, "; an optimizer takes tensors"));
+      if (type != parameter_type && type != tensor_type) {
+        if (!THPVariable_Check(run[i])) {
+          throw py::type_error(
+              c10::str(
+                  function_, ": ", place(use, start + i), " is a ", type->tp_name,
+                  "; an optimizer takes tensors"));
+        }
+        // Subclasses are hashed and asked for attributes: their own code, or a garbage collection, may run.
+        hold_from_here_on();
+        if (PyList_Check(params)) {
+          params = held_objects_.emplace_back(py::tuple(py::reinterpret_borrow<py::list>(params))).ptr();
+          items = PySequence_Fast_ITEMS(params);
+          run = items + start;
+        }
       }
       tensors[i] = THPVariable_Unpack(run[i]).unsafeGetTensorImpl();
       prefetch(tensors[i], 1);
@@ -415,6 +487,10 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
       PyTypeObject* const type = Py_TYPE(run[i]);
       const bool exact = type == parameter_type || type == tensor_type;
       slots[live++] = {run[i], start + i, exact, tensors[i], meta, grad, nullptr, nullptr, nullptr};
+      if (C10_UNLIKELY(holding_)) {
+        hold(tensors[i]);
+        hold(grad);
+      }
     }
     const Py_ssize_t with_grad = live;
     live = 0;
@@ -431,6 +507,9 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
         auto& slot = slots[i];
         slot.state = state_of(state_, slot.object, slot.exact);
         if (slot.state != nullptr) {
+          if (C10_UNLIKELY(holding_)) {
+            held_objects_.push_back(py::reinterpret_borrow<py::object>(slot.state));
+          }
           prefetch(slot.state, sizeof(PyDictObject));
         }
       }
@@ -455,6 +534,9 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
       if (slot.state != nullptr) {
         PyObject* const buffer = first_or_lookup(slot.state, buffer_key_);
         if (buffer != nullptr && buffer != Py_None) {
+          if (C10_UNLIKELY(holding_)) {
+            held_objects_.push_back(py::reinterpret_borrow<py::object>(buffer));
+          }
           slot.buffer_object = buffer;
           prefetch(buffer, 1);
         }
@@ -486,7 +568,7 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
         continue;
       }
       if (use.stock_form) {
-        add_to_rest(slots[i].object, use);
+        rest_.emplace_back(use.index, py::reinterpret_borrow<py::object>(slots[i].object));
       } else {
         emit(slots[i], use);
       }
@@ -543,7 +625,7 @@ void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
   if (!is_plain(param) || !is_plain(grad) || (buffer != nullptr && !is_plain(buffer)) ||
       (!slot.exact && overrides_operators(slot.object)) || param->is_inference() ||
       (buffer != nullptr && (buffer->is_inference() || !THPVariable_CheckExact(slot.buffer_object)))) {
-    add_to_rest(slot.object, use);
+    rest_.emplace_back(use.index, py::reinterpret_borrow<py::object>(slot.object));
     return;
   }
   const auto type = type_of(param);
@@ -552,7 +634,7 @@ void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
       (buffer != nullptr && (type_of(buffer) != type || !same_layout(param, buffer))) ||
       // Stock starts the buffer in the gradient's layout, so such a buffer is stock's to make.
       (use.has_buffer && buffer == nullptr && !same_layout(param, grad))) {
-    add_to_rest(slot.object, use);
+    rest_.emplace_back(use.index, py::reinterpret_borrow<py::object>(slot.object));
     return;
   }
   if (same_layout(param, grad)) {
@@ -624,6 +706,8 @@ void ParamWalk::make_fresh_buffers(bool overlap) {
   if (fresh_.empty()) {
     return;
   }
+  // Python objects are made and hashed below.
+  hold_from_here_on();
   at::NoGradGuard no_grad;
   for (size_t i = 0; i < fresh_.size(); ++i) {
     auto& fresh = fresh_[i];
@@ -650,9 +734,10 @@ void ParamWalk::make_fresh_buffers(bool overlap) {
   size_t entered = 0;
   try {
     for (; entered < fresh_.size(); ++entered) {
-      const auto& fresh = fresh_[entered];
+      auto& fresh = fresh_[entered];
       const auto buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(fresh.buffer));
       auto entry = fresh.state != nullptr ? py::reinterpret_borrow<py::object>(fresh.state) : py::dict();
+      fresh.had_none = PyDict_GetItem(entry.ptr(), buffer_key_) == Py_None;
       if (PyDict_SetItem(entry.ptr(), buffer_key_, buffer.ptr()) != 0 ||
           (fresh.state == nullptr && PyDict_SetItem(state_, fresh.param, entry.ptr()) != 0)) {
         throw py::error_already_set();
@@ -660,9 +745,12 @@ void ParamWalk::make_fresh_buffers(bool overlap) {
     }
   } catch (...) {
     py::error_scope keep;
-    for (size_t i = 0; i <= entered && i < fresh_.size(); ++i) {
+    for (size_t i = std::min(entered + 1, fresh_.size()); i-- > 0;) {
       PyObject* const inner = fresh_[i].state;
-      if ((inner != nullptr ? PyDict_DelItem(inner, buffer_key_) : PyDict_DelItem(state_, fresh_[i].param)) != 0) {
+      const int failed = fresh_[i].had_none ? PyDict_SetItem(inner, buffer_key_, Py_None)
+                         : inner != nullptr ? PyDict_DelItem(inner, buffer_key_)
+                                            : PyDict_DelItem(state_, fresh_[i].param);
+      if (failed != 0) {
         PyErr_Clear();
       }
     }
@@ -694,7 +782,9 @@ std::vector<c10::Storage> ParamWalk::hold_storages() const {
     }
   }
   for (const auto& fresh : fresh_) {
-    held.push_back(fresh.buffer.storage());
+    if (fresh.buffer.defined()) {
+      held.push_back(fresh.buffer.storage());
+    }
   }
   for (const auto& local : locals_) {
     held.push_back(local.storage());

@@ -48,8 +48,9 @@ class ParamWalk {
   // Leaves out what an earlier walk returned as its rest.
   void skip(const pybind11::list& rest);
 
-  // What the kernels do not cover, as [(group index, [parameter, …]), …]; null where they cover everything.
-  const pybind11::object& rest() const { return rest_; }
+  // What the kernels do not cover, as [(group index, [parameter, …]), …].
+  pybind11::object rest() const;
+  bool has_rest() const { return !rest_.empty(); }
   bool has_fresh() const { return !fresh_.empty(); }
   std::vector<WalkBatch>& batches() { return batches_; }
   // Whether two of the tensors to be written share memory, so that their order matters.
@@ -77,12 +78,15 @@ class ParamWalk {
     size_t batch;
     size_t update;
     at::Tensor buffer;
+    bool had_none = false;  // its entry named the buffer, as None
   };
   struct CopiedGrad {
     torch::autograd::AutogradMeta* meta;  // of the parameter
     at::Tensor copy;
   };
 
+  void hold(c10::TensorImpl* tensor);
+  void hold_from_here_on();
   static bool is_usual(const Slot& slot);
   void emit(const Slot& slot, const GroupUse& use);
   void emit_unusual(const Slot& slot, const GroupUse& use);
@@ -93,7 +97,7 @@ class ParamWalk {
   void push(
       const Slot& slot, c10::TensorImpl* grad, const GroupUse& use, c10::ScalarType param_type,
       c10::ScalarType grad_type);
-  void add_to_rest(PyObject* param, const GroupUse& use);
+  [[noreturn]] void raise_no_memory(const Slot& slot, const c10::TensorImpl* grad, const GroupUse& use) const;
   WalkBatch& batch_for(c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type);
 
   const char* function_;
@@ -105,10 +109,15 @@ class ParamWalk {
   std::vector<CopiedGrad> copied_;
   std::vector<at::Tensor> locals_;          // what DTensors hold on this process
   std::vector<c10::TensorImpl*> wrappers_;  // the DTensors themselves
-  pybind11::object rest_;
-  int32_t rest_group_ = -1;
+  std::vector<std::pair<int32_t, pybind11::object>> rest_;  // (group, parameter)
   std::set<std::pair<int32_t, PyObject*>> skipped_;  // (group, parameter)
   bool shared_buffers_ = false;                      // somebody else holds a buffer too
+  // Pointers alone are kept while nothing but this code runs. A user's code may let go of anything, so before it
+  // can run, all that was found is held, and what follows as it is found.
+  bool holding_ = false;
+  std::vector<at::Tensor> held_tensors_;
+  std::vector<c10::Storage> held_storages_;
+  std::vector<pybind11::object> held_objects_;
 };
 
 }  // namespace torch_freeze

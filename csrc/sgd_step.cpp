@@ -334,7 +334,7 @@ py::object step(
   for (const auto& [params, use] : work.params) {
     work.walk.add_group(params.ptr(), use);
   }
-  if (work.walk.rest()) {
+  if (work.walk.has_rest()) {
     return work.walk.rest();
   }
   // An overflow must leave no trace, a new buffer included. On a GPU asking costs a synchronisation, so it is
