@@ -1,6 +1,7 @@
 #include "param_walk.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <dlfcn.h>
@@ -42,18 +43,6 @@ inline void touch_version(const TensorImpl* tensor) {
 using KnownHashLookup = PyObject* (*)(PyObject*, PyObject*, Py_hash_t);
 const auto lookup_known_hash = reinterpret_cast<KnownHashLookup>(dlsym(RTLD_DEFAULT, "_PyDict_GetItem_KnownHash"));
 
-// Borrowed; null where it is missing.
-inline PyObject* state_of(PyObject* state, PyObject* param, bool exact) {
-  PyObject* found =
-      exact && lookup_known_hash != nullptr
-          ? lookup_known_hash(state, param, static_cast<Py_hash_t>(reinterpret_cast<intptr_t>(param)))
-          : PyDict_GetItemWithError(state, param);
-  if (found == nullptr && PyErr_Occurred() != nullptr) {
-    throw py::error_already_set();
-  }
-  return found;
-}
-
 // A parameter's state mostly holds one entry, the one wanted: reading it is cheaper than looking it up. Borrowed;
 // null where it is missing.
 inline PyObject* first_or_lookup(PyObject* dict, PyObject* key) {
@@ -79,6 +68,13 @@ const uint64_t plain_keys = (c10::DispatchKeySet({c10::DispatchKey::CPU, c10::Di
 
 inline bool is_plain(const TensorImpl* tensor) { return (tensor->key_set().raw_repr() & ~plain_keys) == 0; }
 
+const uint64_t cuda_keys = c10::DispatchKeySet(c10::BackendComponent::CUDABit).raw_repr();
+
+// There is one CPU; which GPU has to be asked.
+inline c10::Device device_of_plain(const TensorImpl* tensor) {
+  return (tensor->key_set().raw_repr() & cuda_keys) == 0 ? c10::Device(c10::kCPU) : tensor->device();
+}
+
 // What is_inference() asks of one tensor.
 const uint64_t tracked_keys = c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView).raw_repr();
 
@@ -99,8 +95,8 @@ C10_ALWAYS_INLINE bool same_sizes(const TensorImpl* a, const TensorImpl* b) {
 // The common case: nothing to convert, nothing to complain of. Both are plain, so none has sizes of its own
 // making.
 C10_ALWAYS_INLINE bool fits(const TensorImpl* param, const TensorImpl* tensor) {
-  return tensor->dtype() == param->dtype() && tensor->device() == param->device() &&
-         tensor->is_contiguous_default(c10::MemoryFormat::Contiguous) && same_sizes(param, tensor);
+  return tensor->dtype() == param->dtype() && tensor->is_contiguous_default(c10::MemoryFormat::Contiguous) &&
+         same_sizes(param, tensor);
 }
 
 inline bool has_kernel(c10::DeviceType device) {
@@ -241,6 +237,8 @@ void ParamWalk::reset(PyObject* state) {
   held_tensors_.clear();
   held_storages_.clear();
   held_objects_.clear();
+  state_position_ = 0;
+  state_misses_ = 0;
 }
 
 C10_ALWAYS_INLINE WalkBatch& ParamWalk::batch_for(
@@ -267,6 +265,32 @@ void ParamWalk::skip(const py::list& rest) {
       skipped_.insert({py::cast<int32_t>(group[0]), param.ptr()});
     }
   }
+}
+
+// Borrowed; null where it is missing.
+C10_ALWAYS_INLINE PyObject* ParamWalk::state_of(PyObject* param, bool exact) {
+  // Parameters mostly have their state in their own order: the next entry is then the one wanted, and it is next
+  // in memory too. Where the orders differ, the guess is soon given up.
+  constexpr int kMisses = 4;
+  if (state_misses_ < kMisses) {
+    Py_ssize_t position = state_position_;
+    PyObject* key = nullptr;
+    PyObject* value = nullptr;
+    if (PyDict_Next(state_, &position, &key, &value) != 0 && key == param) {
+      state_position_ = position;
+      state_misses_ = 0;
+      return value;
+    }
+    ++state_misses_;
+  }
+  PyObject* const found =
+      exact && lookup_known_hash != nullptr
+          ? lookup_known_hash(state_, param, static_cast<Py_hash_t>(reinterpret_cast<intptr_t>(param)))
+          : PyDict_GetItemWithError(state_, param);
+  if (found == nullptr && PyErr_Occurred() != nullptr) {
+    throw py::error_already_set();
+  }
+  return found;
 }
 
 py::object ParamWalk::rest() const {
@@ -328,7 +352,7 @@ C10_ALWAYS_INLINE void ParamWalk::push(
           !has_memory(slot.param) || !has_memory(grad) || (slot.buffer != nullptr && !has_memory(slot.buffer)))) {
     raise_no_memory(slot, grad, use);
   }
-  auto& batch = batch_for(slot.param->device(), param_type, grad_type);
+  auto& batch = batch_for(device_of_plain(slot.param), param_type, grad_type);
   const bool fresh = use.has_buffer && slot.buffer == nullptr;
   if (fresh) {
     const auto batch_index = static_cast<size_t>(&batch - batches_.data());
@@ -369,8 +393,9 @@ C10_ALWAYS_INLINE bool ParamWalk::is_usual(const Slot& slot) {
   }
   return (any & ~plain_keys) == 0 && (all & tracked_keys) != 0 &&
          param->is_contiguous_default(c10::MemoryFormat::Contiguous) && fits(param, grad) &&
-         (buffer == nullptr || fits(param, buffer)) && has_kernel(param->device().type()) &&
-         has_kernel(type_of(param));
+         (buffer == nullptr || fits(param, buffer)) && has_kernel(type_of(param)) &&
+         ((any & cuda_keys) == 0 || (has_kernel(c10::kCUDA) && grad->device() == param->device() &&
+                                     (buffer == nullptr || buffer->device() == param->device())));
 }
 
 C10_ALWAYS_INLINE void ParamWalk::emit(const Slot& slot, const GroupUse& use) {
@@ -505,7 +530,7 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
     if (use.has_buffer && !use.stock_form) {
       for (Py_ssize_t i = 0; i < live; ++i) {
         auto& slot = slots[i];
-        slot.state = state_of(state_, slot.object, slot.exact);
+        slot.state = state_of(slot.object, slot.exact);
         if (slot.state != nullptr) {
           if (C10_UNLIKELY(holding_)) {
             held_objects_.push_back(py::reinterpret_borrow<py::object>(slot.state));

@@ -88,6 +88,7 @@ class ParamWalk {
   void hold(c10::TensorImpl* tensor);
   void hold_from_here_on();
   static bool is_usual(const Slot& slot);
+  PyObject* state_of(PyObject* param, bool exact);
   void emit(const Slot& slot, const GroupUse& use);
   void emit_unusual(const Slot& slot, const GroupUse& use);
   bool emit_local(const Slot& slot, const GroupUse& use);
@@ -107,11 +108,13 @@ class ParamWalk {
   std::vector<c10::TensorImpl*> frozen_;
   std::vector<Fresh> fresh_;
   std::vector<CopiedGrad> copied_;
-  std::vector<at::Tensor> locals_;          // what DTensors hold on this process
-  std::vector<c10::TensorImpl*> wrappers_;  // the DTensors themselves
+  std::vector<at::Tensor> locals_;                          // what DTensors hold on this process
+  std::vector<c10::TensorImpl*> wrappers_;                  // the DTensors themselves
   std::vector<std::pair<int32_t, pybind11::object>> rest_;  // (group, parameter)
-  std::set<std::pair<int32_t, PyObject*>> skipped_;  // (group, parameter)
-  bool shared_buffers_ = false;                      // somebody else holds a buffer too
+  std::set<std::pair<int32_t, PyObject*>> skipped_;         // (group, parameter)
+  Py_ssize_t state_position_ = 0;                           // of the entry guessed to come next
+  int state_misses_ = 0;
+  bool shared_buffers_ = false;  // somebody else holds a buffer too
   // Pointers alone are kept while nothing but this code runs. A user's code may let go of anything, so before it
   // can run, all that was found is held, and what follows as it is found.
   bool holding_ = false;

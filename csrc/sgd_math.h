@@ -4,13 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define TORCH_FREEZE_INLINE __host__ __device__ __forceinline__
-#elif defined(__GNUC__)
-#define TORCH_FREEZE_INLINE inline __attribute__((always_inline))
-#else
-#define TORCH_FREEZE_INLINE inline
-#endif
+#include "host_device.h"
 
 namespace torch_freeze {
 

@@ -1,5 +1,6 @@
 #include "sgd_step.h"
 
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -9,6 +10,12 @@
 #include <vector>
 
 #include "param_walk.h"
+
+#ifdef WITH_CUDA
+#include <ATen/Context.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
 
 namespace torch_freeze {
 namespace {
@@ -191,7 +198,7 @@ struct StepWork {
   ParamWalk walk{kStep, intern("momentum_buffer")};
   std::vector<SgdGroup> groups;
   std::vector<std::pair<py::object, GroupUse>> params;  // per group
-  std::vector<at::Tensor> device_lrs;  // per group; undefined where lr is a number
+  std::vector<at::Tensor> device_lrs;                   // per group; undefined where lr is a number
   bool has_device_lr = false;
 };
 
@@ -210,6 +217,21 @@ at::Tensor on_device(const py::object& scalar, c10::Device device) {
   TORCH_CHECK_VALUE(
       tensor.numel() == 1, kStep, ": grad_scale and found_inf hold one number; got ", tensor.numel());
   return tensor.to(device, at::kFloat);
+}
+
+// A captured step is replayed as it was recorded: a buffer that was fresh then would start anew at every replay.
+void refuse_capture() {
+#ifdef WITH_CUDA
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (at::globalContext().hasCUDA() && c10::cuda::device_count() > 0) {
+    C10_CUDA_CHECK(cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream(), &status));
+  }
+  TORCH_CHECK(
+      status == cudaStreamCaptureStatusNone, kStep,
+      ": momentum buffers are missing while a CUDA graph is being captured; make a step before the capture, so "
+      "that "
+      "they are there.");
+#endif
 }
 
 void launch(const UpdateBatch& batch) {
@@ -342,6 +364,9 @@ py::object step(
   if (!found_inf.is_none() && work.walk.has_fresh() && on_device(found_inf, c10::kCPU).item<float>() != 0) {
     work.walk.drop_frozen_grads();
     return py::none();
+  }
+  if (work.walk.has_fresh()) {
+    refuse_capture();
   }
   const bool overlap = work.walk.has_overlap();
   work.walk.make_fresh_buffers(overlap);

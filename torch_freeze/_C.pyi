@@ -1,6 +1,12 @@
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+
+# (param, grad, momentum: addresses; numel; group; fresh)
+_Update = tuple[int, int, int, int, int, bool]
+# (lr, momentum, dampening, weight_decay, nesterov, maximize, device_lr: address, it is double)
+_Group = tuple[float, float, float, float, bool, bool, int, bool]
 
 def sgd_step(
     param_groups: list[dict[str, Any]],
@@ -11,3 +17,25 @@ def sgd_step(
 ) -> list[tuple[int, list[Tensor]]] | None: ...
 def zero_grad(param_groups: list[dict[str, Any]], set_to_none: bool = True) -> None: ...
 def is_observed() -> bool: ...
+def _kernel_on_host_step(
+    updates: Sequence[_Update],
+    groups: Sequence[_Group],
+    dtypes: tuple[str, str, str],
+    resident: int,
+    *,
+    grad_scale: int = 0,
+    found_inf: int = 0,
+    backwards: bool = False,
+) -> list[dict[str, int]]: ...
+def _kernel_on_host_accesses(
+    updates: Sequence[_Update],
+    groups: Sequence[_Group],
+    dtypes: tuple[str, str, str],
+    resident: int,
+    chosen: Sequence[int] | None = None,
+    *,
+    grad_scale: int = 0,
+) -> list[tuple[int, int, int, bool]]: ...
+def _kernel_on_host_capacities(
+    dtypes: tuple[str, str, str], groups: int
+) -> list[tuple[int, int]]: ...
