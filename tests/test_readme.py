@@ -1,0 +1,115 @@
+"""The README's code runs as it stands, and its commands are there."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shlex
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+
+import torch_freeze
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def block(start: str) -> str:
+    found = [text for text in BLOCKS if text.startswith(start)]
+    assert len(found) == 1, f"{len(found)} blocks of README.md start with {start!r}"
+    return found[0]
+
+
+def test_the_ten_lines_run_and_unfreeze(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(block("import torch\n"), names)
+    assert "4 changed" in capsys.readouterr().out.splitlines()[0]
+    trainable = {name for name, p in names["model"].named_parameters() if p.requires_grad}
+    assert trainable == {"0.weight", "0.bias", "3.weight", "3.bias"}
+
+
+def test_the_equivalent_is_equivalent() -> None:
+    names: dict[str, Any] = {"torch": torch}
+    exec(block("def reference_step"), names)
+    nets = []
+    for make, step in (
+        (torch_freeze.FrozenAwareSGD, torch_freeze.FrozenAwareSGD.step),
+        (torch.optim.SGD, names["reference_step"]),
+    ):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+        optimizer = make(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+        for i in range(6):
+            net[0].requires_grad_(i not in (2, 3))
+            net(torch.ones(2, 5)).square().sum().backward()
+            step(optimizer)
+        nets.append(net)
+    for ours, theirs in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def side_by_side() -> dict[str, Any]:
+    torch.manual_seed(0)
+    body, head = nn.Linear(4, 4), nn.Linear(4, 2)
+    net = nn.Sequential(body, head)
+    body.requires_grad_(False)
+
+    def train(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            net(torch.ones(3, 4)).square().sum().backward()
+            optimizer.step()
+            scheduler.step()
+
+    return {
+        "torch": torch,
+        "torch_freeze": torch_freeze,
+        "OneCycleLR": OneCycleLR,
+        "body": body,
+        "head": head,
+        "net": net,
+        "train": train,
+    }
+
+
+def test_before_raises_what_it_says() -> None:
+    text = block("# before")
+    said = re.search(r"# (\w+: .*)$", text.strip())
+    assert said
+    with pytest.raises(KeyError) as caught:
+        exec(text, side_by_side())
+    assert f"KeyError: {caught.value}" == said[1]
+
+
+def test_after_trains_the_body() -> None:
+    names = side_by_side()
+    before = names["body"].weight.clone()
+    exec(block("# after"), names)
+    assert not torch.equal(names["body"].weight, before)
+
+
+def test_every_block_is_tested() -> None:
+    starts = ("import torch\n", "def reference_step", "# before", "# after")
+    assert all(text.startswith(starts) for text in BLOCKS)
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"make (\w+)", README))))
+def test_make_knows(target: str) -> None:
+    if target in ("sure", "it"):
+        pytest.fail(f"'make {target}' is no command")
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`python ([\w/]+\.py)", README))))
+def test_the_script_exists(command: str) -> None:
+    assert (ROOT / shlex.split(command)[0]).is_file()
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([\w./-]+)\)", README))))
+def test_the_link_leads_somewhere(target: str) -> None:
+    assert (ROOT / target).exists()
