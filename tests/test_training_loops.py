@@ -1,0 +1,313 @@
+"""What training loops add to a step, crossed with a frozen set that changes under it.
+
+Every loop is run with FrozenAwareSGD over all parameters and compared, to the bit, with stock SGD,
+whose frozen parameters have no gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler as rates
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+
+from torch_freeze import FreezeSchedule, FrozenAwareSGD, freeze, guard, unfreeze
+
+STEPS = 12
+BASE = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}
+Scheduler = Callable[[torch.optim.Optimizer], Any]
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)
+    )
+
+
+# Modules frozen from a step on: freed early and late, frozen again, all of it, and nothing.
+FROZEN_SETS: dict[str, dict[int, list[str]]] = {
+    "nothing ever frozen": {0: []},
+    "always the same frozen": {0: ["0", "1", "3"]},
+    "freed from the output down": {0: ["0", "1", "3"], 4: ["0", "1"], 8: []},
+    "frozen from the input up": {0: [], 3: ["0", "1"], 7: ["0", "1", "3"]},
+    "rotated": {0: ["0", "1"], 2: ["3"], 4: ["5"], 6: ["0", "1", "5"], 9: ["3"]},
+    "everything frozen for a while": {0: [], 4: ["0", "1", "3", "5"], 7: []},
+}
+
+# torch's schedulers, each with arguments under which the rate changes during the run.
+SCHEDULERS: dict[str, Scheduler] = {
+    "LambdaLR": lambda o: rates.LambdaLR(o, [lambda n, i=i: 0.9**n / (1 + i) for i in range(2)]),
+    "MultiplicativeLR": lambda o: rates.MultiplicativeLR(o, lambda n: 0.9),
+    "StepLR": lambda o: rates.StepLR(o, 3),
+    "MultiStepLR": lambda o: rates.MultiStepLR(o, [2, 7]),
+    "ConstantLR": lambda o: rates.ConstantLR(o, total_iters=4),
+    "LinearLR": lambda o: rates.LinearLR(o, 0.1, total_iters=8),
+    "ExponentialLR": lambda o: rates.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o: rates.PolynomialLR(o, STEPS, 2.0),
+    "CosineAnnealingLR": lambda o: rates.CosineAnnealingLR(o, STEPS),
+    "CosineAnnealingWarmRestarts": lambda o: rates.CosineAnnealingWarmRestarts(o, 4),
+    "CyclicLR": lambda o: rates.CyclicLR(o, 0.01, 0.1, step_size_up=3),
+    "OneCycleLR": lambda o: rates.OneCycleLR(o, 0.1, total_steps=STEPS + 1),
+    "ReduceLROnPlateau": lambda o: rates.ReduceLROnPlateau(o, patience=0),
+    "SequentialLR": lambda o: rates.SequentialLR(
+        o, [rates.LinearLR(o, 0.1, total_iters=4), rates.ExponentialLR(o, 0.8)], [4]
+    ),
+    "ChainedScheduler": lambda o: rates.ChainedScheduler(
+        [rates.ConstantLR(o, total_iters=4), rates.ExponentialLR(o, 0.9)]
+    ),
+    "SWALR": lambda o: SWALR(o, swa_lr=0.01, anneal_epochs=5),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from a second thread, and on a busy machine wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Loop:
+    """What a loop does besides forward, backward and step."""
+
+    scheduler: Scheduler | None = None
+    accumulate: int = 1
+    clip: Callable[[list[nn.Parameter]], object] | None = None
+    scaler: bool = False
+    overflow_at: tuple[int, ...] = ()
+    average: Callable[[nn.Module], AveragedModel] | None = None
+    hyper: dict[str, Any] = field(default_factory=dict)
+
+
+def clip_norm(parameters: list[nn.Parameter]) -> Tensor:
+    return nn.utils.clip_grad_norm_(parameters, 0.5)
+
+
+def clip_value(parameters: list[nn.Parameter]) -> None:
+    nn.utils.clip_grad_value_(parameters, 0.05)
+
+
+LOOPS: dict[str, Loop] = {
+    "a bare loop": Loop(),
+    "accumulation over 3": Loop(accumulate=3),
+    "clip_grad_norm_": Loop(clip=clip_norm),
+    "clip_grad_value_": Loop(clip=clip_value),
+    "GradScaler": Loop(scaler=True),
+    "GradScaler with overflows": Loop(scaler=True, overflow_at=(0, 4, 8)),
+    "GradScaler, clip_grad_norm_ and accumulation": Loop(
+        scaler=True, clip=clip_norm, accumulate=2, overflow_at=(3,)
+    ),
+    "an average of weights": Loop(average=AveragedModel),
+    "an exponential average": Loop(
+        average=lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    ),
+    "an exponential average with buffers": Loop(
+        average=lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    ),
+    "nesterov, OneCycleLR, clipping, accumulation and an average": Loop(
+        scheduler=SCHEDULERS["OneCycleLR"],
+        accumulate=2,
+        clip=clip_norm,
+        average=AveragedModel,
+        hyper={"nesterov": True},
+    ),
+}
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(16, 6, generator=generator) for _ in range(4 * STEPS)]
+
+
+def set_frozen(model: nn.Module, frozen: list[str]) -> None:
+    unfreeze(model)
+    if frozen:
+        freeze(model, *frozen)
+
+
+def groups(model: nn.Sequential) -> list[dict[str, Any]]:
+    """Two groups, so that schedulers have rates to keep apart; each is frozen in part at times."""
+    low = [*model[0].parameters(), *model[1].parameters()]
+    high = [*model[3].parameters(), *model[5].parameters()]
+    return [{"params": low, "lr": 0.02}, {"params": high}]
+
+
+def run(loop: Loop, plan: dict[int, list[str]], kind: type[torch.optim.SGD]) -> dict[str, Any]:
+    model = make_model()
+    # Stock is told what is frozen by the gradients alone; foreach=False is its reference form.
+    own = {} if kind is FrozenAwareSGD else {"foreach": False}
+    optimizer = kind(groups(model), **{**BASE, **loop.hyper, **own})
+    scheduler = loop.scheduler(optimizer) if loop.scheduler else None
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=loop.scaler)
+    average = loop.average(model) if loop.average else None
+    data = iter(batches())
+    history: dict[str, list[Any]] = {"loss": [], "rate": [], "scale": []}
+    for step in range(STEPS):
+        if step in plan:
+            set_frozen(model, plan[step])
+        model.train()
+        optimizer.zero_grad()
+        anything = any(p.requires_grad for p in model.parameters())
+        for _ in range(loop.accumulate):
+            loss = model(next(data)).square().mean() / loop.accumulate
+            if anything:
+                scaler.scale(loss).backward()
+        live = [p for p in model.parameters() if p.grad is not None]
+        if step in loop.overflow_at and live:
+            live[0].grad[0] = torch.inf  # type: ignore[index]
+        if loop.clip is not None and live:  # without gradients both raise, or have nothing to do
+            scaler.unscale_(optimizer)
+            loop.clip(list(model.parameters()))
+        if live or not loop.scaler:  # a GradScaler wants at least one gradient
+            scaler.step(optimizer)
+            scaler.update()
+        if scheduler is not None:
+            plateau = isinstance(scheduler, rates.ReduceLROnPlateau)
+            scheduler.step(*([1.0] if plateau else []))
+        if average is not None:
+            average.update_parameters(model)
+        history["loss"].append(loss.item())
+        history["rate"].append([g["lr"] for g in optimizer.param_groups])
+        history["scale"].append(scaler.get_scale())
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        **history,
+        "weights": {n: t.clone() for n, t in model.state_dict().items()},
+        "momentum": {
+            names[id(p)]: s["momentum_buffer"]
+            for p, s in optimizer.state.items()
+            if s.get("momentum_buffer") is not None
+        },
+        "average": dict(average.state_dict()) if average is not None else {},
+        "rates' state": scheduler.state_dict() if scheduler is not None else None,
+    }
+
+
+def assert_identical(got: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for key in ("loss", "rate", "scale"):
+        assert got[key] == wanted[key], key
+    for key in ("weights", "momentum", "average"):
+        assert got[key].keys() == wanted[key].keys()
+        for name, tensor in wanted[key].items():
+            assert torch.equal(got[key][name], tensor), f"{key} of {name}"
+
+
+@pytest.mark.parametrize("plan", FROZEN_SETS.values(), ids=FROZEN_SETS)
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+def test_a_loop_has_the_bits_of_stock(loop: Loop, plan: dict[int, list[str]]) -> None:
+    assert_identical(run(loop, plan, FrozenAwareSGD), run(loop, plan, torch.optim.SGD))
+
+
+@pytest.mark.parametrize("plan", FROZEN_SETS.values(), ids=FROZEN_SETS)
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_a_learning_rate_scheduler_never_notices_the_frozen_set(
+    scheduler: Scheduler, plan: dict[int, list[str]]
+) -> None:
+    loop = Loop(scheduler=scheduler)
+    got = run(loop, plan, FrozenAwareSGD)
+    assert_identical(got, run(loop, plan, torch.optim.SGD))
+    assert got["rate"] == run(loop, FROZEN_SETS["nothing ever frozen"], FrozenAwareSGD)["rate"]
+    assert len({tuple(lrs) for lrs in got["rate"]}) > 1
+
+
+def test_every_scheduler_of_torch_is_in_the_table() -> None:
+    abstract = {"LRScheduler", "_LRScheduler"}
+    known = {name for name in rates.__all__ if name not in abstract}
+    assert known <= SCHEDULERS.keys()
+
+
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+def test_what_is_frozen_is_left_alone_by_a_loop(loop: Loop) -> None:
+    """Not an element written: weight decay, momentum, clipping and overflow handling included."""
+    model = make_model()
+    optimizer = FrozenAwareSGD(groups(model), **{**BASE, **loop.hyper})
+    scheduler = loop.scheduler(optimizer) if loop.scheduler else None
+    scaler = torch.amp.GradScaler("cpu", enabled=loop.scaler)
+    data = iter(batches())
+    for frozen in ([], ["0", "1"], ["3"]):
+        set_frozen(model, frozen)
+        with guard(model, content=True):
+            for _ in range(2):
+                model.train()
+                for _ in range(loop.accumulate):
+                    scaler.scale(model(next(data)).square().mean()).backward()
+                if loop.clip is not None:
+                    scaler.unscale_(optimizer)
+                    loop.clip(list(model.parameters()))
+                scaler.step(optimizer)
+                scaler.update()
+                if scheduler is not None:
+                    scheduler.step()
+                optimizer.zero_grad()
+
+
+def test_clip_grad_norm_counts_what_trains_and_nothing_else() -> None:
+    model = make_model()
+    model(torch.ones(4, 6)).square().sum().backward()
+    freeze(model, "0", "1", "3")
+    total = nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    of_head = torch.linalg.vector_norm(
+        torch.cat([p.grad.flatten() for p in model[5].parameters() if p.grad is not None])
+    )
+    torch.testing.assert_close(total, of_head)
+
+
+@pytest.mark.parametrize("at", range(1, STEPS, 2))
+@pytest.mark.parametrize("name", ["OneCycleLR", "SequentialLR", "CosineAnnealingWarmRestarts"])
+def test_a_run_resumed_in_the_middle_goes_on_bit_for_bit(name: str, at: int) -> None:
+    """Model, optimizer, rates and FreezeSchedule through state_dicts, at every second step."""
+    plan = FROZEN_SETS["rotated"]
+
+    def build() -> tuple[Any, ...]:
+        model = make_model()
+        optimizer = FrozenAwareSGD(groups(model), **BASE)
+        schedule = FreezeSchedule(model, plan, unit="step")
+        return model, optimizer, SCHEDULERS[name](optimizer), schedule
+
+    def go(parts: tuple[Any, ...], steps: range) -> None:
+        model, optimizer, scheduler, schedule = parts
+        for step in steps:
+            schedule.step()
+            model.train()
+            optimizer.zero_grad()
+            model(batches()[step]).square().mean().backward()
+            optimizer.step()
+            scheduler.step()
+
+    whole = build()
+    go(whole, range(STEPS))
+    first = build()
+    go(first, range(at))
+    saved = copy.deepcopy([part.state_dict() for part in first])
+    second = build()
+    for part, state in zip(second, saved, strict=True):
+        part.load_state_dict(state)
+    go(second, range(at, STEPS))
+    for key, tensor in whole[0].state_dict().items():
+        assert torch.equal(second[0].state_dict()[key], tensor), key
+    assert second[2].state_dict().keys() == whole[2].state_dict().keys()
+    assert second[2].get_last_lr() == whole[2].get_last_lr()
+
+
+def test_update_bn_wants_the_average_unfrozen() -> None:
+    """The copy's norms are held as the model's are: torch resets them, and nothing fills them."""
+    model = make_model()
+    freeze(model, "0", "1")
+    average = AveragedModel(model)
+    data = [torch.randn(16, 6) + 3]
+    update_bn(data, average)
+    norm = average.module[1]
+    assert torch.equal(norm.running_mean, torch.zeros(8))
+    unfreeze(average)
+    update_bn(data, average)
+    torch.testing.assert_close(norm.running_mean, average.module[0](data[0]).mean(0))
+    assert not model[1].training
