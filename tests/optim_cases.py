@@ -126,7 +126,7 @@ class Reference(torch.optim.SGD):
     CUDA stock's foreach form takes the place of its for-loop. No part of the project is used.
     """
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -400,7 +400,7 @@ def check_hyper(
     kwargs = {"foreach": device == "cuda"} if stock else {}
     reference = make([{"params": part} for part in split[1]], **hyper, **kwargs)
     for step in range(steps):
-        set_grads(ours, theirs, gen, skip=lambda i, step=step: (i + step) % 5 == 0)  # type: ignore[misc]
+        set_grads(ours, theirs, gen, skip=lambda i, step=step: (i + step) % 5 == 0)
         optimizer.step()
         reference.step()
         assert_same_training(optimizer, reference, f"after step {step + 1}:")

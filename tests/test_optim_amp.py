@@ -48,7 +48,7 @@ def test_scaled_training_equals_stock(
     reference = torch.optim.SGD(theirs, **hyper, foreach=device == "cuda")
     scalers = _scaler(device), _scaler(device)
     for step in range(8):
-        cases.set_grads(ours, theirs, gen, skip=lambda i, step=step: i == 2 and step < 2)  # type: ignore[misc]
+        cases.set_grads(ours, theirs, gen, skip=lambda i, step=step: i == 2 and step < 2)
         _scale_grads(ours, 8.0)
         _scale_grads(theirs, 8.0)
         if step >= 5:

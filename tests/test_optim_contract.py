@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import inspect
@@ -9,7 +10,7 @@ import pickle
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import optim_cases as cases
@@ -22,6 +23,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 MOMENTUM = cases.SOME_HYPERS["momentum, dampening and decay"]
 
@@ -136,7 +138,7 @@ def test_bad_arguments_raise_what_stock_raises(make: Callable[[], tuple[Any, Any
 
 def test_too_many_positional_arguments() -> None:
     with pytest.raises(TypeError):
-        FrozenAwareSGD([_parameter()], 0.1, 0, 0, 0, False, False)  # type: ignore[misc]
+        FrozenAwareSGD([_parameter()], 0.1, 0, 0, 0, False, False)
 
 
 def test_duplicates_warn_as_stock() -> None:
@@ -181,7 +183,7 @@ class Override(FrozenAwareSGD):
 
     body = 0
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         self.body += 1
         return super().step(closure)
 
@@ -292,7 +294,7 @@ def test_a_pre_hook_may_change_the_arguments(kind: type[FrozenAwareSGD]) -> None
 
 def test_a_pre_hook_that_returns_nonsense_raises_as_stock() -> None:
     optimizer, p = _one()
-    optimizer.register_step_pre_hook(lambda *_: 3)  # type: ignore[arg-type]
+    optimizer.register_step_pre_hook(lambda *_: 3)
     with pytest.raises(RuntimeError, match="must return None or a tuple of"):
         optimizer.step()
     assert torch.equal(p, torch.ones(3))
@@ -909,6 +911,99 @@ def test_swap_tensors_between_steps() -> None:
     optimizer.step()
     assert torch.equal(p, torch.full((3,), 5.0 - 0.5 * 1.9))
     assert torch.equal(other, torch.full((3,), 0.5))
+
+
+# ---------------------------------------------------------------------------- surrounding settings
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+class Listening(TorchDispatchMode):
+    """Hears every operator."""
+
+    heard = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.heard += 1
+        return func(*args, **(kwargs or {}))
+
+
+SETTINGS: dict[str, Callable[[], Any]] = {
+    "default dtype fp64": lambda: _default_dtype(torch.float64),
+    "default dtype bf16": lambda: _default_dtype(torch.bfloat16),
+    "default device meta": lambda: torch.device("meta"),
+    "deterministic algorithms": _deterministic,
+    "anomaly mode": torch.autograd.detect_anomaly,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "no_grad": torch.no_grad,
+    "saved tensors hooks": lambda: torch.autograd.graph.saved_tensors_hooks(
+        lambda x: x, lambda x: x
+    ),
+    "a dispatch mode": Listening,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
+@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
+@pytest.mark.parametrize("setting", cases.ids(SETTINGS))
+def test_surrounding_settings_change_nothing(
+    setting: Callable[[], Any], hyper: dict[str, Any]
+) -> None:
+    gen = cases.generator(0)
+    ours = cases.make_parameters((3, 70, (4, 5)), gen)
+    theirs = cases.twin(ours)
+    optimizer = FrozenAwareSGD(ours, **hyper)
+    reference = torch.optim.SGD(theirs, **hyper, foreach=False)
+    for step in range(3):
+        cases.set_grads(ours, theirs, gen)
+        with setting():
+            optimizer.step()
+        reference.step()
+        cases.assert_same_training(optimizer, reference, f"after step {step + 1}:")
+
+
+def test_a_dispatch_mode_hears_the_step() -> None:
+    """Counters of operators and memory planners listen there."""
+    optimizer, _ = _one(momentum=0.9)
+    with Listening() as mode:
+        optimizer.step()
+    assert mode.heard > 0
+
+
+def test_the_class_is_left_without_stocks_wrapper() -> None:
+    """It costs as much as a small step; `hooked` tells Optimizer.__init__ to leave step alone."""
+    step = FrozenAwareSGD.step
+    _one()
+    pickle.loads(pickle.dumps(_one()[0]))
+    assert FrozenAwareSGD.step is step and step.hooked and not hasattr(step, "__wrapped__")
+
+
+def test_two_optimizers_over_one_parameter() -> None:
+    p = _parameter()
+    first, second = FrozenAwareSGD([p], lr=0.1, momentum=0.9), FrozenAwareSGD([p], lr=0.2)
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        first.step()
+        second.step()
+    assert torch.allclose(p, torch.full((3,), 1 - 0.1 - 0.2 - 0.19 - 0.2))
 
 
 # ----------------------------------------------------------------------------------------- threads

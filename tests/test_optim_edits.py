@@ -574,7 +574,7 @@ class Named(FrozenAwareSGD):
 
     calls = 0
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         self.calls += 1
         return super().step(closure)
 

@@ -277,7 +277,7 @@ def test_a_parameter_that_is_no_tensor(value: Any) -> None:
 BAD_CONTAINERS: dict[str, Callable[[FrozenAwareSGD], None]] = {
     "param_groups is None": lambda o: setattr(o, "param_groups", None),
     "param_groups is a dict": lambda o: setattr(o, "param_groups", {"params": []}),
-    "a group is a list": lambda o: o.param_groups.insert(1, []),  # type: ignore[arg-type]
+    "a group is a list": lambda o: o.param_groups.insert(1, []),
     "state is None": lambda o: setattr(o, "state", None),
     "state is a list": lambda o: setattr(o, "state", []),
 }

@@ -17,7 +17,7 @@ from optim_cases import FrozenAwareSGD, Hyper
 try:
     import numpy as np
 except ImportError:
-    np = None  # type: ignore[assignment]
+    np = None
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)

@@ -193,13 +193,13 @@ class Wrapper(Tensor):
 
     @staticmethod
     def __new__(cls, elem: Tensor, requires_grad: bool = False) -> Wrapper:
-        self: Wrapper = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: Wrapper = Tensor._make_wrapper_subclass(
             cls, elem.shape, dtype=elem.dtype, device=elem.device, requires_grad=requires_grad
         )
         self.elem = elem
         return self
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:
         return f"Wrapper({self.elem})"
 
     @classmethod
@@ -508,7 +508,7 @@ def _compiled(step: Callable[[], Any], backend: str) -> Callable[[], Any]:
     if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("inductor needs a C++ compiler")
     torch._dynamo.reset()
-    return torch.compile(step, backend=backend)  # type: ignore[no-any-return]
+    return torch.compile(step, backend=backend)
 
 
 @pytest.mark.parametrize("implementation", cases.ids({"foreach and fused unset": {}} | BY_NAME))
@@ -586,7 +586,7 @@ def test_compiling_a_step_warns_no_more_than_stock() -> None:
     for make in (torch.optim.SGD, FrozenAwareSGD):
         params = cases.make_parameters((5, 17), cases.generator(0))
         optimizer = make(params, lr=0.1, momentum=0.9)
-        step = _compiled(lambda optimizer=optimizer: optimizer.step(), "eager")  # type: ignore[misc]
+        step = _compiled(lambda optimizer=optimizer: optimizer.step(), "eager")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(3):

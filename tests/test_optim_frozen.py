@@ -158,7 +158,7 @@ def test_a_parameter_whose_first_gradient_comes_late() -> None:
     optimizer = FrozenAwareSGD(ours, **hyper)
     reference = torch.optim.SGD(theirs, **hyper, foreach=False)
     for step in range(6):
-        cases.set_grads(ours, theirs, gen, skip=lambda i, step=step: i == 1 and step < 3)  # type: ignore[misc]
+        cases.set_grads(ours, theirs, gen, skip=lambda i, step=step: i == 1 and step < 3)
         optimizer.step()
         reference.step()
         cases.assert_same_training(optimizer, reference, f"after step {step + 1}:")

@@ -370,7 +370,7 @@ class Training(RuleBasedStateMachine):
 
 def test_any_interleaving_equals_stock() -> None:
     Training.steps = 0
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Training,
         settings=settings(
             max_examples=max(1, WANTED_STEPS // 7),

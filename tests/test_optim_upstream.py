@@ -24,8 +24,8 @@ def _load() -> Any:
     """
     argv, environ = sys.argv, dict(os.environ)
     stub = types.ModuleType("expecttest")
-    stub.TestCase = unittest.TestCase  # type: ignore[attr-defined]
-    stub.ACCEPT = False  # type: ignore[attr-defined]
+    stub.TestCase = unittest.TestCase
+    stub.ACCEPT = False
     stubbed = sys.modules.setdefault("expecttest", stub) is stub
     sys.argv = argv[:1]
     try:
@@ -36,7 +36,7 @@ def _load() -> Any:
         sys.argv = argv
         os.environ.clear()
         os.environ.update(environ)
-        torch.backends.__allow_nonbracketed_mutation_flag = True  # type: ignore[attr-defined]
+        torch.backends.__allow_nonbracketed_mutation_flag = True
         if stubbed:
             del sys.modules["expecttest"]
     return common_optimizers
