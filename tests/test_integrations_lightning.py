@@ -1,0 +1,387 @@
+"""FreezeCallback under Lightning's Trainer, beside Lightning's own BackboneFinetuning.
+
+Each row of the complaint table that Lightning's way falls under is shown failing its way, and not
+ours.
+"""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pl = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+
+import torch_freeze  # noqa: E402
+from torch_freeze import FrozenAwareSGD, gradual_unfreeze, rotate  # noqa: E402
+from torch_freeze.integrations.lightning import FreezeCallback  # noqa: E402
+
+BATCHES = 3
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.set_num_threads(threads)
+
+
+class Net(pl.LightningModule):
+    """A backbone with a norm, and a head. Notes what trains in each step."""
+
+    def __init__(self, optimizer: str = "ours", rates: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(
+            nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)
+        )
+        self.head = nn.Linear(4, 2)
+        self.optimizer = optimizer
+        self.rates = rates
+        self.trained: list[tuple[bool, ...]] = []
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        self.trained.append(tuple(m.weight.requires_grad for m in self.layers()))
+        return self.head(self.backbone(batch)).square().mean()
+
+    def layers(self) -> tuple[nn.Linear, ...]:
+        return self.backbone[0], self.backbone[3], self.head
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer == "ours":
+            optimizer: Any = FrozenAwareSGD(self.parameters(), lr=0.05, momentum=0.9)
+        else:  # as Lightning's documentation has it
+            trainable = filter(lambda p: p.requires_grad, self.parameters())
+            optimizer = torch.optim.SGD(trainable, lr=0.05, momentum=0.9)
+        if not self.rates:
+            return optimizer
+        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=100)
+        return [optimizer], [{"scheduler": rates, "interval": "step"}]
+
+
+def data() -> torch.utils.data.DataLoader[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.utils.data.DataLoader(
+        torch.randn(8 * BATCHES, 4, generator=generator),
+        batch_size=8,  # type: ignore[arg-type]
+    )
+
+
+def fit(net: Net, callback: Any, epochs: int, ckpt: Path | None = None, **options: Any) -> Any:
+    options = {"logger": False, "enable_checkpointing": False, "max_epochs": epochs} | options
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        callbacks=callback,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(net, data(), ckpt_path=ckpt, weights_only=False)
+    return trainer
+
+
+def weights(net: Net) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    for name, tensor in wanted.items():
+        assert torch.equal(got[name], tensor), name
+
+
+def test_what_is_named_is_frozen_throughout_and_all_else_trains() -> None:
+    net = Net()
+    before = weights(net)
+    fit(net, FreezeCallback("backbone", exclude="backbone.3"), 2)
+    assert set(net.trained) == {(False, True, True)}
+    after = weights(net)
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {
+        f"{layer}.{p}" for layer in ("backbone.3", "head") for p in ("weight", "bias")
+    }
+
+
+SCHEDULES: dict[str, tuple[Any, list[tuple[bool, ...]]]] = {
+    "a table of epochs": (
+        {0: ["backbone"], 1: ["backbone.0", "backbone.1"], 3: []},
+        [(False, False, True), (False, True, True), (False, True, True), (True, True, True)],
+    ),
+    "gradual unfreezing": (
+        lambda m: gradual_unfreeze(m, [["backbone.0", "backbone.1"], "backbone.3", "head"]),
+        [(False, False, True), (False, True, True), (True, True, True), (True, True, True)],
+    ),
+}
+
+
+@pytest.mark.parametrize(("schedule", "expected"), SCHEDULES.values(), ids=SCHEDULES)
+def test_a_schedule_is_stepped_before_every_epoch(
+    schedule: Any, expected: list[tuple[bool, ...]]
+) -> None:
+    net = Net()
+    fit(net, FreezeCallback(schedule=schedule), len(expected))
+    assert net.trained == [state for state in expected for _ in range(BATCHES)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2], ids=["each batch a step", "two batches a step"])
+def test_a_schedule_of_steps_is_stepped_before_every_optimizer_step(accumulate: int) -> None:
+    net = Net()
+    callback = FreezeCallback(
+        schedule=lambda m: rotate(m, ["backbone.0", "backbone.3"], 1, 1, always="head", seed=3)
+    )
+    trainer = fit(net, callback, 4, accumulate_grad_batches=accumulate)
+    assert callback.schedule is not None
+    assert callback.schedule.last == trainer.global_step - 1
+    assert {state[2] for state in net.trained} == {True}
+    assert {sum(state) for state in net.trained} == {2}
+    if accumulate == 2:  # of three batches, the first two are one step
+        assert all(
+            net.trained[i] == net.trained[i + 1] for i in range(0, len(net.trained), BATCHES)
+        )
+
+
+def test_training_under_the_callback_equals_a_plain_loop() -> None:
+    net, plain = Net(), Net()
+    entries = {0: ["backbone"], 2: []}
+    fit(net, FreezeCallback(schedule=entries), 4)
+    schedule = torch_freeze.FreezeSchedule(plain, entries)
+    optimizer = plain.configure_optimizers()
+    for _ in range(4):
+        schedule.step()
+        plain.train()
+        for batch in data():
+            optimizer.zero_grad()
+            plain.training_step(batch).backward()
+            optimizer.step()
+    assert_equal(weights(net), weights(plain))
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("unit", ["epoch", "step"])
+def test_a_resumed_run_goes_on_in_the_middle_of_the_schedule(
+    tmp_path: Path, stop: int, unit: str
+) -> None:
+    def callback() -> FreezeCallback:
+        groups = [["backbone.0", "backbone.1"], "backbone.3", "head"]
+        every = 1 if unit == "epoch" else 4
+        return FreezeCallback(schedule=lambda m: gradual_unfreeze(m, groups, every, unit=unit))
+
+    whole = Net(rates=True)
+    fit(whole, callback(), 4)
+    first = Net(rates=True)
+    fit(first, callback(), stop).save_checkpoint(tmp_path / "run.ckpt")
+    second = Net(rates=True)
+    resumed = callback()
+    fit(second, resumed, 4, tmp_path / "run.ckpt")
+    assert_equal(weights(second), weights(whole))
+    assert first.trained + second.trained == whole.trained
+    assert resumed.schedule is not None
+    assert resumed.schedule.last == (3 if unit == "epoch" else 4 * BATCHES - 1)
+
+
+def test_a_run_resumed_in_the_middle_of_an_epoch_has_its_frozen_set(tmp_path: Path) -> None:
+    entries = {0: ["backbone"], 1: ["backbone.0", "backbone.1"]}
+    saving = ModelCheckpoint(tmp_path, "run", every_n_train_steps=BATCHES + 1, save_top_k=1)
+    callbacks = [FreezeCallback(schedule=entries), saving]
+    fit(Net(), callbacks, 2, enable_checkpointing=True)
+    net = Net()
+    fit(net, FreezeCallback(schedule=entries), 2, tmp_path / "run.ckpt")
+    assert set(net.trained) == {(False, True, True)}
+    assert len(net.trained) == BATCHES - 1
+
+
+def test_the_report_is_logged_when_what_is_frozen_changes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    logger = CSVLogger(tmp_path)
+    entries = {0: ["backbone"], 2: []}
+    fit(Net(), FreezeCallback(schedule=entries), 3, logger=logger, log_every_n_steps=1)
+    with open(Path(logger.log_dir) / "metrics.csv", newline="") as file:
+        written = [row["freeze/frozen"] for row in csv.DictReader(file) if row["freeze/frozen"]]
+    assert [float(number) for number in written] == [92, 0]
+    said = [r.getMessage() for r in caplog.records if "backward:" in r.getMessage()]
+    assert len(said) == 2
+    assert "backbone" in said[0]
+
+
+def test_log_false_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    fit(Net(), FreezeCallback("backbone", log=False), 1)
+    assert not [r for r in caplog.records if "backward:" in r.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        pytest.param(lambda: FreezeCallback(), ValueError, "name what", id="nothing is named"),
+        pytest.param(lambda: FreezeCallback("back"), ValueError, "Nearest", id="a misspelt name"),
+        pytest.param(
+            lambda: FreezeCallback(schedule={0: ["back"]}), ValueError, "Nearest",
+            id="a misspelt name in a schedule",
+        ),
+        pytest.param(
+            lambda: FreezeCallback(schedule=lambda m: None), TypeError, "NoneType",  # type: ignore
+            id="no schedule made",
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named(make: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        fit(Net(), make(), 1)
+
+
+# --- Lightning's own way, row by row of the complaint table ---------------------------------------
+
+
+class Unfreezing(BaseFinetuning):
+    """What its documentation shows: freeze before training, unfreeze at an epoch."""
+
+    def __init__(self, add_group: bool = True) -> None:
+        super().__init__()
+        self.add_group = add_group
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.backbone, train_bn=False)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch != 1:
+            return
+        if self.add_group:
+            self.unfreeze_and_add_param_group(pl_module.backbone, optimizer)
+        else:
+            self.make_trainable(pl_module.backbone)
+
+
+def test_row_5_theirs_what_is_frozen_at_construction_never_trains_later() -> None:
+    net = Net("stock")
+    before = weights(net)
+    fit(net, Unfreezing(add_group=False), 3)
+    assert net.backbone[0].weight.requires_grad
+    assert torch.equal(net.backbone[0].weight, before["backbone.0.weight"])
+    assert net.backbone[0].weight.grad is not None  # computed, kept, used by nobody
+
+
+def test_row_5_ours_trains_what_was_frozen_at_construction() -> None:
+    net = Net()
+    before = weights(net)
+    fit(net, FreezeCallback(schedule={0: ["backbone"], 1: []}), 3)
+    assert not torch.equal(net.backbone[0].weight, before["backbone.0.weight"])
+
+
+def test_row_5_ours_refuses_an_optimizer_that_leaves_parameters_out() -> None:
+    class Heads(Net):
+        def configure_optimizers(self) -> Any:
+            return FrozenAwareSGD(self.head.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match=r"backbone\.0\.weight.* in no optimizer"):
+        fit(Heads(), FreezeCallback(schedule={0: ["backbone"], 1: []}), 1)
+
+
+def test_row_8_theirs_does_not_resume_after_the_frozen_set_changed(tmp_path: Path) -> None:
+    fit(Net("stock"), Unfreezing(), 2).save_checkpoint(tmp_path / "run.ckpt")
+    # Its work is done, so the run goes on without it.
+    with pytest.raises((ValueError, KeyError), match="different number of parameter groups"):
+        fit(Net("stock"), [], 3, tmp_path / "run.ckpt")
+
+
+@pytest.mark.parametrize("goes_on_with", ["the schedule", "no callback", "another schedule"])
+def test_row_8_ours_resumes_whatever_is_frozen_now(tmp_path: Path, goes_on_with: str) -> None:
+    def callback() -> FreezeCallback:
+        return FreezeCallback(schedule={0: ["backbone"], 1: []})
+
+    fit(Net(), callback(), 2).save_checkpoint(tmp_path / "run.ckpt")
+    callbacks: dict[str, Any] = {
+        "the schedule": callback(),
+        "no callback": [],
+        "another schedule": FreezeCallback(schedule={0: ["head"]}),
+    }
+    net = Net()
+    fit(net, callbacks[goes_on_with], 3, tmp_path / "run.ckpt")
+    assert len(net.trained) == BATCHES
+
+
+def test_row_10_theirs_breaks_the_learning_rate_scheduler() -> None:
+    with pytest.raises(KeyError, match=r"max_lr|initial_lr"):
+        fit(Net("stock", rates=True), Unfreezing(), 3)
+
+
+def test_row_10_ours_leaves_the_learning_rate_scheduler_alone() -> None:
+    net, untouched = Net(rates=True), Net(rates=True)
+    freezing = fit(net, FreezeCallback(schedule={0: ["backbone"], 1: []}), 3)
+    plain = fit(untouched, [], 3)
+    rates = [t.optimizers[0].param_groups[0]["lr"] for t in (freezing, plain)]
+    assert rates[0] == rates[1]
+    assert len(freezing.optimizers[0].param_groups) == 1
+
+
+def shifted_norm() -> Net:
+    """Statistics that say 5 where the data of the first layer, all zero, says 0."""
+    net = Net()
+    with torch.no_grad():
+        net.backbone[1].running_mean.fill_(5.0)
+    return net
+
+
+def test_row_15_theirs_trains_on_other_values_than_it_is_evaluated_on() -> None:
+    net = shifted_norm()
+    BaseFinetuning.freeze(net.backbone, train_bn=False)
+    assert net.train().backbone[1](torch.zeros(4, 8)).mean().abs() < 1e-3  # of the batch
+    assert (net.eval().backbone[1](torch.zeros(4, 8)).mean() + 5).abs() < 1e-3
+
+
+def test_row_15_ours_uses_the_running_statistics_in_both() -> None:
+    net = shifted_norm()
+    torch_freeze.freeze(net, "backbone")
+    for mode in (True, False):
+        assert (net.train(mode).backbone[1](torch.zeros(4, 8)).mean() + 5).abs() < 1e-3
+
+
+def test_row_15_ours_holds_the_statistics_through_a_fit() -> None:
+    net = shifted_norm()
+    fit(net, FreezeCallback("backbone"), 2)
+    assert torch.equal(net.backbone[1].running_mean, torch.full((8,), 5.0))
+
+
+def zeros() -> tuple[nn.Parameter, nn.Parameter]:
+    return nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+
+
+def test_row_26_theirs_drops_parameters_of_equal_value() -> None:
+    a, b = zeros()
+    left = BaseFinetuning.filter_on_optimizer(torch.optim.SGD([a], lr=0.1), [b])
+    assert left == []  # b is not in the optimizer, and will not be
+
+
+def test_row_26_ours_goes_by_identity() -> None:
+    class Twins(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = zeros()
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            return ((self.a + 2 * self.b) * batch.mean()).sum() + super().training_step(batch)
+
+    net = Twins()
+    fit(net, FreezeCallback(schedule=lambda m: torch_freeze.FreezeSchedule(m, {0: m.b, 1: []})), 1)
+    assert not net.b.requires_grad
+    assert torch.equal(net.b, torch.zeros(3))
+    assert not torch.equal(net.a, torch.zeros(3))
+
+
+def test_their_backbone_finetuning_and_our_schedule_freeze_the_same_epochs() -> None:
+    theirs, ours = Net("stock"), Net()
+    fit(theirs, BackboneFinetuning(unfreeze_backbone_at_epoch=2, train_bn=False), 4)
+    fit(ours, FreezeCallback(schedule={0: ["backbone"], 2: []}), 4)
+    assert theirs.trained == ours.trained

@@ -1,0 +1,256 @@
+"""FreezeTrainerCallback under Transformers' Trainer, beside the Trainer's own optimizer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("accelerate", reason="accelerate, which the Trainer needs, is not installed")
+from transformers import (  # noqa: E402
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from torch_freeze import FrozenAwareSGD, gradual_unfreeze, rotate  # noqa: E402
+from torch_freeze.integrations.transformers import FreezeTrainerCallback  # noqa: E402
+
+LAYERS = ["bert.encoder.layer.0", "bert.encoder.layer.1", "bert.encoder.layer.2"]
+ALWAYS = ["bert.pooler", "classifier"]
+BATCHES = 4  # per epoch
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_model() -> Any:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=16,
+        hidden_size=8,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=8,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertForSequenceClassification(config)
+
+
+def data() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(16, (4 * BATCHES, 6), generator=generator)
+    return [{"input_ids": row, "labels": row[0] % 2} for row in words]
+
+
+class Witness(TrainerCallback):  # type: ignore[misc]
+    """Notes which layers train at each step, after all other callbacks."""
+
+    def __init__(self) -> None:
+        self.trained: list[tuple[bool, ...]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        layers = kwargs["model"].bert.encoder.layer
+        self.trained.append(tuple(next(p.parameters()).requires_grad for p in layers))
+
+
+def train(
+    folder: Path,
+    model: Any,
+    callbacks: list[Any],
+    resume: str | None = None,
+    optimizer: Any = "ours",
+    **options: Any,
+) -> tuple[Trainer, list[tuple[bool, ...]]]:
+    witness = Witness()
+    options = {"num_train_epochs": 4, "save_strategy": "no", **options}
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=4,
+        learning_rate=0.1,
+        max_grad_norm=1.0,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        logging_strategy="no",
+        seed=3,
+        **options,
+    )
+    if optimizer == "ours":
+        optimizer = FrozenAwareSGD(model.parameters(), lr=0.1, momentum=0.9)
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=data(),
+        optimizers=(optimizer, None),
+        callbacks=[*callbacks, witness],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, witness.trained
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_what_is_named_is_frozen_throughout_and_all_else_trains(tmp_path: Path) -> None:
+    model = make_model()
+    before = weights(model)
+    callback = FreezeTrainerCallback("bert.embeddings", *LAYERS[:2])
+    _, trained = train(tmp_path, model, [callback], num_train_epochs=1)
+    assert set(trained) == {(False, False, True)}
+    for name, weight in weights(model).items():
+        frozen = name.startswith(("bert.embeddings", *LAYERS[:2]))
+        if frozen:
+            assert torch.equal(weight, before[name]), name
+    assert not torch.equal(model.classifier.weight, before["classifier.weight"])
+
+
+def test_a_schedule_is_stepped_before_every_epoch(tmp_path: Path) -> None:
+    callback = FreezeTrainerCallback(
+        schedule=lambda m: gradual_unfreeze(
+            m, [["bert.embeddings", LAYERS[0]], *LAYERS[1:], ALWAYS]
+        )
+    )
+    _, trained = train(tmp_path, make_model(), [callback])
+    expected = [(False,) * 3, (False, False, True), (False, True, True), (True,) * 3]
+    assert trained == [state for state in expected for _ in range(BATCHES)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_schedule_of_steps_is_stepped_before_every_optimizer_step(
+    tmp_path: Path, accumulate: int
+) -> None:
+    callback = FreezeTrainerCallback(
+        schedule=lambda m: rotate(m, LAYERS, k=1, every=2, always=ALWAYS, seed=0)
+    )
+    trainer, trained = train(
+        tmp_path, make_model(), [callback], gradient_accumulation_steps=accumulate
+    )
+    assert callback.schedule is not None
+    assert callback.schedule.last == trainer.state.global_step - 1
+    assert {sum(state) for state in trained} == {1}
+    assert all(trained[i] == trained[i + 1] for i in range(0, len(trained) - 1, 2))
+    assert len(set(trained)) > 1
+
+
+@pytest.mark.parametrize("unit", ["epoch", "step"])
+@pytest.mark.parametrize("stop", [4, 6, 12], ids=["after an epoch", "in an epoch", "after three"])
+def test_a_resumed_run_goes_on_in_the_middle_of_the_schedule(
+    tmp_path: Path, unit: str, stop: int
+) -> None:
+    def callback() -> FreezeTrainerCallback:
+        groups = [["bert.embeddings", LAYERS[0]], *LAYERS[1:], ALWAYS]
+        every = 1 if unit == "epoch" else 3
+        return FreezeTrainerCallback(
+            schedule=lambda m: gradual_unfreeze(m, groups, every, unit=unit)
+        )
+
+    whole = make_model()
+    saving = {"save_strategy": "steps", "save_steps": stop}
+    _, all_trained = train(tmp_path, whole, [callback()], **saving)
+    resumed = make_model()
+    _, trained = train(tmp_path, resumed, [callback()], str(tmp_path / f"checkpoint-{stop}"))
+    assert trained == all_trained[stop:]
+    for name, weight in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], weight), name
+
+
+def test_the_report_is_logged_when_what_is_frozen_changes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="torch_freeze.integrations.transformers")
+    callback = FreezeTrainerCallback(schedule={0: ["bert.encoder"], 2: []})
+    train(tmp_path, make_model(), [callback], num_train_epochs=3)
+    said = [r.getMessage() for r in caplog.records if "backward:" in r.getMessage()]
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize("how", ["its own optimizer", "optimizer_cls_and_kwargs"])
+def test_row_5_theirs_leaves_out_what_is_frozen_when_it_makes_the_optimizer(
+    tmp_path: Path, how: str
+) -> None:
+    model = make_model()
+    model.bert.encoder.requires_grad_(False)
+    before = weights(model)
+
+    class Unfreeze(TrainerCallback):  # type: ignore[misc]
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            kwargs["model"].requires_grad_(True)
+
+    arguments = TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    classes = {} if how == "its own optimizer" else {
+        "optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})
+    }  # fmt: skip
+    Trainer(model, arguments, train_dataset=data(), callbacks=[Unfreeze()], **classes).train()
+    name = "bert.encoder.layer.0.output.dense.weight"
+    assert model.get_parameter(name).requires_grad
+    assert torch.equal(model.get_parameter(name), before[name])
+
+
+def test_row_5_ours_trains_what_was_frozen_at_the_start(tmp_path: Path) -> None:
+    model = make_model()
+    before = weights(model)
+    callback = FreezeTrainerCallback(schedule={0: ["bert.encoder"], 1: []})
+    train(tmp_path, model, [callback], num_train_epochs=2)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    assert not torch.equal(model.get_parameter(name), before[name])
+
+
+def test_row_5_ours_refuses_an_optimizer_that_leaves_parameters_out(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = FrozenAwareSGD(model.classifier.parameters(), lr=0.1)
+    callback = FreezeTrainerCallback(schedule={0: ["bert"], 1: []})
+    with pytest.raises(ValueError, match="in no optimizer and could never train"):
+        train(tmp_path, model, [callback], optimizer=optimizer)
+
+
+def test_row_8_theirs_does_not_resume_after_the_frozen_set_changed(tmp_path: Path) -> None:
+    def frozen_filter(frozen: bool) -> tuple[Any, Any]:
+        model = make_model()
+        model.bert.encoder.requires_grad_(not frozen)
+        chosen = filter(lambda p: p.requires_grad, model.parameters())
+        return model, torch.optim.SGD(chosen, lr=0.1, momentum=0.9)
+
+    model, optimizer = frozen_filter(True)
+    saving = {"save_strategy": "steps", "save_steps": BATCHES}
+    train(tmp_path, model, [], optimizer=optimizer, num_train_epochs=1, **saving)
+    model, optimizer = frozen_filter(False)
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        train(tmp_path, model, [], str(tmp_path / f"checkpoint-{BATCHES}"), optimizer=optimizer)
+
+
+def test_row_8_ours_resumes_under_another_frozen_set(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": BATCHES}
+    frozen = FreezeTrainerCallback("bert.encoder")
+    train(tmp_path, make_model(), [frozen], num_train_epochs=1, **saving)
+    checkpoint = str(tmp_path / f"checkpoint-{BATCHES}")
+    _, trained = train(tmp_path, make_model(), [], checkpoint, num_train_epochs=2)
+    assert set(trained) == {(True, True, True)}
+
+
+def test_nothing_named_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="name what to freeze"):
+        FreezeTrainerCallback()
