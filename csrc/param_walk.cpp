@@ -22,7 +22,7 @@ using torch::autograd::AutogradMeta;
 // Parameters looked at together. With caches cold a step is nothing but misses on the tensors' own objects, so
 // each stage below touches the objects of a whole run before the next stage follows their pointers: the misses
 // of a run overlap, where walking parameter by parameter would wait for every one in turn.
-constexpr Py_ssize_t kRun = 32;
+constexpr Py_ssize_t kRun = 64;
 constexpr int kLine = 64;
 
 inline void prefetch(const void* object, int bytes) {

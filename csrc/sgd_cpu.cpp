@@ -32,11 +32,24 @@ struct SeparateArith {
   }
 };
 
+// Large spans come from DRAM, whose pages the hardware's own prefetching does not cross: asking this far ahead
+// gains a tenth of the bandwidth. Measured with 512 to 8192 bytes; 1024 and 2048 are alike, more or less is worse.
+constexpr int64_t kAheadBytes = 1024;
+constexpr int64_t kStrideBytes = 256;
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kPrefetchNumel = 4096;  // shorter spans are done before it pays
+
+template <class T>
+TORCH_FREEZE_INLINE void prefetch_stride(const T* at) {
+  const auto* const ahead = reinterpret_cast<const char*>(at) + kAheadBytes;
+  for (int64_t line = 0; line < kStrideBytes; line += kLineBytes) {
+    __builtin_prefetch(ahead + line, 1);
+  }
+}
+
 template <class Variant, class Arith, class T>
-TORCH_FREEZE_INLINE void update_block(
-    T* __restrict param, const T* __restrict grad, T* __restrict momentum, int64_t n,
-    const SgdScalars<T>& scalars) {
-  const SgdScalars<T> s = scalars;
+TORCH_FREEZE_INLINE void update_run(
+    T* __restrict param, const T* __restrict grad, T* __restrict momentum, int64_t n, const SgdScalars<T>& s) {
   for (int64_t i = 0; i < n; ++i) {
     T p = param[i];
     T m = Variant::kMomentum == MomentumUse::kAccumulate ? momentum[i] : T(0);
@@ -46,6 +59,27 @@ TORCH_FREEZE_INLINE void update_block(
     }
     param[i] = p;
   }
+}
+
+template <class Variant, class Arith, class T>
+TORCH_FREEZE_INLINE void update_block(
+    T* param, const T* grad, T* momentum, int64_t n, const SgdScalars<T>& scalars) {
+  const SgdScalars<T> s = scalars;
+  constexpr auto kStride = kStrideBytes / static_cast<int64_t>(sizeof(T));
+  if (n >= kPrefetchNumel) {
+    for (; n >= kStride; n -= kStride) {
+      prefetch_stride(param);
+      prefetch_stride(grad);
+      update_run<Variant, Arith>(param, grad, momentum, kStride, s);
+      param += kStride;
+      grad += kStride;
+      if constexpr (Variant::kMomentum != MomentumUse::kNone) {
+        prefetch_stride(momentum);
+        momentum += kStride;
+      }
+    }
+  }
+  update_run<Variant, Arith>(param, grad, momentum, n, s);
 }
 
 using Bits32 [[gnu::may_alias]] = uint32_t;
