@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
+#include <c10/core/InferenceMode.h>
 #include <dlfcn.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
@@ -646,6 +647,13 @@ void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
             " is expanded: several of its elements are one place in memory. Clone it before optimizing it.");
       }
     }
+  }
+  for (auto* written : {param, buffer}) {
+    TORCH_CHECK(
+        written == nullptr || c10::InferenceMode::is_enabled() || !written->is_inference(), function_, ": ",
+        written == param ? "" : "momentum_buffer of ", place(use, slot.index),
+        " was made in inference mode. Inplace update to inference tensor outside InferenceMode is not allowed; "
+        "clone it first.");
   }
   if (!is_plain(param) || !is_plain(grad) || (buffer != nullptr && !is_plain(buffer)) ||
       (!slot.exact && overrides_operators(slot.object)) || param->is_inference() ||
