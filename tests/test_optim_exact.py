@@ -281,10 +281,10 @@ def test_equals_stock_under_every_cpu_capability(capability: str) -> None:
     if not CAPABILITIES[capability]():
         pytest.skip(f"this CPU has no {capability}")
     here = Path(__file__).parent
-    paths = [str(here.parent), str(here), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {
         "ATEN_CPU_CAPABILITY": capability,
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        # As here, so that the same build of the extension is found.
+        "PYTHONPATH": os.pathsep.join([str(here), *filter(None, sys.path)]),
     }
     result = subprocess.run(
         [sys.executable, str(here / "optim_cases.py")],
