@@ -159,6 +159,14 @@ inline char* data_of(const TensorImpl* tensor) {
          tensor->storage_offset_default() * static_cast<int64_t>(tensor->dtype().itemsize());
 }
 
+// Of dense tensors.
+bool overlap(const TensorImpl* a, const TensorImpl* b) {
+  const char* const begin_a = data_of(a);
+  const char* const begin_b = data_of(b);
+  return begin_a < begin_b + b->numel_default() * static_cast<int64_t>(b->dtype().itemsize()) &&
+         begin_b < begin_a + a->numel_default() * static_cast<int64_t>(a->dtype().itemsize());
+}
+
 inline void prefetch_storage(const TensorImpl* tensor) {
   prefetch(tensor->unsafe_storage().unsafeGetStorageImpl(), kLine);
 }
@@ -353,20 +361,27 @@ C10_ALWAYS_INLINE void ParamWalk::push(
           !has_memory(slot.param) || !has_memory(grad) || (slot.buffer != nullptr && !has_memory(slot.buffer)))) {
     raise_no_memory(slot, grad, use);
   }
-  auto& batch = batch_for(device_of_plain(slot.param), param_type, grad_type);
-  const bool fresh = use.has_buffer && slot.buffer == nullptr;
-  if (fresh) {
-    const auto batch_index = static_cast<size_t>(&batch - batches_.data());
-    fresh_.push_back({slot.object, slot.state, batch_index, batch.updates.size(), at::Tensor()});
-  }
   char* momentum = nullptr;
   if (slot.buffer != nullptr) {
     momentum = data_of(slot.buffer);
     prefetch(momentum, 1);
     // A buffer that nothing else refers to cannot be another parameter's too.
     const auto& storage = slot.buffer->unsafe_storage();
-    shared_buffers_ |= Py_REFCNT(slot.buffer_object) != 1 || Py_REFCNT(slot.state) != 1 ||
-                       storage.use_count() != 1 || !storage.unsafeGetStorageImpl()->resizable();
+    if (Py_REFCNT(slot.buffer_object) != 1 || Py_REFCNT(slot.state) != 1 || storage.use_count() != 1 ||
+        !storage.unsafeGetStorageImpl()->resizable()) {
+      shared_buffers_ = true;
+      if (overlap(slot.buffer, slot.param) || overlap(slot.buffer, grad)) {
+        // Its own parameter's memory: what is read and written first then matters, and stock's form says.
+        rest_.emplace_back(use.index, py::reinterpret_borrow<py::object>(slot.object));
+        return;
+      }
+    }
+  }
+  auto& batch = batch_for(device_of_plain(slot.param), param_type, grad_type);
+  const bool fresh = use.has_buffer && slot.buffer == nullptr;
+  if (fresh) {
+    const auto batch_index = static_cast<size_t>(&batch - batches_.data());
+    fresh_.push_back({slot.object, slot.state, batch_index, batch.updates.size(), at::Tensor()});
   }
   const int64_t numel = slot.param->numel();
   batch.updates.push_back({data_of(slot.param), data_of(grad), momentum, numel, use.index, fresh});
@@ -638,6 +653,14 @@ void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
       check_fit(
           "momentum_buffer", buffer, "Delete it from the optimizer's state, or give it the parameter's.", slot,
           use);
+    }
+    if (buffer != nullptr && !is_opaque(grad)) {
+      const bool nested = buffer->key_set().has(c10::DispatchKey::NestedTensor);
+      TORCH_CHECK_TYPE(
+          !nested &&
+              (is_opaque(buffer) || grad->layout() != c10::kStrided || buffer->layout() == c10::kStrided),
+          function_, ": momentum_buffer of ", place(use, slot.index), " is ", nested ? "nested" : "not dense",
+          "; the gradient is dense. Delete it from the optimizer's state.");
     }
     for (const auto* written : {static_cast<const TensorImpl*>(param), static_cast<const TensorImpl*>(buffer)}) {
       if (written != nullptr && written->layout() == c10::kStrided && !is_opaque(written)) {

@@ -1,0 +1,61 @@
+"""Run a function in a child process, so that a crash is a failed test and not the end of all."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import signal
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Died(Exception):
+    """The child ended by a signal, or without a word."""
+
+    how: str
+
+    def __str__(self) -> str:
+        return self.how
+
+
+def run(function: Callable[[], Any], seconds: int = 20) -> Any:
+    """What `function` returns in a forked child; it has to be picklable.
+
+    The child is single-threaded: no OpenMP pool lives through a fork.
+    """
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking while threads exist
+        child = os.fork()
+    if child == 0:
+        try:
+            os.close(reader)
+            faulthandler.disable()  # pytest's prints the parent's stack
+            signal.alarm(seconds)
+            torch.set_num_threads(1)
+            try:
+                answer = pickle.dumps((True, function()))
+            except BaseException as error:
+                answer = pickle.dumps((False, f"{type(error).__name__}: {error}"))
+            with os.fdopen(writer, "wb") as pipe:
+                pipe.write(answer)
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        raise Died(f"died of {signal.Signals(os.WTERMSIG(status)).name}")
+    if not answer:
+        raise Died("ended without an answer")
+    came_back, value = pickle.loads(answer)
+    if not came_back:
+        raise AssertionError(value)
+    return value
