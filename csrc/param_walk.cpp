@@ -44,6 +44,21 @@ inline void touch_version(const TensorImpl* tensor) {
 using KnownHashLookup = PyObject* (*)(PyObject*, PyObject*, Py_hash_t);
 const auto lookup_known_hash = reinterpret_cast<KnownHashLookup>(dlsym(RTLD_DEFAULT, "_PyDict_GetItem_KnownHash"));
 
+// The member behind TensorImpl::autograd_meta(), whose call across libraries would be a third of what a frozen
+// parameter costs. Explicit instantiation may name what is not public; a torch without the member does not
+// compile.
+using AutogradMetaMember = std::unique_ptr<c10::AutogradMetaInterface> TensorImpl::*;
+AutogradMetaMember autograd_meta_member();
+template <AutogradMetaMember kMember>
+struct AutogradMetaAccess {
+  friend AutogradMetaMember autograd_meta_member() { return kMember; }
+};
+template struct AutogradMetaAccess<&TensorImpl::autograd_meta_>;
+
+inline AutogradMeta* autograd_meta_of(const TensorImpl* tensor) {
+  return static_cast<AutogradMeta*>((tensor->*autograd_meta_member()).get());
+}
+
 // A parameter's state mostly holds one entry, the one wanted: reading it is cheaper than looking it up. Borrowed;
 // null where it is missing.
 inline PyObject* first_or_lookup(PyObject* dict, PyObject* key) {
@@ -511,7 +526,7 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
       prefetch(items[i], 1);  // the next run's
     }
     for (Py_ssize_t i = 0; i < count; ++i) {
-      metas[i] = static_cast<AutogradMeta*>(tensors[i]->autograd_meta());
+      metas[i] = autograd_meta_of(tensors[i]);
       prefetch(metas[i] != nullptr ? &metas[i]->grad_ : nullptr, 1);
     }
     // From here on only what has a gradient. Without one, nothing but the three lines above is ever read.
@@ -657,8 +672,7 @@ void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
     if (buffer != nullptr && !is_opaque(grad)) {
       const bool nested = buffer->key_set().has(c10::DispatchKey::NestedTensor);
       TORCH_CHECK_TYPE(
-          !nested &&
-              (is_opaque(buffer) || grad->layout() != c10::kStrided || buffer->layout() == c10::kStrided),
+          !nested && (is_opaque(buffer) || grad->layout() != c10::kStrided || buffer->layout() == c10::kStrided),
           function_, ": momentum_buffer of ", place(use, slot.index), " is ", nested ? "nested" : "not dense",
           "; the gradient is dense. Delete it from the optimizer's state.");
     }
@@ -791,9 +805,9 @@ void ParamWalk::make_fresh_buffers(bool overlap) {
   try {
     for (; entered < fresh_.size(); ++entered) {
       auto& fresh = fresh_[entered];
+      fresh.had_none = fresh.state != nullptr && PyDict_GetItem(fresh.state, buffer_key_) == Py_None;
       const auto buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(fresh.buffer));
       auto entry = fresh.state != nullptr ? py::reinterpret_borrow<py::object>(fresh.state) : py::dict();
-      fresh.had_none = PyDict_GetItem(entry.ptr(), buffer_key_) == Py_None;
       if (PyDict_SetItem(entry.ptr(), buffer_key_, buffer.ptr()) != 0 ||
           (fresh.state == nullptr && PyDict_SetItem(state_, fresh.param, entry.ptr()) != 0)) {
         throw py::error_already_set();

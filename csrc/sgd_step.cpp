@@ -378,7 +378,10 @@ py::object step(
 
 py::object sgd_step(
     const py::list& param_groups, const py::dict& state, const py::object& grad_scale, const py::object& found_inf,
-    const std::optional<py::list>& done) {
+    const std::optional<py::list>& done, bool unless_observed) {
+  if (unless_observed && is_observed()) {
+    return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  }
   static thread_local StepWork shared;
   static thread_local bool busy = false;
   if (busy) {

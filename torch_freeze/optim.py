@@ -140,20 +140,26 @@ class FrozenAwareSGD(torch.optim.SGD):
             ValueError, TypeError: a gradient or momentum buffer does not fit its parameter. Nothing
             was written.
         """
-        # Stock's wrapper for hooks and profiler costs more than a small step: only where someone
-        # listens. It shows hooks the arguments as they were given. A subclass with a step of its
-        # own is inside it already.
-        if (
+        has_hooks = (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_pre_hooks
             or _global_post_hooks
-            or _C.is_observed()
-        ) and type(self).step is FrozenAwareSGD.step:
+        )
+        if not (has_hooks or args or kwargs):
+            own = self.__dict__
+            scaling = own.get("grad_scale"), own.get("found_inf")
+            rest = _C.sgd_step(self.param_groups, self.state, *scaling, None, True)
+            if rest is None:
+                return None
+            if rest is not NotImplemented:
+                return self._finish(rest, *scaling)
+        # Stock's wrapper for hooks and profiler costs more than a small step: only where someone
+        # listens. It shows hooks the arguments as they were given. A subclass with a step of its
+        # own is inside it already.
+        if (has_hooks or _C.is_observed()) and type(self).step is FrozenAwareSGD.step:
             return self._step_observed(*args, **kwargs)
-        if args or kwargs:
-            return self._step(*args, **kwargs)
-        return self._step()
+        return self._step(*args, **kwargs)
 
     step.hooked = True  # type: ignore[attr-defined]  # keeps Optimizer.__init__ from wrapping it
 
@@ -166,12 +172,16 @@ class FrozenAwareSGD(torch.optim.SGD):
         scaling = own.get("grad_scale"), own.get("found_inf")
         rest = _C.sgd_step(self.param_groups, self.state, *scaling)
         if rest is not None:
-            self._step_rest(rest, *scaling)
-            _C.sgd_step(self.param_groups, self.state, *scaling, done=rest)
+            self._finish(rest, *scaling)
         return loss
 
     step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
     _step_observed = _disable_dynamo(_stock.Optimizer.profile_hook_step(_step))
+
+    def _finish(self, rest: _Rest, grad_scale: Any, found_inf: Any) -> None:
+        """Take the step that the kernels alone could not: stock's form for `rest`, then theirs."""
+        self._step_rest(rest, grad_scale, found_inf)
+        _C.sgd_step(self.param_groups, self.state, grad_scale, found_inf, rest)
 
     @_disable_dynamo
     def _step_rest(self, rest: _Rest, grad_scale: Any, found_inf: Any) -> None:
@@ -263,7 +273,8 @@ def _keep_compiler_out() -> None:
     """
     from torch._dynamo.decorators import skip
 
-    for function in (FrozenAwareSGD.step, FrozenAwareSGD._step, FrozenAwareSGD.zero_grad):
+    own = FrozenAwareSGD
+    for function in (own.step, own._step, own._finish, own.zero_grad):
         skip(function)
 
 
