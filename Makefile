@@ -62,8 +62,8 @@ gpu: build ## GPU tests, compute-sanitizer and benchmark; results go to $OUT or 
 	mkdir -p $(RESULTS)
 	$(PY) benchmarks/compare.py --device cuda --json $(RESULTS)/cuda.json --plot $(RESULTS)/cuda.png $(ARGS)
 
-docs: $(call need,docs) ## build the API reference from the docstrings, into site/
-	$(PY) -W error::UserWarning -m pdoc -d google -o site torch_freeze
+docs: $(call need,docs) ## build the site from docs/ and the docstrings, into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 clean: ## remove what was built; the virtual environment stays
 	rm -rf build dist site *.egg-info torch_freeze/_C.*.so torch_freeze/_C.*.json
