@@ -137,8 +137,7 @@ class FrozenAwareSGD(torch.optim.SGD):
             What the closure returned; None without one.
 
         Raises:
-            ValueError, TypeError: a gradient or momentum buffer does not fit its parameter. Nothing
-            was written.
+            ValueError, TypeError: a gradient or momentum buffer does not fit; nothing was written.
         """
         has_hooks = (
             self._optimizer_step_pre_hooks
