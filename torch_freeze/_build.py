@@ -93,7 +93,8 @@ def load_extension() -> ModuleType:
 
     Raises:
         ImportError: torch is missing, or the module is, or it was built for another torch; the
-            message names both versions and has the command that mends it.
+            message names both versions and has the command that mends it. Or Python runs without
+            its global lock.
     """
     try:
         import torch
@@ -110,12 +111,34 @@ def load_extension() -> ModuleType:
         here = f"torch {torch.__version__} (CUDA {torch.version.cuda})"
         raise ImportError(f"torch_freeze was built for {built}, but this is {here}. {_command()}")
     try:
-        return importlib.import_module(_MODULE)
+        module = importlib.import_module(_MODULE)
     except ImportError as error:
         raise ImportError(
             f"torch_freeze was built for this torch {torch.__version__}, yet its module does not "
             f"load ({error}). {_command()}"
         ) from error
+    # A free-threaded Python takes its lock back when it loads the module, unless it is told not to.
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        raise ImportError(
+            "torch_freeze walks Python's lists and dicts under the global interpreter lock, and this "
+            "free-threaded Python runs without it. Leave PYTHON_GIL and -X gil unset, or set them to 1"
+        )
+    return module
+
+
+def refuse_subinterpreter() -> None:
+    """Raise ImportError outside the main interpreter, where importing torch hangs or crashes."""
+    for name in ("_interpreters", "_xxsubinterpreters"):  # Python 3.13 renamed it
+        try:
+            interpreters = importlib.import_module(name)
+        except ImportError:
+            continue
+        if interpreters.get_current() != interpreters.get_main():
+            raise ImportError(
+                "torch_freeze, as torch, works in the main interpreter only. Instead of a "
+                "subinterpreter use a thread or a process (torch.multiprocessing)"
+            )
+        return
 
 
 def _command() -> str:
@@ -126,3 +149,6 @@ def _command() -> str:
         return f"Build it with\n    {pip} -e {source}"
     pip += " --force-reinstall --no-deps"
     return f"Build it, in the folder of torch_freeze's source, with\n    {pip} ."
+
+
+refuse_subinterpreter()  # on import, because the package imports torch next
