@@ -1,0 +1,157 @@
+"""An sdist, a wheel built from it, and that wheel alone in a clean environment."""
+
+from __future__ import annotations
+
+import email
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("pip") is None or not (ROOT / "setup.py").is_file(),
+    reason="needs pip and the source tree",
+)
+
+
+def run(*command: object, cwd: Path) -> str:
+    """What a command prints; where it fails, that and its errors."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["USE_CUDA"] = "0"
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    source = folder / "source"
+    # Of the tree only what git would have, so that nothing built before gets in.
+    kept = ("*.toml", "*.py", "*.in", "*.md", "LICENSE", "Makefile", ".clang-format", "mkdocs.yml")
+    names = [path.name for pattern in kept for path in ROOT.glob(pattern)]
+    names += ["csrc", "torch_freeze", "tests", "benchmarks", "examples", "docs"]
+    with tarfile.open(folder / "tree.tar", "w") as tree:
+        for name in names:
+            tree.add(ROOT / name, name, filter=lambda i: None if "__pycache__" in i.name else i)
+    with tarfile.open(folder / "tree.tar") as tree:
+        tree.extractall(source, filter="data")
+    run(sys.executable, "setup.py", "-q", "sdist", "-d", folder / "dist", cwd=source)
+    (made,) = (folder / "dist").glob("*.tar.gz")
+    return made
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--quiet")
+    run(sys.executable, "-m", "pip", "wheel", *options, "-w", "dist", sdist, cwd=sdist.parent)
+    (made,) = (sdist.parent / "dist").glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment that holds the wheel; torch is seen where it is, and nothing is downloaded."""
+    folder = tmp_path_factory.mktemp("clean") / "env"
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
+    options = ("--no-deps", "--no-index", "--quiet")
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    run(*pip, "install", *options, wheel, cwd=folder)
+    purelib = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))",
+                       cwd=folder).strip())  # fmt: skip
+    here = sysconfig.get_path("purelib")
+    around = {str(Path(torch.__file__).parents[1]), here}
+    # Behind the wheel's own folder: an editable torch_freeze of this environment is not meant.
+    (purelib / "torch.pth").write_text("".join(f"{path}\n" for path in sorted(around)))
+    return python
+
+
+def test_an_sdist_has_all_that_is_needed_to_build_and_test_and_nothing_built(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for wanted in ("LICENSE", "Makefile", "CHANGELOG.md", "pyproject.toml", "setup.py"):
+        assert wanted in names
+    for folder in ("csrc", "torch_freeze", "tests", "benchmarks", "examples", "docs"):
+        source = {
+            str(path.relative_to(ROOT))
+            for path in (ROOT / folder).rglob("*")
+            if path.suffix in (".py", ".pyi", ".cpp", ".h", ".cu", ".md", ".svg")
+        }
+        assert source <= names, sorted(source - names)
+    assert "torch_freeze/py.typed" in names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_a_wheel_has_the_module_its_types_and_its_licence(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        about = email.message_from_bytes(archive.read(metadata))
+    assert any(name.startswith("torch_freeze/_C.") and name.endswith(".so") for name in names)
+    assert {"torch_freeze/py.typed", "torch_freeze/_C.pyi"} <= names
+    assert "torch_freeze/integrations/lightning.py" in names
+    assert any(name.endswith("LICENSE") for name in names)
+    assert not [name for name in names if name.startswith(("tests", "csrc", "benchmarks", "docs"))]
+    assert about["License-Expression"] == "BSD-3-Clause"
+    extras = {"bench", "dev", "docs", "examples", "lightning", "lint", "test", "transformers"}
+    assert set(about.get_all("Provides-Extra", [])) == extras
+
+
+SCRIPT = """
+import torch, torch_freeze
+model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
+torch_freeze.freeze(model, "0")
+optimizer = torch_freeze.FrozenAwareSGD(model.parameters(), lr=0.1, momentum=0.9)
+before = [layer.weight.clone() for layer in model]
+model(torch.ones(3, 8)).sum().backward()
+optimizer.step()
+print(torch_freeze.__file__)
+print([torch.equal(layer.weight, weight) for layer, weight in zip(model, before)])
+"""
+
+
+def test_the_wheel_works_in_a_clean_environment(clean_python: Path) -> None:
+    where, changed = run(clean_python, "-c", SCRIPT, cwd=clean_python.parent).splitlines()
+    assert Path(where).is_relative_to(clean_python.parents[1])
+    assert changed == "[True, False]"
+
+
+def test_the_package_needs_no_optional_package(clean_python: Path) -> None:
+    optional = {"lightning", "transformers", "accelerate", "sklearn", "matplotlib", "torchvision"}
+    said = run(
+        clean_python,
+        "-c",
+        f"import sys, torch, torch_freeze; print({optional} & set(sys.modules))",
+        cwd=clean_python.parent,
+    )
+    assert said.strip() == "set()"
+
+
+def test_the_installed_package_is_typed_for_its_users(clean_python: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("mypy") is None:
+        pytest.skip("mypy is not installed")
+    (tmp_path / "use.py").write_text(
+        "import torch\nimport torch_freeze\n"
+        "optimizer = torch_freeze.FrozenAwareSGD([torch.zeros(2)], lr=0.1)\n"
+        "frozen: int = torch_freeze.freeze(torch.nn.Linear(2, 2)).total.frozen\n"
+    )
+    mypy = (sys.executable, "-m", "mypy", "--strict", "--python-executable", clean_python)
+    run(*mypy, "--cache-dir", tmp_path / "cache", "use.py", cwd=tmp_path)
+
+
+def test_the_stub_of_the_compiled_module_agrees_with_it(clean_python: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("mypy") is None:
+        pytest.skip("mypy, which has stubtest, is not installed")
+    run(clean_python, "-m", "mypy.stubtest", "torch_freeze._C", cwd=tmp_path)
