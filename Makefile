@@ -15,6 +15,8 @@ PY := $(VENV)/bin/python
 endif
 need = $(if $(strip $(VENV)),$(VENV)/.has-$(subst $(comma),-,$(1)))
 comma := ,
+# Its package has no __main__ to run with -m.
+clang_format = $(PY) -c 'import clang_format; clang_format.clang_format()'
 
 .PHONY: help compare test build lint format typecheck gpu docs clean
 
@@ -38,12 +40,12 @@ build: $(call need,$(EXTRAS)) ## compile the extension in place; only what chang
 lint: $(call need,lint) ## check the style of Python and C++
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m clang_format --dry-run --Werror $(wildcard csrc/*)
+	$(clang_format) --dry-run --Werror $(wildcard csrc/*)
 
 format: $(call need,lint) ## bring Python and C++ into that style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) -m clang_format -i $(wildcard csrc/*)
+	$(clang_format) -i $(wildcard csrc/*)
 
 typecheck: $(call need,lint) ## check the types with mypy --strict
 	$(PY) -m mypy
