@@ -155,23 +155,29 @@ bool same_layout(const TensorImpl* a, const TensorImpl* b) {
   return true;
 }
 
-// Memory can be given back under a tensor, as sharding does between uses; it would be written all the same. In a
-// dense tensor the elements follow each other, so their number says where the last one is.
-inline bool has_memory(const TensorImpl* tensor) {
-  const auto* storage = tensor->unsafe_storage().unsafeGetStorageImpl();
-  const int64_t end = tensor->storage_offset_default() + tensor->numel_default();
-  return static_cast<uint64_t>(end) * tensor->dtype().itemsize() <= storage->nbytes() ||
-         tensor->numel_default() == 0;
-}
-
-// Null where there are no elements.
-inline char* data_of(const TensorImpl* tensor) {
-  if (tensor->numel_default() == 0) {
+// Null where there are no elements. Memory can be given back under a tensor, as sharding does between uses, and
+// would be written all the same: `has_memory` becomes false then. In a dense tensor the elements follow each
+// other, so their number says where the last one is.
+C10_ALWAYS_INLINE char* data_of(const TensorImpl* tensor, int64_t itemsize, bool& has_memory) {
+  const int64_t numel = tensor->numel_default();
+  if (numel == 0) {
     return nullptr;
   }
   auto* storage = tensor->unsafe_storage().unsafeGetStorageImpl();
-  return static_cast<char*>(storage->mutable_data()) +
-         tensor->storage_offset_default() * static_cast<int64_t>(tensor->dtype().itemsize());
+  const int64_t offset = tensor->storage_offset_default();
+  has_memory &= static_cast<size_t>((offset + numel) * itemsize) <= storage->nbytes();
+  return static_cast<char*>(storage->mutable_data()) + offset * itemsize;
+}
+
+inline char* data_of(const TensorImpl* tensor) {
+  bool any = true;
+  return data_of(tensor, static_cast<int64_t>(tensor->itemsize()), any);
+}
+
+inline bool has_memory(const TensorImpl* tensor) {
+  bool yes = true;
+  data_of(tensor, static_cast<int64_t>(tensor->itemsize()), yes);
+  return yes;
 }
 
 // Of dense tensors.
@@ -372,13 +378,14 @@ void ParamWalk::raise_no_memory(const Slot& slot, const TensorImpl* grad, const 
 C10_ALWAYS_INLINE void ParamWalk::push(
     const Slot& slot, TensorImpl* grad, const GroupUse& use, c10::ScalarType param_type,
     c10::ScalarType grad_type) {
-  if (C10_UNLIKELY(
-          !has_memory(slot.param) || !has_memory(grad) || (slot.buffer != nullptr && !has_memory(slot.buffer)))) {
-    raise_no_memory(slot, grad, use);
-  }
+  const auto itemsize = static_cast<int64_t>(c10::elementSize(param_type));
+  bool has_memory = true;
+  char* const param_data = data_of(slot.param, itemsize, has_memory);
+  char* const grad_data = data_of(
+      grad, grad_type == param_type ? itemsize : static_cast<int64_t>(c10::elementSize(grad_type)), has_memory);
   char* momentum = nullptr;
   if (slot.buffer != nullptr) {
-    momentum = data_of(slot.buffer);
+    momentum = data_of(slot.buffer, itemsize, has_memory);
     prefetch(momentum, 1);
     // A buffer that nothing else refers to cannot be another parameter's too.
     const auto& storage = slot.buffer->unsafe_storage();
@@ -392,6 +399,9 @@ C10_ALWAYS_INLINE void ParamWalk::push(
       }
     }
   }
+  if (C10_UNLIKELY(!has_memory)) {
+    raise_no_memory(slot, grad, use);
+  }
   auto& batch = batch_for(device_of_plain(slot.param), param_type, grad_type);
   const bool fresh = use.has_buffer && slot.buffer == nullptr;
   if (fresh) {
@@ -399,7 +409,7 @@ C10_ALWAYS_INLINE void ParamWalk::push(
     fresh_.push_back({slot.object, slot.state, batch_index, batch.updates.size(), at::Tensor()});
   }
   const int64_t numel = slot.param->numel();
-  batch.updates.push_back({data_of(slot.param), data_of(grad), momentum, numel, use.index, fresh});
+  batch.updates.push_back({param_data, grad_data, momentum, numel, use.index, fresh});
   batch.tensors.push_back({slot.param, grad, slot.buffer});
   if (C10_UNLIKELY(holding_)) {
     for (const auto* tensor : {slot.param, grad, slot.buffer}) {

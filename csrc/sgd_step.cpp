@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <vector>
 
 #include "param_walk.h"
@@ -137,6 +138,9 @@ class GroupReader {
     if (PyFloat_CheckExact(value)) {
       return PyFloat_AS_DOUBLE(value);
     }
+    if (is_small_int(value)) {
+      return static_cast<double>(PyLong_AsLong(value));
+    }
     if (const auto* found = tensor(key)) {
       TORCH_CHECK_TYPE(
           !found->is_complex(), kStep, ": ", kKeyNames[key], " of param_groups[", index_, "] is a ",
@@ -164,6 +168,9 @@ class GroupReader {
     if (PyFloat_CheckExact(value)) {
       return 1.0 - PyFloat_AS_DOUBLE(value);
     }
+    if (is_small_int(value)) {
+      return 1.0 - static_cast<double>(PyLong_AsLong(value));
+    }
     number(kDampening);  // says what is wrong with it, if anything is
     return py::cast<double>(py::float_(py::int_(1) - py::reinterpret_borrow<py::object>(value)));
   }
@@ -180,6 +187,12 @@ class GroupReader {
   }
 
  private:
+  // One whose every sum and conversion is exact.
+  static bool is_small_int(PyObject* value) {
+    int overflow = 0;
+    return PyLong_CheckExact(value) && std::abs(PyLong_AsLongAndOverflow(value, &overflow)) < (1L << 30) &&
+           overflow == 0;
+  }
   // Reading anything but a plain number can run a user's code, and that can take the values out of the group.
   void keep() const {
     if (!kept_) {
