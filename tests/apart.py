@@ -15,7 +15,7 @@ import torch
 
 
 @dataclass
-class Died(Exception):
+class DiedError(Exception):
     """The child ended by a signal, or without a word."""
 
     how: str
@@ -52,9 +52,9 @@ def run(function: Callable[[], Any], seconds: int = 20) -> Any:
         answer = pipe.read()
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        raise Died(f"died of {signal.Signals(os.WTERMSIG(status)).name}")
+        raise DiedError(f"died of {signal.Signals(os.WTERMSIG(status)).name}")
     if not answer:
-        raise Died("ended without an answer")
+        raise DiedError("ended without an answer")
     came_back, value = pickle.loads(answer)
     if not came_back:
         raise AssertionError(value)

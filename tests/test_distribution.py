@@ -18,7 +18,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# Not by find_spec: setuptools then takes this process for pip's own, and torch's compiler fails in it.
+# Not by find_spec: setuptools would take this process for pip's, and torch's compiler fails then.
 HAS_PIP = any(importlib.metadata.distributions(name="pip"))
 pytestmark = pytest.mark.skipif(
     not (HAS_PIP and (ROOT / "setup.py").is_file()), reason="needs pip and the source tree"

@@ -1,8 +1,8 @@
 """A step that fails half-way: all tensors are updated or none, and the next step is right.
 
-Faults are put where a step can meet them: in closures and hooks, in Python's and torch's allocators, in
-signal handlers and garbage collections that happen to run while momentum buffers are made. Each runs
-in a process of its own, since what it guards against is a crash.
+Faults are put where a step can meet them: in closures and hooks, in Python's and torch's
+allocators, in signal handlers and garbage collections that happen to run while momentum buffers are
+made. Each runs in a process of its own, since what it guards against is a crash.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ SIZES = [(5, 3)] * 12
 # --- what a user's own code raises
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -139,7 +139,7 @@ USERS_CODE: dict[str, tuple[Any, bool]] = {
 
 
 @pytest.mark.parametrize("steps_before", [0, 2], ids=["first step", "later step"])
-@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, MemoryError, SystemExit])
+@pytest.mark.parametrize("error", [StopError, KeyboardInterrupt, MemoryError, SystemExit])
 @pytest.mark.parametrize(("where", "stepped"), cases.ids(USERS_CODE))
 def test_an_exception_in_users_code_leaves_all_or_nothing(
     where: Any, stepped: bool, error: type[BaseException], steps_before: int
@@ -193,7 +193,7 @@ LARGE = 10 << 20
 
 
 def _out_of_memory(fits: int) -> None:
-    """Of four buffers of 40 MiB each, `fits` can be made, and one more if malloc has kept as much."""
+    """Of four buffers of 40 MiB each, `fits` can be made, one more if malloc kept as much."""
     gc.collect()
     pair = Pair([3, 3, LARGE, 5, LARGE, LARGE, LARGE], frozen=2)
     raised = pair.step_with(_address_space_of(fits * (40 << 20) + (20 << 20)))
@@ -296,7 +296,8 @@ def _interrupt_at_any_time(steps: int) -> int:
     for step in range(steps):
         pair = Pair([3] * 40)
         try:
-            caught += isinstance(pair.step_with(timed(1e-6 + 1e-6 * (step % 200))), KeyboardInterrupt)
+            error = pair.step_with(timed(1e-6 + 1e-6 * (step % 200)))
+            caught += isinstance(error, KeyboardInterrupt)
         except KeyboardInterrupt:  # late: in this test's own code
             signal.setitimer(signal.ITIMER_REAL, 0)
             continue
@@ -372,15 +373,17 @@ def test_steps_of_stocks_form_are_all_or_nothing_for_the_kernels() -> None:
 
     class Refuses(Tensor):
         @classmethod
-        def __torch_function__(cls, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_function__(
+            cls, func: Any, kinds: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             if func in (Tensor.add_, Tensor.add, torch.add, torch.clone):
-                raise Stop("refused")
+                raise StopError("refused")
             return super().__torch_function__(func, kinds, args, kwargs or {})
 
     refuses = torch.ones(2).as_subclass(Refuses).requires_grad_()
     refuses.grad = torch.ones(2)
     pair.optimizer.add_param_group({"params": [refuses]})
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         pair.optimizer.step()
     assert all(p._version == 0 for p in pair.ours if p.requires_grad)
     pair.optimizer.param_groups.pop()

@@ -1,7 +1,7 @@
 """Hostile input: a clear error with nothing written, or stock's result; never a crash.
 
-One table. Every case builds an optimizer, spoils something and steps twice, in a process of its own,
-with FrozenAwareSGD and with stock. Where stock steps, the same bits have to come out; where it
+One table. Every case builds an optimizer, spoils something and steps twice, in a process of its
+own, with FrozenAwareSGD and with stock. Where stock steps, the same bits have to come out; where it
 raises, an error has to say so. A case that names an `error` has to raise that, whatever stock does,
 and one that is `alone` has no counterpart in stock: it crashes or gives up there.
 """
@@ -223,7 +223,10 @@ def _group_cases() -> Iterator[tuple[str, Case]]:
     yield "params is a set", Case(_set_params(set), error="params.*list of tensors")
     yield "params is a list that does not iterate", Case(_set_params(_ListWithOpinions), alone=True)
     for key in ("params", *torch.optim.SGD([torch.ones(1)]).defaults):
-        yield f"{key} is missing", Case(_groups(lambda o, key=key: o.param_groups[0].pop(key)), error=key)
+        yield (
+            f"{key} is missing",
+            Case(_groups(lambda o, key=key: o.param_groups[0].pop(key)), error=key),
+        )
     edits: dict[str, Callable[[torch.optim.SGD], Any]] = {
         "a group is None": lambda o: o.param_groups.append(None),  # type: ignore[arg-type]
         "a group is empty": lambda o: o.param_groups.append({}),
@@ -328,19 +331,26 @@ def _checkpoint_cases() -> Iterator[tuple[str, Case]]:
         "with an entry that is a tensor": lambda s: s["state"].update({1: torch.ones(4, 6)}),
         "with an entry that is text": lambda s: s["state"].update({1: "momentum"}),
         "with an entry for nobody": lambda s: s["state"].update({99: {"momentum_buffer": None}}),
-        "with entries by text": lambda s: s.update(state={str(k): v for k, v in s["state"].items()}),
+        "with entries by text": lambda s: s.update(
+            state={str(k): v for k, v in s["state"].items()}
+        ),
         "with an empty entry": lambda s: s["state"].update({1: {}}),
-        "with other entries beside": lambda s: s["state"][1].update(step=torch.tensor(3.0), note="x"),
+        "with other entries beside": lambda s: s["state"][1].update(
+            step=torch.tensor(3.0), note="x"
+        ),
         "with another entry first": lambda s: s["state"].update(
             {1: {"step": torch.tensor(3.0), **s["state"][1]}}
         ),
         "without an entry": lambda s: s["state"].pop(1) and None,
         "with entries swapped": lambda s: s["state"].update({0: s["state"][2], 2: s["state"][0]}),
         "with two entries one buffer": lambda s: s["state"][0].update(s["state"][1]),
-        "of an old torch": lambda s: [
-            s["param_groups"][0].pop(k) for k in ("maximize", "foreach", "differentiable", "fused")
-        ]
-        and None,
+        "of an old torch": lambda s: (
+            [
+                s["param_groups"][0].pop(k)
+                for k in ("maximize", "foreach", "differentiable", "fused")
+            ]
+            and None
+        ),
         "with keys of a later torch": lambda s: s["param_groups"][0].update(decoupled=True),
         "with lr that is text": lambda s: s["param_groups"][0].update(lr="fast"),
         "with lr that is None": lambda s: s["param_groups"][0].update(lr=None),
@@ -393,11 +403,16 @@ def _checkpoint_cases() -> Iterator[tuple[str, Case]]:
     }.items():
         # load_state_dict() makes some of them into the parameter's kind.
         yield f"a checkpoint whose buffer is {name}", Case(_buffers(value), alone=True)
-        yield f"a buffer that is {name}", Case(
-            _buffer_edit(
-                lambda p, entry, value=value: entry.update(momentum_buffer=value(entry["momentum_buffer"]))
+        yield (
+            f"a buffer that is {name}",
+            Case(
+                _buffer_edit(
+                    lambda p, entry, value=value: entry.update(
+                        momentum_buffer=value(entry["momentum_buffer"])
+                    )
+                ),
+                error=r"momentum_buffer.*param_groups\[0\]\['params'\]\[1\]",
             ),
-            error=r"momentum_buffer.*param_groups\[0\]\['params'\]\[1\]",
         )
     others: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
         "Adam": lambda p: torch.optim.Adam(p, amsgrad=True),
@@ -539,7 +554,9 @@ def _memory_cases() -> Iterator[tuple[str, Case]]:
         "a misaligned byte buffer": lambda: [
             _with_grad(torch.frombuffer(bytearray(65), dtype=torch.float32, offset=1, count=16))
         ],
-        "a gradient that is expanded": lambda: [_with_grad(torch.ones(4, 6), torch.ones(1).expand(4, 6))],
+        "a gradient that is expanded": lambda: [
+            _with_grad(torch.ones(4, 6), torch.ones(1).expand(4, 6))
+        ],
         "a gradient that is transposed": lambda: [
             _with_grad(torch.ones(4, 6), torch.arange(24.0).reshape(6, 4).t())
         ],
@@ -559,9 +576,14 @@ def _memory_cases() -> Iterator[tuple[str, Case]]:
     }
     for name, make_tensors in tables.items():
         # Stock, as a loop, rounds strided and expanded tensors in another order.
-        strided = any(w in name for w in ("interleaved", "third", "transposed", "diagonal", "expanded"))
+        strided = any(
+            w in name for w in ("interleaved", "third", "transposed", "diagonal", "expanded")
+        )
         yield f"tensors: {name}", Case(_tensors(make_tensors), alone=strided)
-        yield f"tensors: {name}, no momentum", Case(_tensors(make_tensors, momentum=0.0), alone=strided)
+        yield (
+            f"tensors: {name}, no momentum",
+            Case(_tensors(make_tensors, momentum=0.0), alone=strided),
+        )
     edits: dict[str, Callable[[Tensor, dict[str, Any]], Any]] = {
         "the parameter": lambda p, entry: entry.update(momentum_buffer=p.data),
         "the gradient": lambda p, entry: entry.update(momentum_buffer=p.grad),
@@ -575,9 +597,12 @@ def _memory_cases() -> Iterator[tuple[str, Case]]:
     }
     for name, edit in edits.items():
         yield f"a buffer that is {name}", Case(_buffer_edit(edit), alone="overlapping" in name)
-    yield "a buffer that is an inference tensor", Case(
-        _buffer_edit(lambda p, entry: entry.update(momentum_buffer=_inference(p))),
-        error="momentum_buffer.*inference",
+    yield (
+        "a buffer that is an inference tensor",
+        Case(
+            _buffer_edit(lambda p, entry: entry.update(momentum_buffer=_inference(p))),
+            error="momentum_buffer.*inference",
+        ),
     )
     yield "a parameter that is an inference tensor", Case(_inference_parameter, error="inference")
     whats: dict[str, Callable[[torch.optim.SGD, Tensor], Tensor]] = {
@@ -680,7 +705,9 @@ def _kind_cases() -> Iterator[tuple[str, Case]]:
         ],
         "a CSR gradient": lambda: [_with_grad(torch.eye(4), torch.eye(4).to_sparse_csr())],
         "a conjugate view": lambda: [
-            _with_grad(torch.ones(4, dtype=torch.complex64), torch.ones(4, dtype=torch.complex64).conj())
+            _with_grad(
+                torch.ones(4, dtype=torch.complex64), torch.ones(4, dtype=torch.complex64).conj()
+            )
         ],
         "a negative view": lambda: [
             _with_grad(torch.ones(4), torch.zeros(4, dtype=torch.complex64).conj().imag)
@@ -706,11 +733,13 @@ def _kind_cases() -> Iterator[tuple[str, Case]]:
     }
     for name, make_tensors in kinds.items():
         yield f"of a kind: {name}", Case(_tensors(make_tensors))
-        yield f"of a kind: {name}, with others", Case(
-            _tensors(lambda make_tensors=make_tensors: [*_params(2), *make_tensors()])
+        yield (
+            f"of a kind: {name}, with others",
+            Case(_tensors(lambda make_tensors=make_tensors: [*_params(2), *make_tensors()])),
         )
-    yield "a subclass that refuses every operator", Case(
-        _tensors(lambda: [_with_grad(torch.ones(4)).as_subclass(_Refuses)])
+    yield (
+        "a subclass that refuses every operator",
+        Case(_tensors(lambda: [_with_grad(torch.ones(4)).as_subclass(_Refuses)])),
     )
     yield "a parameter whose hash drops the gradients", Case(_with_hashed, alone=True)
     evil: dict[str, Callable[[torch.optim.SGD], Any]] = {
@@ -793,8 +822,9 @@ def _late_layout(make: Make) -> torch.optim.SGD:
 def _mode_cases() -> Iterator[tuple[str, Case]]:
     for name, around in MODES.items():
         yield f"under {name}", Case(_trained, around=around)
-        yield f"under {name}, first step", Case(
-            lambda make: make(_params(), lr=0.1, momentum=0.9), around=around
+        yield (
+            f"under {name}, first step",
+            Case(lambda make: make(_params(), lr=0.1, momentum=0.9), around=around),
         )
         yield f"under {name}, a transposed gradient", Case(_late_layout, around=around, alone=True)
     for name, transform in {
@@ -946,7 +976,9 @@ def test_hostile_input_is_an_error_or_stocks_result(case: Case) -> None:
         assert re.search(case.error, ours.error), ours.error
     elif not case.alone:
         theirs: Outcome = apart.run(lambda: outcome_of(case, stock))
-        assert (ours.error is None) == (theirs.error is None), f"{ours.error}; stock: {theirs.error}"
+        assert (ours.error is None) == (theirs.error is None), (
+            f"{ours.error}; stock: {theirs.error}"
+        )
         assert ours.values == theirs.values
 
 

@@ -12,7 +12,7 @@ import gc
 import resource
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import optim_cases as cases
@@ -236,6 +236,6 @@ def test_a_step_holds_nothing_afterwards() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _collected() -> Iterator[None]:
+def _collected() -> None:
     gc.collect()
-    yield
+    return

@@ -1,9 +1,9 @@
 """Threads, free-threaded Python and subinterpreters: what works, and what is refused.
 
 Supported: any number of threads, each stepping optimizers of its own, while others train, freeze or
-step other models; one optimizer stepped by different threads in turn. Not supported, as in stock: two
-threads stepping one optimizer at once. Refused on import: subinterpreters, and a free-threaded Python
-that runs without its global lock.
+step other models; one optimizer stepped by different threads in turn. Not supported, as in stock:
+two threads stepping one optimizer at once. Refused on import: subinterpreters, and a free-threaded
+Python that runs without its global lock.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def test_gradients_may_be_dropped_while_a_large_step_runs() -> None:
 
 def test_models_freeze_in_threads() -> None:
     def run(seed: int) -> None:
-        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+        model = torch.nn.Sequential(
+            torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+        )
         optimizer = FrozenAwareSGD(model.parameters(), **HYPER)
         for step in range(40):
             (freeze if step % 2 else unfreeze)(model, "0", "1")
@@ -188,7 +190,9 @@ except ImportError as error:
 interpreters.run_string(interpreters.create(), inner)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert "refused:" in done.stdout and "main interpreter" in done.stdout, done.stdout + done.stderr
+    assert "refused:" in done.stdout and "main interpreter" in done.stdout, (
+        done.stdout + done.stderr
+    )
     assert done.stdout.strip().endswith("False"), "torch was imported first"
 
 

@@ -120,8 +120,9 @@ def load_extension() -> ModuleType:
     # A free-threaded Python takes its lock back when it loads the module, unless it is told not to.
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         raise ImportError(
-            "torch_freeze walks Python's lists and dicts under the global interpreter lock, and this "
-            "free-threaded Python runs without it. Leave PYTHON_GIL and -X gil unset, or set them to 1"
+            "torch_freeze walks Python's lists and dicts under the global interpreter lock, and "
+            "free-threaded Python runs without it. Leave PYTHON_GIL and -X gil unset, or set them "
+            "to 1"
         )
     return module
 
