@@ -1,0 +1,46 @@
+"""Steps for callgrind to count, each kind at two counts of parameters; see test_walk_cost.py.
+
+Run under valgrind with the path of the library made from walk_cost_marks.c.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+
+import torch
+
+from torch_freeze import FrozenAwareSGD
+
+COUNTS = (100, 300)
+KINDS = ("trainable", "trainable, no momentum", "frozen", "group")
+
+
+def count(marks: ctypes.CDLL, kind: str, number: int) -> None:
+    """Step `number` one-element parameters of the kind, the third time to be counted."""
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(number)]
+    optimizer = FrozenAwareSGD(params, lr=0.1, momentum=0.0 if "no momentum" in kind else 0.9)
+    if kind == "group":
+        whole = optimizer.param_groups[0]
+        optimizer.param_groups[:] = [whole | {"params": [p]} for p in params]
+    for step in range(3):
+        for p in params:
+            p.grad = torch.ones(1)
+        if kind == "frozen" and step:
+            for p in params:
+                p.requires_grad_(False)
+                p.grad = None
+        if step == 2:
+            marks.start()
+        optimizer.step()
+    marks.stop(f"{kind}/{number}".encode())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    gc.disable()
+    library = ctypes.CDLL(sys.argv[1])
+    for kind in KINDS:
+        for number in COUNTS:
+            count(library, kind, number)
