@@ -238,4 +238,3 @@ def test_a_step_holds_nothing_afterwards() -> None:
 @pytest.fixture(autouse=True)
 def _collected() -> None:
     gc.collect()
-    return
