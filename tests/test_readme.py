@@ -113,3 +113,11 @@ def test_the_script_exists(command: str) -> None:
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([\w./-]+)\)", README))))
 def test_the_link_leads_somewhere(target: str) -> None:
     assert (ROOT / target).exists()
+
+
+@pytest.mark.parametrize(
+    "test",
+    sorted(set(re.findall(r"`(tests/\w+\.py)`", (ROOT / "docs" / "how-we-know.md").read_text()))),
+)
+def test_the_page_how_we_know_names_tests_that_exist(test: str) -> None:
+    assert "def test_" in (ROOT / test).read_text()
