@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -102,11 +101,11 @@ def measure() -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def measured() -> Iterator[dict[str, float]]:
+def measured() -> dict[str, float]:
     reason = why_not()
     if reason:
         pytest.skip(reason)
-    yield measure()
+    return measure()
 
 
 @pytest.mark.parametrize("kind", walk_cost_run.KINDS)
@@ -122,8 +121,8 @@ def test_instructions_per_parameter_are_as_recorded(kind: str, measured: dict[st
     # Far fewer is good news, and a record that would let half of it be lost again.
     if here:
         assert figure >= wanted * (1 - margin), (
-            f"{kind}: {figure} instructions each, fewer than the {wanted} recorded; record anew with "
-            "`python tests/test_walk_cost.py`"
+            f"{kind}: {figure} instructions each, fewer than the {wanted} recorded; record anew "
+            "with `python tests/test_walk_cost.py`"
         )
 
 
