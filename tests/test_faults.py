@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import resource
 import signal
 import sys
@@ -203,6 +204,9 @@ def _out_of_memory(fits: int) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="ASan takes all addresses"
+)
 @pytest.mark.parametrize("fits", [0, 2], ids=["at most one fits", "two or three fit"])
 def test_out_of_memory_making_momentum_buffers_writes_nothing(fits: int) -> None:
     apart.run(lambda: _out_of_memory(fits))
