@@ -174,8 +174,8 @@ def test_a_leak_would_be_seen() -> None:
     assert grown(lambda: kept.append(_small(5))).get("Parameter", 0) == 5
     if sys.platform.startswith("linux"):
         before = resident()
-        kept.append(torch.ones(4 << 20))
-        assert resident() - before > 8 << 20
+        kept.append(torch.ones(16 << 20))  # 64 MiB: too much for malloc to have it lying about
+        assert resident() - before > 32 << 20
 
 
 def test_steps_leave_reference_counts_as_they_were() -> None:
