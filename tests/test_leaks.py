@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import gc
+import mmap
 import resource
 import sys
 import weakref
@@ -174,7 +175,8 @@ def test_a_leak_would_be_seen() -> None:
     assert grown(lambda: kept.append(_small(5))).get("Parameter", 0) == 5
     if sys.platform.startswith("linux"):
         before = resident()
-        kept.append(torch.ones(16 << 20))  # 64 MiB: too much for malloc to have it lying about
+        fresh = mmap.mmap(-1, 64 << 20)  # not malloc's, which may have any size lying about
+        fresh.write(bytes(64 << 20))
         assert resident() - before > 32 << 20
 
 
