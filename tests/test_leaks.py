@@ -39,17 +39,24 @@ def objects() -> collections.Counter[str]:
 
 
 def grown(run: Callable[[], Any]) -> dict[str, int]:
-    """Types of which more live after `run`, once everything here has run and filled its caches."""
+    """Types of which more live after `run`, once everything here has run and filled its caches.
+
+    What leaks does so every time; the collector, which decides late which tuples it need not
+    track, does not find one more of them three times over.
+    """
     run()
-    objects()
-    before = objects()
-    run()
-    after = objects()
-    return {
-        name: after[name] - before[name]
-        for name in after
-        if after[name] > before[name] and name not in ("frame", "Counter", "cell")
-    }
+    least: dict[str, int] = {}
+    for attempt in range(3):
+        before = objects()
+        run()
+        after = objects()
+        more = {
+            name: after[name] - before[name]
+            for name in after
+            if after[name] > before[name] and name not in ("frame", "Counter", "cell")
+        }
+        least = more if attempt == 0 else {n: min(least[n], more[n]) for n in least if n in more}
+    return least
 
 
 class Net(torch.nn.Module):
