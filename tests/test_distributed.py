@@ -1,23 +1,19 @@
 """Freezing on several processes: DDP, FSDP2, ZeRO and distributed checkpoints equal one process.
 
-The processes are started once for each size of the group. They run the functions of this module
-named ``on_...``, each given the device, and send back what those return, one result per rank.
+The processes run the functions of this module named ``on_...``.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
-import tempfile
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import World, world_of
 from torch import Tensor, nn
 
 import torch_freeze
@@ -35,51 +31,6 @@ BATCH = 8
 SAME = {"rtol": 1e-11, "atol": 1e-12}
 
 
-@dataclass
-class World:
-    """A group of processes that runs functions of this module, all at the same time."""
-
-    size: int
-    pipes: list[Any]
-
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        for pipe in self.pipes:
-            pipe.send((function.__name__, args))
-        answers = []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(120):
-                raise TimeoutError(f"rank {rank} of {self.size} does not answer")
-            answers.append(pipe.recv())
-        for rank, (failure, _) in enumerate(answers):
-            assert failure is None, f"rank {rank} of {self.size}:\n{failure}"
-        return [value for _, value in answers]
-
-
-def serve(pipe: Any, rank: int, size: int, device: str, rendezvous: str) -> None:
-    """What each process does: one request after the other, until the pipe is closed."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    if device == "cuda":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=rank,
-        world_size=size,
-    )
-    while True:
-        try:
-            name, args = pipe.recv()
-        except EOFError:
-            break
-        try:
-            torch.manual_seed(0)
-            pipe.send((None, globals()[name](device, *args)))
-        except Exception:
-            pipe.send((traceback.format_exc(), None))
-    dist.destroy_process_group()
-
-
 @pytest.fixture(
     scope="module",
     params=[
@@ -90,27 +41,8 @@ def serve(pipe: Any, rank: int, size: int, device: str, rendezvous: str) -> None
 )
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     device, size = request.param
-    size = size or torch.cuda.device_count()
-    # The server imports torch once; processes forked from it start at once, without its threads.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", "torch_freeze"])
-    pipes, processes = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            args = (theirs, rank, size, device, f"{folder}/rendezvous")
-            process = context.Process(target=serve, args=args, daemon=True)
-            process.start()
-            theirs.close()
-            pipes.append(ours)
-            processes.append(process)
-        yield World(size, pipes)
-        for pipe in pipes:
-            pipe.close()
-        for process in processes:
-            process.join(30)
-            if process.is_alive():
-                process.kill()
+    with world_of(device, size) as processes:
+        yield processes
 
 
 class Net(nn.Module):
