@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from torch_freeze._select import Selector, Tree
-from torch_freeze.schedule import FreezeSchedule
+from torch_freeze._select import ParamEntry, Selector, Tree, select
+from torch_freeze.schedule import FreezeSchedule, RotationSchedule
 
 #: A table {epoch: what is frozen from there on}, or what makes a schedule once the model is there.
 Plan: TypeAlias = Mapping[int, Selector] | Callable[[nn.Module], FreezeSchedule]
@@ -43,16 +45,78 @@ def check_owned(
     owned = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     left_out = [e.name for e in Tree(model).params.values() if id(e.parameter) not in owned]
     if left_out:
-        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        is_or_are = "is" if len(left_out) == 1 else "are"
         raise ValueError(
-            f"{caller}: {', '.join(left_out[:3])}{more} {'is' if len(left_out) == 1 else 'are'} in "
-            f"no optimizer and could never train. {mend}"
+            f"{caller}: {_first(left_out)} {is_or_are} in no optimizer and could never train. "
+            f"{mend}"
         )
 
 
-def refuse_ddp(caller: str, mend: str) -> None:
-    """Raise: DDP would wait for the gradients of what is frozen after it has wrapped."""
-    raise RuntimeError(
-        f"{caller}: a schedule changes what is frozen after DistributedDataParallel has wrapped "
-        f"the model, which then waits for gradients that never come. {mend}"
-    )
+def check_ddp(
+    schedule: FreezeSchedule,
+    caller: str,
+    *,
+    finds_unused: bool,
+    static_graph: bool,
+    to_find_unused: str,
+    to_be_dynamic: str,
+) -> None:
+    """Raise where DistributedDataParallel, which has wrapped by now, cannot follow a schedule."""
+    changes = f"{caller}: a schedule changes what is frozen after DistributedDataParallel has "
+    if not finds_unused:
+        raise RuntimeError(
+            f"{changes}wrapped the model, which then waits for gradients that never come. "
+            f"{to_find_unused}"
+        )
+    if static_graph:
+        raise RuntimeError(f"{changes}been told that the graph never changes. {to_be_dynamic}")
+    tree = Tree(schedule.model)
+    unknown = [e.name for e in _freed(schedule, tree) if not e.parameter.requires_grad]
+    if unknown:
+        was_or_were = "was" if len(unknown) == 1 else "were"
+        raise RuntimeError(
+            f"{caller}: {_first(unknown)} {was_or_were} frozen when DistributedDataParallel "
+            "wrapped the model, so their gradients are never averaged: once the schedule frees "
+            "them, the processes would drift apart without an error. Let everything that the "
+            "schedule frees be trainable until training starts: torch_freeze.unfreeze(...)."
+        )
+
+
+def check_ranks(schedule: FreezeSchedule, caller: str) -> None:
+    """Raise, on all processes, where they do not have the same schedule at the same place."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    tree = Tree(schedule.model)
+    plan = [
+        (number, [e.name for e in schedule._frozen_at(tree, number).params.values()])
+        for number in schedule._timeline()
+    ]
+    told = repr((type(schedule).__name__, plan, schedule.state_dict()))
+    digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, hashlib.sha256(told.encode()).hexdigest())
+    differ = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    if differ:
+        raise RuntimeError(
+            f"{caller}: the schedule of rank {', '.join(differ)} is not that of rank 0, and the "
+            "processes would train different models. Let all make it from the same arguments, "
+            "seed included."
+        )
+
+
+def _freed(schedule: FreezeSchedule, tree: Tree) -> list[ParamEntry]:
+    """The parameters that are trainable at some unit of a schedule."""
+    if isinstance(schedule, RotationSchedule):
+        freed = select(tree, schedule._always, "rotate").params
+        for entry in schedule._units(tree):
+            freed.update((id(p), p) for p in entry.parameters())
+        return list(freed.values())
+    managed = schedule._managed(tree).params
+    always = set(managed)
+    for number in schedule._timeline():
+        always &= set(schedule._frozen_at(tree, number).params)
+    return [entry for key, entry in managed.items() if key not in always]
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"

@@ -13,7 +13,7 @@ from torch_freeze.freezing import freeze
 from torch_freeze.report import report
 from torch_freeze.schedule import FreezeSchedule
 
-from ._common import Plan, catch_up, check_owned, make_schedule, refuse_ddp
+from ._common import Plan, catch_up, check_ddp, check_owned, check_ranks, make_schedule
 
 
 class FreezeCallback(pl.Callback):
@@ -39,8 +39,10 @@ class FreezeCallback(pl.Callback):
         ValueError: neither `what` nor a schedule is given; when training starts, a parameter is
             in no optimizer although a schedule could free it; something named matches nothing.
         TypeError: `schedule` makes no FreezeSchedule.
-        RuntimeError: a schedule under a DDP that does not look for unused parameters; give the
-            Trainer strategy="ddp_find_unused_parameters_true".
+        RuntimeError: when training starts on several processes, the schedule is not the same on
+            all of them; or, under DDP, it does not look for unused parameters (give the Trainer
+            strategy="ddp_find_unused_parameters_true"), has a static graph, or wrapped the module
+            while something was frozen that the schedule frees.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -97,10 +99,6 @@ class FreezeCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin or continue the schedule: the module is as it will be trained by now."""
         if self._plan is not None:
-            wrapped = trainer.strategy.model
-            if isinstance(wrapped, DistributedDataParallel) and not wrapped.find_unused_parameters:
-                mend = 'Give the Trainer strategy="ddp_find_unused_parameters_true".'
-                refuse_ddp("FreezeCallback", mend)
             check_owned(
                 pl_module,
                 trainer.optimizers,
@@ -109,9 +107,20 @@ class FreezeCallback(pl.Callback):
             )
             if self.schedule is None or self.schedule.model is not pl_module:
                 self.schedule = make_schedule(self._plan, pl_module, "FreezeCallback")
+            wrapped = trainer.strategy.model
+            if isinstance(wrapped, DistributedDataParallel):
+                check_ddp(
+                    self.schedule,
+                    "FreezeCallback",
+                    finds_unused=wrapped.find_unused_parameters,
+                    static_graph=wrapped.static_graph,
+                    to_find_unused='Give the Trainer strategy="ddp_find_unused_parameters_true".',
+                    to_be_dynamic="Give DDPStrategy no static_graph=True.",
+                )
             if self._loaded is not None:
                 self.schedule.load_state_dict(self._loaded)
                 self._loaded = None
+            check_ranks(self.schedule, "FreezeCallback")
         if self._what or (self.schedule is not None and self.schedule.last >= 0):
             self._tell(trainer, pl_module)
 

@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.training_args import ParallelMode
 
 from torch_freeze._select import Selector, flatten
@@ -16,7 +22,7 @@ from torch_freeze.freezing import freeze
 from torch_freeze.report import report
 from torch_freeze.schedule import FreezeSchedule
 
-from ._common import Plan, catch_up, check_owned, make_schedule, refuse_ddp
+from ._common import Plan, catch_up, check_ddp, check_owned, check_ranks, make_schedule
 
 _logger = logging.getLogger(__name__)
 
@@ -49,8 +55,11 @@ class FreezeTrainerCallback(TrainerCallback):
         ValueError: neither `what` nor a schedule is given; when training starts, a parameter is
             in no optimizer although a schedule could free it; something named matches nothing.
         TypeError: `schedule` makes no FreezeSchedule.
-        RuntimeError: a schedule under a DDP that does not look for unused parameters; set
-            ddp_find_unused_parameters=True in the TrainingArguments.
+        RuntimeError: when training starts on several processes, the schedule is not the same on
+            all of them; or, under DDP, it does not look for unused parameters (it does by default
+            but where activations are recomputed; set ddp_find_unused_parameters=True in the
+            TrainingArguments), has a static graph, or wrapped the model while something was
+            frozen that the schedule frees.
 
     Example:
         >>> import tempfile
@@ -111,12 +120,6 @@ class FreezeTrainerCallback(TrainerCallback):
         """Begin the schedule."""
         model: nn.Module = kwargs["model"]
         if self._plan is not None:
-            ddp = args.parallel_mode is ParallelMode.DISTRIBUTED and not (
-                args.fsdp or args.deepspeed
-            )
-            if ddp and not args.ddp_find_unused_parameters:
-                mend = "Set ddp_find_unused_parameters=True in the TrainingArguments."
-                refuse_ddp("FreezeTrainerCallback", mend)
             check_owned(
                 model,
                 [kwargs["optimizer"]],
@@ -125,6 +128,16 @@ class FreezeTrainerCallback(TrainerCallback):
             )
             # From the start on: what a schedule froze at any time follows from the count of units.
             self.schedule = make_schedule(self._plan, model, "FreezeTrainerCallback")
+            if args.parallel_mode is ParallelMode.DISTRIBUTED and not (args.fsdp or args.deepspeed):
+                check_ddp(
+                    self.schedule,
+                    "FreezeTrainerCallback",
+                    finds_unused=_finds_unused(args, model),
+                    static_graph=bool(getattr(args, "ddp_static_graph", False)),
+                    to_find_unused="Set ddp_find_unused_parameters=True in the TrainingArguments.",
+                    to_be_dynamic="Leave ddp_static_graph out of the TrainingArguments.",
+                )
+            check_ranks(self.schedule, "FreezeTrainerCallback")
         if self._what:
             self._tell(model, kwargs["optimizer"])
 
@@ -150,3 +163,12 @@ class FreezeTrainerCallback(TrainerCallback):
     def _tell(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if self._log and _logger.isEnabledFor(logging.INFO):
             _logger.info("%s", report(model, getattr(optimizer, "optimizer", optimizer)))
+
+
+def _finds_unused(args: TrainingArguments, model: nn.Module) -> bool:
+    """What the Trainer asks of DDP; the wrapped model is not shown to callbacks."""
+    if args.ddp_find_unused_parameters is not None:
+        return bool(args.ddp_find_unused_parameters)
+    # The Trainer asks it of all but a model of its own library that recomputes activations.
+    recomputes = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return not (isinstance(model, PreTrainedModel) and recomputes)
