@@ -1,5 +1,6 @@
 #include <torch/csrc/utils/pybind.h>
 
+#include "backward_step.h"
 #include "kernel_on_host.h"
 #include "sgd_step.h"
 
@@ -18,5 +19,6 @@ PYBIND11_MODULE(_C, module) {
       "zero_grad", &torch_freeze::zero_grad, "param_groups"_a, "set_to_none"_a = true,
       "Sets the gradient of every parameter to None, or to zero.");
   module.def("is_observed", &torch_freeze::is_observed, "Whether a profiler wants to hear of each step.");
+  torch_freeze::bind_backward_step(module);
   torch_freeze::bind_kernel_on_host(module);
 }

@@ -552,7 +552,7 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
       prefetch(&meta->requires_grad_, 1);
       PyTypeObject* const type = Py_TYPE(run[i]);
       const bool exact = type == parameter_type || type == tensor_type;
-      slots[live++] = {run[i], start + i, exact, tensors[i], meta, grad, nullptr, nullptr, nullptr};
+      slots[live++] = {run[i], use.positions == nullptr ? start + i : use.positions[start + i], exact, tensors[i], meta, grad, nullptr, nullptr, nullptr};
       if (C10_UNLIKELY(holding_)) {
         hold(tensors[i]);
         hold(grad);

@@ -21,6 +21,8 @@ struct GroupUse {
   int32_t index = 0;        // of the group in param_groups
   bool has_buffer = false;  // the state keeps a buffer per parameter
   bool stock_form = false;  // every trainable parameter goes to the rest
+  // Where the parameters given are not all of the group's: their positions in its list.
+  const Py_ssize_t* positions = nullptr;
 };
 
 // The tensors behind the pointers of one TensorUpdate.

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdlib>
 #include <vector>
 
@@ -325,9 +326,67 @@ void run(StepWork& work, const py::object& grad_scale, const py::object& found_i
   }
 }
 
+// Reads what a group's kernels take. `lr` is the learning rate where it stays on its device, else null.
+SgdGroup read_group(const GroupReader& reader, const at::Tensor*& device_lr) {
+  SgdGroup group;
+  const at::Tensor* lr = reader.tensor(kLr);
+  device_lr = nullptr;
+  if (lr != nullptr && lr->is_cuda() && (lr->scalar_type() == at::kFloat || lr->scalar_type() == at::kDouble)) {
+    device_lr = lr;
+    group.device_lr = lr->const_data_ptr();
+    group.device_lr_is_double = lr->scalar_type() == at::kDouble;
+  } else {
+    group.lr = reader.number(kLr);
+  }
+  group.momentum = reader.number(kMomentum);
+  group.undamped = reader.undamped();
+  group.weight_decay = reader.number(kWeightDecay);
+  group.nesterov = reader.flag(kNesterov);
+  group.maximize = reader.flag(kMaximize);
+  return group;
+}
+
+UsedGroup as_used(const SgdGroup& group, const at::Tensor* device_lr) {
+  UsedGroup used;
+  used.used = true;
+  used.group = group;
+  if (device_lr != nullptr) {
+    used.lr = device_lr->unsafeGetTensorImpl();
+    used.lr_version = device_lr->is_inference() ? 0 : device_lr->_version();
+  }
+  return used;
+}
+
+void check_same(const UsedGroup& before, const UsedGroup& now, size_t index) {
+  const auto same = [](double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); };
+  const auto& a = before.group;
+  const auto& b = now.group;
+  const char* changed =
+      !same(a.lr, b.lr) || a.device_lr != b.device_lr || before.lr != now.lr || before.lr_version != now.lr_version
+          ? kKeyNames[kLr]
+      : !same(a.momentum, b.momentum)         ? kKeyNames[kMomentum]
+      : !same(a.undamped, b.undamped)         ? kKeyNames[kDampening]
+      : !same(a.weight_decay, b.weight_decay) ? kKeyNames[kWeightDecay]
+      : a.nesterov != b.nesterov              ? kKeyNames[kNesterov]
+      : a.maximize != b.maximize              ? kKeyNames[kMaximize]
+                                              : nullptr;
+  TORCH_CHECK(
+      changed == nullptr, kStep, ": ", changed, " of param_groups[", index,
+      "] was changed while a step was under way: with step_in_backward, backward has applied a part of the "
+      "gradients "
+      "with what it was before. Change it after step() or before backward(); set it back to make this step.");
+}
+
+void check_number_of_groups(const py::list& param_groups, const UsedGroups& used) {
+  TORCH_CHECK(
+      used.size() <= param_groups.size(), kStep, ": there are ", param_groups.size(), " param_groups, and were ",
+      used.size(), " when backward applied a part of the gradients. Remove groups after step().");
+}
+
 py::object step(
     StepWork& work, const py::list& param_groups, const py::dict& state, const py::object& grad_scale,
-    const py::object& found_inf, const std::optional<py::list>& done) {
+    const py::object& found_inf, const std::optional<py::list>& done, const Selection* selection,
+    UsedGroups* used) {
   work.walk.reset(state.ptr());
   work.groups.clear();
   work.params.clear();
@@ -337,33 +396,43 @@ py::object step(
     work.walk.skip(*done);
   }
   const bool intercepted = is_intercepted();
+  size_t part = 0;
   // All hyper-parameters first: reading one can run a user's code, which must not change what has been walked.
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups.ptr()); ++i) {
+    SgdGroup& group = work.groups.emplace_back();
+    const bool selected =
+        selection != nullptr && part < selection->parts.size() && selection->parts[part].group == i;
+    if (selection != nullptr && !selected) {
+      continue;
+    }
     const GroupReader reader(PyList_GET_ITEM(param_groups.ptr(), i), static_cast<int32_t>(i));
     GroupUse use;
     use.index = static_cast<int32_t>(i);
     use.stock_form = intercepted || reader.wants_stock_form();
-    SgdGroup& group = work.groups.emplace_back();
-    if (!use.stock_form) {
-      const at::Tensor* lr = reader.tensor(kLr);
-      if (lr != nullptr && lr->is_cuda() &&
-          (lr->scalar_type() == at::kFloat || lr->scalar_type() == at::kDouble)) {
+    if (!use.stock_form || selected) {
+      const at::Tensor* device_lr = nullptr;
+      group = read_group(reader, device_lr);
+      if (device_lr != nullptr) {
         work.has_device_lr = true;
         work.device_lrs.resize(i);
-        work.device_lrs.push_back(*lr);
-        group.device_lr = lr->const_data_ptr();
-        group.device_lr_is_double = lr->scalar_type() == at::kDouble;
-      } else {
-        group.lr = reader.number(kLr);
+        work.device_lrs.push_back(*device_lr);
       }
-      group.momentum = reader.number(kMomentum);
-      group.undamped = reader.undamped();
-      group.weight_decay = reader.number(kWeightDecay);
-      group.nesterov = reader.flag(kNesterov);
-      group.maximize = reader.flag(kMaximize);
+      if (selected) {
+        used->resize(std::max(used->size(), static_cast<size_t>(i) + 1));
+        const auto now = as_used(group, device_lr);
+        if ((*used)[i].used) {
+          check_same((*used)[i], now, i);
+        }
+        (*used)[i] = now;
+      }
       use.has_buffer = group.momentum != 0;
     }
-    work.params.emplace_back(py::reinterpret_borrow<py::object>(reader.item(kParams)), use);
+    if (selected) {
+      use.positions = selection->parts[part].positions.data();
+      work.params.emplace_back(selection->parts[part++].params, use);
+    } else {
+      work.params.emplace_back(py::reinterpret_borrow<py::object>(reader.item(kParams)), use);
+    }
   }
   work.device_lrs.resize(work.groups.size());
   for (const auto& [params, use] : work.params) {
@@ -387,20 +456,16 @@ py::object step(
   return py::none();
 }
 
-}  // namespace
-
-py::object sgd_step(
+// With the working memory of this thread.
+py::object step_in_thread(
     const py::list& param_groups, const py::dict& state, const py::object& grad_scale, const py::object& found_inf,
-    const std::optional<py::list>& done, bool unless_observed) {
-  if (unless_observed && is_observed()) {
-    return py::reinterpret_borrow<py::object>(Py_NotImplemented);
-  }
+    const std::optional<py::list>& done, const Selection* selection, UsedGroups* used) {
   static thread_local StepWork shared;
   static thread_local bool busy = false;
   if (busy) {
     // A step within a step, from code that letting go of a gradient ran.
     StepWork own;
-    return step(own, param_groups, state, grad_scale, found_inf, done);
+    return step(own, param_groups, state, grad_scale, found_inf, done, selection, used);
   }
   struct Guard {
     Guard() { busy = true; }
@@ -411,7 +476,38 @@ py::object sgd_step(
       busy = false;
     }
   } guard;
-  return step(shared, param_groups, state, grad_scale, found_inf, done);
+  return step(shared, param_groups, state, grad_scale, found_inf, done, selection, used);
+}
+
+}  // namespace
+
+py::object sgd_step(
+    const py::list& param_groups, const py::dict& state, const py::object& grad_scale, const py::object& found_inf,
+    const std::optional<py::list>& done, bool unless_observed) {
+  if (unless_observed && is_observed()) {
+    return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  }
+  return step_in_thread(param_groups, state, grad_scale, found_inf, done, nullptr, nullptr);
+}
+
+py::object sgd_step_part(
+    const py::list& param_groups, const py::dict& state, const Selection& selection, UsedGroups& used,
+    const std::optional<py::list>& done) {
+  check_number_of_groups(param_groups, used);
+  return step_in_thread(param_groups, state, py::none(), py::none(), done, &selection, &used);
+}
+
+void check_unchanged(const py::list& param_groups, const UsedGroups& used) {
+  check_number_of_groups(param_groups, used);
+  for (size_t i = 0; i < used.size(); ++i) {
+    if (used[i].used) {
+      const GroupReader reader(
+          PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i)), static_cast<int32_t>(i));
+      const at::Tensor* device_lr = nullptr;
+      const auto group = read_group(reader, device_lr);
+      check_same(used[i], as_used(group, device_lr), i);
+    }
+  }
 }
 
 void zero_grad(const py::list& param_groups, bool set_to_none) {

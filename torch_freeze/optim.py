@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -85,6 +87,11 @@ class FrozenAwareSGD(torch.optim.SGD):
         >>> _ = model[0].requires_grad_(True)  # trains again, from the next backward on
     """
 
+    # Of optimizers that step in backward: what makes the steps; and, which survives a copy,
+    # (bucket_mb, clip_value).
+    _in_backward: _C.BackwardStep | None = None
+    _backward_options: tuple[float | None, float | None] | None = None
+
     def __init__(
         self,
         params: ParamsT,
@@ -98,7 +105,11 @@ class FrozenAwareSGD(torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        step_in_backward: bool = False,
+        bucket_mb: float | None = None,
+        clip_value: float | None = None,
     ) -> None:
+        self._configure_backward(step_in_backward, bucket_mb, clip_value, differentiable)
         super().__init__(
             params,
             lr,
@@ -113,6 +124,12 @@ class FrozenAwareSGD(torch.optim.SGD):
         )
         self._prepare()
 
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        if self._in_backward is not None:
+            state["_backward_options"] = self._backward_options
+        return state
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._prepare()
@@ -121,6 +138,69 @@ class FrozenAwareSGD(torch.optim.SGD):
         _keep_compiler_out()
         # Asks GradScaler for grad_scale and found_inf, instead of a step withheld by the host.
         self._step_supports_amp_scaling = not self.defaults.get("differentiable", False)
+        if self._backward_options is not None and self._in_backward is None:
+            bucket_mb, clip_value = self._backward_options
+            bucket_bytes = None if bucket_mb is None else int(bucket_mb * 2**20)
+            in_backward = _C.BackwardStep(weakref.ref(self), bucket_bytes, clip_value)
+            in_backward.attach(self.param_groups)
+            self._in_backward = in_backward
+            weakref.finalize(self, in_backward.close).atexit = False
+
+    def _configure_backward(
+        self,
+        step_in_backward: bool,
+        bucket_mb: float | None,
+        clip_value: float | None,
+        differentiable: bool,
+    ) -> None:
+        if not step_in_backward:
+            for name, value in (("bucket_mb", bucket_mb), ("clip_value", clip_value)):
+                if value is not None:
+                    raise ValueError(
+                        f"{name}={value} needs step_in_backward=True; an ordinary step has no "
+                        "buckets, and torch.nn.utils.clip_grad_value_ clips for it"
+                    )
+            return
+        if differentiable:
+            raise ValueError(
+                "step_in_backward=True cannot be differentiable: it lets go of the graph's "
+                "gradients while backward runs"
+            )
+        for name, value in (("bucket_mb", bucket_mb), ("clip_value", clip_value)):
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"Invalid {name} value: {value}; it has to be finite and not < 0")
+        self._backward_options = (bucket_mb, clip_value)
+
+    @property
+    def step_in_backward(self) -> bool:
+        """Whether gradients are applied while backward runs; False after `close`."""
+        return self._in_backward is not None
+
+    def close(self) -> None:
+        """Stop stepping in backward and take the hooks off the parameters.
+
+        What backward has not applied stays in ``.grad``; from here on the optimizer steps in
+        `step` alone. Does nothing to an optimizer made without ``step_in_backward``. An optimizer
+        that is garbage-collected closes itself.
+        """
+        if self._in_backward is not None:
+            self._in_backward.close()
+        self._in_backward = self._backward_options = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as `torch.optim.Optimizer.add_param_group` does.
+
+        Args:
+            param_group: its parameters under ``"params"``, and options that differ from the
+                optimizer's.
+        """
+        super().add_param_group(param_group)
+        if self._in_backward is not None:
+            try:
+                self._in_backward.attach(self.param_groups)
+            except RuntimeError:
+                self.param_groups.pop()
+                raise
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -145,7 +225,7 @@ class FrozenAwareSGD(torch.optim.SGD):
             or _global_pre_hooks
             or _global_post_hooks
         )
-        if not (has_hooks or args or kwargs):
+        if not (has_hooks or args or kwargs or self._in_backward is not None):
             own = self.__dict__
             scaling = own.get("grad_scale"), own.get("found_inf")
             rest = _C.sgd_step(self.param_groups, self.state, *scaling, None, True)
@@ -169,9 +249,14 @@ class FrozenAwareSGD(torch.optim.SGD):
                 loss = closure()
         own = self.__dict__
         scaling = own.get("grad_scale"), own.get("found_inf")
+        in_backward = self._in_backward
+        if in_backward is not None:
+            in_backward.check_step(self.param_groups, *scaling)
         rest = _C.sgd_step(self.param_groups, self.state, *scaling)
         if rest is not None:
             self._finish(rest, *scaling)
+        if in_backward is not None:
+            in_backward.end_step(self.param_groups)
         return loss
 
     step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
@@ -253,7 +338,13 @@ class FrozenAwareSGD(torch.optim.SGD):
         Args:
             set_to_none: set each ``.grad`` to None, which frees its memory; False fills it with
                 zeros instead.
+
+        Raises:
+            RuntimeError: with ``step_in_backward``, where backward has applied a part of the
+                gradients and `step` has not been called.
         """
+        if self._in_backward is not None:
+            self._in_backward.check_zero_grad()
         if _C.is_observed():
             with torch.autograd.profiler.record_function(
                 f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"

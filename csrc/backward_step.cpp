@@ -1,0 +1,676 @@
+#include "backward_step.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/_foreach_clamp_max.h>
+#include <ATen/ops/_foreach_clamp_min.h>
+#include <ATen/ops/clamp.h>
+#include <ATen/ops/full.h>
+#include <c10/core/Event.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+#include <typeinfo>
+#include <utility>
+
+namespace torch_freeze {
+namespace py = pybind11;
+using c10::TensorImpl;
+using torch::autograd::AutogradMeta;
+using torch::autograd::PostAccumulateGradHook;
+
+namespace {
+
+constexpr const char* kStep = "FrozenAwareSGD.step";
+constexpr const char* kBackward = "FrozenAwareSGD(step_in_backward=True)";
+
+// Without a size from the user, a bucket is this part of the trainable bytes, and no more than so many.
+constexpr int64_t kBucketsAtLeast = 10;
+constexpr int64_t kLargestBucket = int64_t{32} << 20;
+
+AutogradMeta* meta_of(const at::Tensor& tensor) { return torch::autograd::impl::get_autograd_meta(tensor); }
+
+std::string place(int32_t group, Py_ssize_t position) {
+  return c10::str("param_groups[", group, "]['params'][", position, "]");
+}
+
+uint32_t version_of(const at::Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
+
+int64_t bytes_of(const at::Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); }
+
+py::list list_of(const py::list& param_groups, Py_ssize_t group) {
+  const py::handle item = PyList_GET_ITEM(param_groups.ptr(), group);
+  const py::object params = item["params"];
+  if (!PyList_Check(params.ptr())) {
+    throw py::type_error(
+        c10::str(
+            kStep, ": param_groups[", group, "]['params'] is a ", Py_TYPE(params.ptr())->tp_name,
+            "; it has to be a list"));
+  }
+  return py::reinterpret_borrow<py::list>(params);
+}
+
+// Calls `visit(tensor, group, position)` for every tensor in the lists.
+template <class Visit>
+void for_each_param(const py::list& param_groups, Visit&& visit) {
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups.ptr()); ++g) {
+    const auto params = list_of(param_groups, g);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
+      PyObject* const param = PyList_GET_ITEM(params.ptr(), i);
+      if (THPVariable_Check(param)) {
+        visit(THPVariable_Unpack(param), static_cast<int32_t>(g), i);
+      }
+    }
+  }
+}
+
+// The tensor at a place in the lists, or null.
+PyObject* param_at(const py::list& param_groups, int32_t group, Py_ssize_t position) {
+  if (group >= PyList_GET_SIZE(param_groups.ptr())) {
+    return nullptr;
+  }
+  const auto params = list_of(param_groups, group);
+  PyObject* const param =
+      position < PyList_GET_SIZE(params.ptr()) ? PyList_GET_ITEM(params.ptr(), position) : nullptr;
+  return param != nullptr && THPVariable_Check(param) ? param : nullptr;
+}
+
+}  // namespace
+
+// Sits in the one place that a tensor has for such hooks, and runs first what sat there before.
+class GradientHook : public PostAccumulateGradHook {
+ public:
+  GradientHook(
+      std::shared_ptr<BackwardStep> owner, const at::Tensor& param, std::unique_ptr<PostAccumulateGradHook> inner,
+      PyObject* dict)
+      : owner_(std::move(owner)), param_(param.unsafeGetTensorImpl()), inner_(std::move(inner)), dict_(dict) {
+    const std::lock_guard lock(owner_->mutex_);
+    owner_->hooks_.insert(this);
+  }
+  GradientHook(const GradientHook&) = delete;
+  GradientHook& operator=(const GradientHook&) = delete;
+  ~GradientHook() override { owner_->forget(this); }
+
+  void operator()(const at::Tensor& param) override {
+    const auto owner = owner_;  // outlives this hook, which close() may take off meanwhile
+    struct Running {
+      explicit Running(BackwardStep& owner) : owner(owner) { count(1); }
+      ~Running() { count(-1); }
+      void count(int change) const {
+        const std::lock_guard lock(owner.mutex_);
+        owner.running_ += change;
+      }
+      BackwardStep& owner;
+    } const running(*owner);
+    // Users' hooks are entries of a Python dict; where it is empty nothing need wait for the GIL.
+    if (inner_ != nullptr && (dict_ == nullptr || PyDict_GET_SIZE(dict_) != 0)) {
+      (*inner_)(param);
+    }
+    if (!owner->closed_) {
+      owner->arrive(*this, param);
+    }
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {
+    TORCH_CHECK(
+        owner_->closed_, kBackward,
+        ": compiled autograd traces backward and cannot trace a step in it. Use one of the "
+        "two.");
+  }
+
+  // This kind of hook on `param`, or null.
+  static GradientHook* on(const AutogradMeta* meta) {
+    PostAccumulateGradHook* const hook = meta == nullptr ? nullptr : meta->post_acc_grad_hooks_.get();
+    return hook != nullptr && typeid(*hook) == typeid(GradientHook) ? static_cast<GradientHook*>(hook) : nullptr;
+  }
+
+ private:
+  friend class BackwardStep;
+
+  const std::shared_ptr<BackwardStep> owner_;
+  TensorImpl* const param_;  // owns this hook
+  std::unique_ptr<PostAccumulateGradHook> inner_;
+  PyObject* const dict_;  // the users' hooks, owned by `inner_`; null where they are none of Python's
+
+  // Of the owner's mutex.
+  uint64_t found_ = 0;    // the iteration for which the place below was found
+  uint64_t fired_ = 0;    // the last iteration in which a gradient arrived,
+  uint64_t applied_ = 0;  // and in which it was applied
+  int32_t group_ = 0;
+  Py_ssize_t position_ = 0;
+  bool deferred_ = false;  // left to step()
+};
+
+BackwardStep::BackwardStep(
+    py::object optimizer, std::optional<int64_t> bucket_bytes, std::optional<double> clip_value)
+    : optimizer_(std::move(optimizer)), fixed_bucket_(bucket_bytes), clip_value_(clip_value) {}
+
+BackwardStep::~BackwardStep() {
+  // The last hook may go on any thread.
+  if (Py_IsInitialized() != 0) {
+    const py::gil_scoped_acquire gil;
+    optimizer_ = py::object();
+  } else {
+    optimizer_.release();
+  }
+}
+
+void BackwardStep::attach(const py::list& param_groups) {
+  if (closed_) {
+    return;
+  }
+  // All are looked at before the first is touched.
+  std::vector<PyObject*> wanting;
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups.ptr()); ++g) {
+    const auto params = list_of(param_groups, g);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
+      PyObject* const object = PyList_GET_ITEM(params.ptr(), i);
+      if (!THPVariable_Check(object)) {
+        continue;  // step() says what is wrong with it
+      }
+      const auto& param = THPVariable_Unpack(object);
+      const auto* const hook = GradientHook::on(meta_of(param));
+      if (hook != nullptr && hook->owner_.get() == this) {
+        continue;
+      }
+      TORCH_CHECK(
+          hook == nullptr || hook->owner_->closed_, kBackward, ": ", place(static_cast<int32_t>(g), i),
+          " is already stepped in backward by another optimizer. Call its close() first.");
+      const bool sharded = param.key_set().has(c10::DispatchKey::Python) ||
+                           PyObject_HasAttrString(object, "_fsdp_flattened") != 0 ||
+                           PyObject_HasAttrString(object, "_is_flat_param") != 0;
+      TORCH_CHECK(
+          !sharded, kBackward, ": ", place(static_cast<int32_t>(g), i), " is a ", Py_TYPE(object)->tp_name,
+          " whose gradient is not the one that backward accumulates (FSDP shards and reduces it first). Use "
+          "step_in_backward=False.");
+      if (at::isFloatingType(param.scalar_type()) || at::isComplexType(param.scalar_type())) {
+        wanting.push_back(object);
+      }
+    }
+  }
+  static PyObject* const name = PyUnicode_InternFromString("_post_accumulate_grad_hooks");
+  static const auto* const ordered_dict = new py::object(py::module_::import("collections").attr("OrderedDict"));
+  for (PyObject* const object : wanting) {
+    const auto& param = THPVariable_Unpack(object);
+    if (auto* const closed = GradientHook::on(meta_of(param)); closed != nullptr && closed->owner_.get() != this) {
+      auto& slot = torch::autograd::impl::post_acc_grad_hooks(param);
+      const auto old = std::move(slot);
+      slot = std::move(static_cast<GradientHook&>(*old).inner_);
+    } else if (closed != nullptr) {
+      continue;  // twice in the lists
+    }
+    // The dict in which users' hooks will be entered, before there are any: the first to be registered would
+    // otherwise take the place of this one.
+    py::object dict = py::handle(object).attr(name);
+    const auto* const meta = meta_of(param);
+    if (dict.is_none() && (meta == nullptr || meta->post_acc_grad_hooks_ == nullptr)) {
+      dict = (*ordered_dict)();
+      py::handle(object).attr(name) = dict;
+    }
+    auto& slot = torch::autograd::impl::post_acc_grad_hooks(param);
+    auto hook = std::make_unique<GradientHook>(
+        shared_from_this(), param, std::move(slot), dict.is_none() ? nullptr : dict.ptr());
+    slot = std::move(hook);
+  }
+}
+
+void BackwardStep::close() {
+  // Whoever asks holds the GIL and a reference to this.
+  closed_ = true;
+  std::vector<std::unique_ptr<PostAccumulateGradHook>> taken;
+  at::Tensor dropped;
+  {
+    const std::lock_guard lock(mutex_);
+    for (auto* const hook : hooks_) {
+      auto& grad = static_cast<AutogradMeta*>(hook->param_->autograd_meta())->grad_;
+      if (placeholder_ && placeholder_->param == hook->param_ &&
+          placeholder_->grad == grad.unsafeGetTensorImpl()) {
+        dropped = std::move(grad);
+      }
+    }
+    begin_iteration();
+    if (running_ != 0) {
+      return;  // backward is under way: hooks that do nothing stay
+    }
+    // The hooks go once the mutex is free, for each then strikes itself off the list.
+    taken.reserve(hooks_.size());
+    for (auto* const hook : hooks_) {
+      auto& slot = static_cast<AutogradMeta*>(hook->param_->autograd_meta())->post_acc_grad_hooks_;
+      if (slot.get() == hook) {
+        auto inner = std::move(hook->inner_);
+        taken.push_back(std::move(slot));
+        slot = std::move(inner);
+      }
+    }
+  }
+}
+
+void BackwardStep::forget(GradientHook* hook) {
+  const std::lock_guard lock(mutex_);
+  hooks_.erase(hook);
+  const auto gone = [&](const Arrived& arrived) { return arrived.param == hook->param_; };
+  pending_.erase(std::remove_if(pending_.begin(), pending_.end(), gone), pending_.end());
+  pending_bytes_ = 0;
+  for (const auto& arrived : pending_) {
+    pending_bytes_ += arrived.bytes;
+  }
+  if (placeholder_ && gone(*placeholder_)) {
+    placeholder_.reset();
+  }
+}
+
+// Of the caller: the mutex.
+void BackwardStep::begin_iteration() {
+  ++iteration_;
+  begun_ = false;
+  fired_ = false;
+  may_discard_ = false;
+  refusal_.clear();
+  pending_.clear();
+  pending_bytes_ = 0;
+  used_.clear();
+  placeholder_.reset();
+}
+
+// Of the caller: GIL and mutex. Finds every parameter's place, once for each iteration and while nothing of it has
+// been applied.
+void BackwardStep::find_places(const py::list& param_groups) {
+  struct Extent {
+    const char* begin;
+    const char* end;
+    GradientHook* hook;
+  };
+  std::vector<Extent> extents;
+  int64_t trainable_bytes = 0;
+  for_each_param(param_groups, [&](const at::Tensor& param, int32_t group, Py_ssize_t position) {
+    auto* const hook = GradientHook::on(meta_of(param));
+    if (hook == nullptr || hook->owner_.get() != this) {
+      return;
+    }
+    if (hook->found_ == iteration_) {
+      hook->deferred_ = true;  // listed twice, and stepped so, one after the other
+      return;
+    }
+    hook->found_ = iteration_;
+    hook->group_ = group;
+    hook->position_ = position;
+    hook->deferred_ = false;
+    if (!param.requires_grad() || param.layout() != c10::kStrided) {
+      return;
+    }
+    trainable_bytes += bytes_of(param);
+    const auto* const data = static_cast<const char*>(param.storage().data());
+    if (param.numel() != 0 && data != nullptr) {
+      int64_t last = param.storage_offset();
+      for (int64_t dim = 0; dim < param.dim(); ++dim) {
+        last += (param.size(dim) - 1) * param.stride(dim);
+      }
+      const auto size = static_cast<int64_t>(param.element_size());
+      extents.push_back({data + param.storage_offset() * size, data + (last + 1) * size, hook});
+    }
+  });
+  // Parameters that share memory are stepped one after the other too, in the order of the lists.
+  std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  size_t furthest = 0;
+  for (size_t i = 1; i < extents.size(); ++i) {
+    if (extents[i].begin < extents[furthest].end) {
+      extents[i].hook->deferred_ = true;
+      extents[furthest].hook->deferred_ = true;
+    }
+    if (extents[i].end > extents[furthest].end) {
+      furthest = i;
+    }
+  }
+  bucket_ = fixed_bucket_.value_or(std::min(trainable_bytes / kBucketsAtLeast, kLargestBucket));
+  begun_ = true;
+}
+
+void BackwardStep::arrive(GradientHook& hook, const at::Tensor& param) {
+  AutogradMeta* const meta = meta_of(param);
+  const at::Tensor& grad = meta->grad_;
+  if (!grad.defined()) {
+    return;  // a user's hook has taken it
+  }
+  std::unique_lock lock(mutex_);
+  if (!begun_) {
+    lock.unlock();
+    const py::gil_scoped_acquire gil;
+    const py::object optimizer = optimizer_();
+    if (optimizer.is_none()) {
+      return;
+    }
+    const py::list param_groups = optimizer.attr("param_groups");
+    lock.lock();
+    if (!begun_) {
+      find_places(param_groups);
+    }
+  }
+  if (hook.found_ != iteration_) {
+    return;  // not the optimizer's any more
+  }
+  TORCH_CHECK(refusal_.empty(), refusal_);
+  const auto refuse = [&](const std::string& why) {
+    may_discard_ = true;
+    refusal_ = c10::str(kBackward, ": ", place(hook.group_, hook.position_), " ", why);
+    TORCH_CHECK(false, refusal_);
+  };
+  if (hook.fired_ == iteration_) {
+    refuse(
+        "got a gradient for the second time since the last step(), and the first one may have been applied. One "
+        "backward() makes one step: no gradient accumulation, no second backward over a retained graph, no "
+        "reentrant checkpointing of a module that is used twice. Use step_in_backward=False for these.");
+  }
+  if (c10::GradMode::is_enabled()) {
+    refuse(
+        "got a gradient that is itself differentiable (create_graph=True); applying it would change what the "
+        "second "
+        "backward needs. Use step_in_backward=False for double backward.");
+  }
+  if (grad.layout() != c10::kStrided) {
+    refuse(
+        c10::str(
+            "got a gradient of layout ", grad.layout(),
+            "; steps in backward take dense ones. Use sparse=False, or step_in_backward=False."));
+  }
+  if (const auto accumulator = torch::autograd::impl::try_get_grad_accumulator(param);
+      accumulator != nullptr && !accumulator->post_hooks().empty()) {
+    refuse(
+        "has a hook on its AccumulateGrad, as DistributedDataParallel puts there to reduce gradients after they "
+        "have "
+        "been accumulated. A step in backward would apply them before. Use step_in_backward=False.");
+  }
+  hook.fired_ = iteration_;
+  fired_ = true;
+  if (hook.deferred_) {
+    return;
+  }
+  Arrived arrived{
+      param.unsafeGetTensorImpl(),
+      grad.unsafeGetTensorImpl(),
+      version_of(grad),
+      bytes_of(grad),
+      hook.group_,
+      hook.position_,
+      std::nullopt};
+  if (!grad.is_cpu()) {
+    arrived.stream = c10::impl::VirtualGuardImpl(grad.device().type()).getStream(grad.device());
+  }
+  pending_.push_back(arrived);
+  pending_bytes_ += arrived.bytes;
+  if (pending_bytes_ <= bucket_) {
+    return;
+  }
+  // The smallest stays where it fits, so that step() can see whether somebody has changed the gradients that he
+  // thought were all there.
+  std::vector<Arrived> due;
+  due.swap(pending_);
+  const auto smallest = std::min_element(
+      due.begin(), due.end(), [](const Arrived& a, const Arrived& b) { return a.bytes < b.bytes; });
+  pending_bytes_ = 0;
+  if (smallest->bytes <= bucket_) {
+    pending_.push_back(*smallest);
+    pending_bytes_ = smallest->bytes;
+    due.erase(smallest);
+  }
+  lock.unlock();
+  apply(std::move(due));
+}
+
+void BackwardStep::apply(std::vector<Arrived> due) {
+  const py::gil_scoped_acquire gil;
+  const py::object optimizer = optimizer_();
+  if (optimizer.is_none()) {
+    return;
+  }
+  try {
+    apply_in(optimizer, due);
+  } catch (const std::exception& error) {
+    const std::lock_guard lock(mutex_);
+    if (refusal_.empty()) {
+      may_discard_ = true;
+      refusal_ = c10::str(kBackward, ": the step in backward failed: ", error.what());
+    }
+    throw;
+  }
+}
+
+void BackwardStep::apply_in(const py::object& optimizer, std::vector<Arrived>& due) {
+  const py::list param_groups = optimizer.attr("param_groups");
+  const py::dict state = optimizer.attr("state");
+  std::sort(due.begin(), due.end(), [](const Arrived& a, const Arrived& b) {
+    return std::tie(a.group, a.position) < std::tie(b.group, b.position);
+  });
+  Selection selection;
+  std::vector<AutogradMeta*> metas;  // of parameters that the selection holds
+  std::vector<Arrived> selected;
+  std::vector<std::pair<c10::Stream, c10::Stream>> streams;  // (where gradients came, where the update goes)
+  for (const auto& arrived : due) {
+    PyObject* const param = param_at(param_groups, arrived.group, arrived.position);
+    const bool same = param != nullptr && THPVariable_Unpack(param).unsafeGetTensorImpl() == arrived.param;
+    AutogradMeta* const meta = same ? meta_of(THPVariable_Unpack(param)) : nullptr;
+    if (meta == nullptr || meta->grad_.unsafeGetTensorImpl() != arrived.grad) {
+      // Somebody has edited the lists, or the gradients, within backward: step() sees to it.
+      const std::lock_guard lock(mutex_);
+      pending_.push_back(arrived);
+      pending_bytes_ += arrived.bytes;
+      continue;
+    }
+    if (selection.parts.empty() || selection.parts.back().group != arrived.group) {
+      selection.parts.push_back({arrived.group, py::list(), {}});
+    }
+    selection.parts.back().params.append(py::handle(param));
+    selection.parts.back().positions.push_back(arrived.position);
+    metas.push_back(meta);
+    selected.push_back(arrived);
+    if (arrived.stream) {
+      const c10::Device device = arrived.stream->device();
+      const auto current = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+      const std::pair both(*arrived.stream, current);
+      if (current != *arrived.stream && std::find(streams.begin(), streams.end(), both) == streams.end()) {
+        streams.push_back(both);
+      }
+    }
+  }
+  if (metas.empty()) {
+    return;
+  }
+  const auto wait = [](const c10::Stream& waiting, const c10::Stream& awaited) {
+    c10::Event event(awaited.device_type());
+    event.record(awaited);
+    event.block(waiting);
+  };
+  for (const auto& [came, goes] : streams) {
+    wait(goes, came);
+  }
+  clip(metas);
+  UsedGroups used;
+  {
+    const std::lock_guard lock(mutex_);
+    used = used_;
+  }
+  py::object rest = sgd_step_part(param_groups, state, selection, used, std::nullopt);
+  if (!rest.is_none()) {
+    optimizer.attr("_step_rest")(rest, py::none(), py::none());
+    sgd_step_part(param_groups, state, selection, used, py::cast<py::list>(rest));
+  }
+  // The memory of a gradient goes back to the stream it came from, which must not use it before it has been read;
+  // and the next forward pass waits for that stream alone.
+  for (const auto& [came, goes] : streams) {
+    wait(came, goes);
+  }
+  std::vector<at::Tensor> applied;
+  applied.reserve(metas.size());
+  for (auto* const meta : metas) {
+    applied.push_back(std::move(meta->grad_));
+  }
+  const std::lock_guard lock(mutex_);
+  used_ = std::move(used);
+  for (auto* const meta : metas) {
+    if (auto* const hook = GradientHook::on(meta); hook != nullptr && meta->requires_grad_) {
+      hook->applied_ = iteration_;
+    }
+  }
+  if (pending_.empty() && !placeholder_) {
+    // No gradient is left by which step() could see a change. This one holds one number, and no norm of it passes
+    // for one.
+    const auto& gone = applied.front();
+    at::Tensor& grad = metas.front()->grad_;
+    grad = at::full({}, std::numeric_limits<double>::quiet_NaN(), gone.options()).expand(gone.sizes());
+    placeholder_ = selected.front();
+    placeholder_->grad = grad.unsafeGetTensorImpl();
+    placeholder_->version = version_of(grad);
+  }
+}
+
+void BackwardStep::check_step(
+    const py::list& param_groups, const py::object& grad_scale, const py::object& found_inf) {
+  UsedGroups used;
+  {
+    const std::lock_guard lock(mutex_);
+    const bool allowed = may_discard_;
+    may_discard_ = true;  // whatever is thrown below, zero_grad() is the way out
+    TORCH_CHECK(
+        grad_scale.is_none() && found_inf.is_none(), kBackward,
+        ": a GradScaler scales the gradients that backward applies, and asks too late whether they are finite. ",
+        fired_ ? "The gradients of this backward have been applied as they came, scaled; restore the parameters. "
+               : "",
+        "Use bfloat16 without a scaler, or step_in_backward=False.");
+    TORCH_CHECK(
+        refusal_.empty(), kStep,
+        ": the last backward was refused, so there is no step to make. Call zero_grad() to go "
+        "on; what had been applied stays so. The reason was: ",
+        refusal_);
+    const auto check = [&](const Arrived& arrived) {
+      PyObject* const object = param_at(param_groups, arrived.group, arrived.position);
+      if (object == nullptr || THPVariable_Unpack(object).unsafeGetTensorImpl() != arrived.param) {
+        return;  // no longer the optimizer's
+      }
+      const auto& grad = meta_of(THPVariable_Unpack(object))->grad_;
+      const bool taken = !grad.defined();
+      TORCH_CHECK(
+          !taken && grad.unsafeGetTensorImpl() == arrived.grad && version_of(grad) == arrived.version, kStep,
+          ": the gradient of ", place(arrived.group, arrived.position), " was ", taken ? "taken away" : "changed",
+          " between backward and step(). With step_in_backward most gradients have been applied by then, so "
+          "nothing "
+          "can be done to all of them: no clip_grad_norm_, no GradScaler.unscale_, no model.zero_grad(). Use "
+          "clip_value= to clip by value, or step_in_backward=False. zero_grad() gives this iteration up; what "
+          "has been applied stays so.");
+    };
+    std::for_each(pending_.begin(), pending_.end(), check);
+    if (placeholder_) {
+      check(*placeholder_);
+    }
+    for_each_param(param_groups, [&](const at::Tensor& param, int32_t group, Py_ssize_t position) {
+      const auto* const hook = GradientHook::on(meta_of(param));
+      TORCH_CHECK(
+          hook == nullptr || hook->owner_.get() != this || hook->applied_ != iteration_ || param.requires_grad(),
+          kStep, ": ", place(group, position),
+          " was frozen between backward and step(), and backward has applied its "
+          "gradient. Freeze before backward or after step(); unfreeze it to make this step.");
+    });
+    used = used_;
+    may_discard_ = allowed;
+  }
+  try {
+    check_unchanged(param_groups, used);
+  } catch (...) {
+    const std::lock_guard lock(mutex_);
+    may_discard_ = true;
+    throw;
+  }
+  std::vector<AutogradMeta*> left;
+  for_each_param(param_groups, [&](const at::Tensor& param, int32_t, Py_ssize_t) {
+    AutogradMeta* const meta = meta_of(param);
+    if (meta == nullptr || !meta->grad_.defined()) {
+      return;
+    }
+    if (placeholder_ && placeholder_->grad == meta->grad_.unsafeGetTensorImpl()) {
+      meta->grad_.reset();
+    } else if (meta->requires_grad_ && meta->grad_.layout() == c10::kStrided) {
+      left.push_back(meta);
+    }
+  });
+  clip(left);
+  const std::lock_guard lock(mutex_);
+  placeholder_.reset();
+  for (auto& arrived : pending_) {
+    PyObject* const object = param_at(param_groups, arrived.group, arrived.position);
+    if (object != nullptr && THPVariable_Unpack(object).unsafeGetTensorImpl() == arrived.param) {
+      const auto& grad = meta_of(THPVariable_Unpack(object))->grad_;
+      arrived.grad = grad.unsafeGetTensorImpl();
+      arrived.version = version_of(grad);
+    }
+  }
+}
+
+void BackwardStep::end_step(const py::list& param_groups) {
+  std::vector<at::Tensor> dropped;
+  for_each_param(param_groups, [&](const at::Tensor& param, int32_t, Py_ssize_t) {
+    AutogradMeta* const meta = meta_of(param);
+    if (meta != nullptr && meta->grad_.defined()) {
+      dropped.push_back(std::move(meta->grad_));
+    }
+  });
+  {
+    const std::lock_guard lock(mutex_);
+    begin_iteration();
+  }
+  attach(param_groups);
+}
+
+void BackwardStep::check_zero_grad() {
+  const std::lock_guard lock(mutex_);
+  TORCH_CHECK(
+      !fired_ || may_discard_,
+      "FrozenAwareSGD.zero_grad: gradients are to be discarded that backward has applied in part "
+      "(step_in_backward=True). Call step() first: it makes the rest of the step.");
+  begin_iteration();
+}
+
+// Bounds the gradients' elements; NaN stays.
+void BackwardStep::clip(const std::vector<AutogradMeta*>& metas) const {
+  if (!clip_value_) {
+    return;
+  }
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> grads;
+  for (auto* const meta : metas) {
+    if (at::has_internal_overlap(meta->grad_) == at::MemOverlap::No) {
+      grads.push_back(meta->grad_);
+    } else {
+      meta->grad_ = meta->grad_.clamp(-*clip_value_, *clip_value_);  // expanded: cannot be written to
+    }
+  }
+  if (!grads.empty()) {
+    at::_foreach_clamp_min_(grads, -*clip_value_);
+    at::_foreach_clamp_max_(grads, *clip_value_);
+  }
+}
+
+int64_t BackwardStep::bucket_bytes() {
+  const std::lock_guard lock(mutex_);
+  return bucket_;
+}
+
+void bind_backward_step(py::module_& module) {
+  using namespace py::literals;
+  py::class_<BackwardStep, std::shared_ptr<BackwardStep>>(
+      module, "BackwardStep", "Makes the part of an optimizer's steps that can be made within backward.")
+      .def(
+          py::init<py::object, std::optional<int64_t>, std::optional<double>>(), "optimizer"_a, "bucket_bytes"_a,
+          "clip_value"_a)
+      .def("attach", &BackwardStep::attach, "param_groups"_a)
+      .def("check_step", &BackwardStep::check_step, "param_groups"_a, "grad_scale"_a, "found_inf"_a)
+      .def("end_step", &BackwardStep::end_step, "param_groups"_a)
+      .def("check_zero_grad", &BackwardStep::check_zero_grad)
+      .def("close", &BackwardStep::close)
+      .def_property_readonly("bucket_bytes", &BackwardStep::bucket_bytes);
+}
+
+}  // namespace torch_freeze
