@@ -190,6 +190,24 @@ def test_a_resumed_run_goes_on_in_the_middle_of_the_schedule(
     assert resumed.schedule.last == (3 if unit == "epoch" else 4 * BATCHES - 1)
 
 
+def test_a_callback_used_for_a_second_run_begins_its_schedule_anew() -> None:
+    net, callback = Net(), FreezeCallback(schedule={0: ["backbone"], 1: []})
+    for _ in range(2):
+        net.trained.clear()
+        fit(net, callback, 2)
+        assert net.trained == [(False, False, True)] * BATCHES + [(True, True, True)] * BATCHES
+
+
+def test_a_fit_that_the_same_trainer_goes_on_with_goes_on_with_its_schedule() -> None:
+    net = Net()
+    trainer = fit(net, FreezeCallback(schedule={0: ["backbone"], 1: []}), 2)
+    net.trained.clear()
+    torch_freeze.freeze(net, "head")  # by hand, and what the schedule does not say again
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(net, data())
+    assert set(net.trained) == {(True, True, False)}
+
+
 def test_a_run_resumed_in_the_middle_of_an_epoch_has_its_frozen_set(tmp_path: Path) -> None:
     entries = {0: ["backbone"], 1: ["backbone.0", "backbone.1"]}
     saving = ModelCheckpoint(tmp_path, "run", every_n_train_steps=BATCHES + 1, save_top_k=1)

@@ -120,6 +120,48 @@ def test_what_is_named_is_frozen_throughout_and_all_else_trains(tmp_path: Path) 
     assert not torch.equal(model.classifier.weight, before["classifier.weight"])
 
 
+def test_what_is_named_is_frozen_in_a_model_that_the_trainer_makes_anew(tmp_path: Path) -> None:
+    made: list[Any] = []
+
+    def model_init() -> Any:
+        made.append(make_model())
+        return made[-1]
+
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, report_to=[], save_strategy="no", use_cpu=True,
+        disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    callback = FreezeTrainerCallback("bert.embeddings")
+    trainer = Trainer(
+        args=arguments, train_dataset=data(), model_init=model_init, callbacks=[callback]
+    )
+    before = weights(make_model())
+    trainer.train()
+    assert len(made) == 2
+    after = weights(trainer.model)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed
+    assert not [name for name in changed if name.startswith("bert.embeddings")]
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+@pytest.mark.parametrize("recomputes", [True, False])
+def test_what_the_trainer_asks_of_ddp_is_known(
+    tmp_path: Path, asked: bool | None, recomputes: bool
+) -> None:
+    from torch_freeze.integrations.transformers import _finds_unused
+
+    model = make_model()
+    if recomputes:
+        model.gradient_checkpointing_enable()
+    arguments = TrainingArguments(
+        str(tmp_path), report_to=[], use_cpu=True, ddp_find_unused_parameters=asked
+    )
+    trainer = Trainer(model, arguments)
+    handler = trainer.accelerator.ddp_handler
+    assert _finds_unused(arguments, model) == handler.find_unused_parameters
+
+
 def test_a_schedule_is_stepped_before_every_epoch(tmp_path: Path) -> None:
     callback = FreezeTrainerCallback(
         schedule=lambda m: gradual_unfreeze(

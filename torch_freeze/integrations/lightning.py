@@ -105,7 +105,9 @@ class FreezeCallback(pl.Callback):
                 "FreezeCallback",
                 "In configure_optimizers pass self.parameters(), without a filter.",
             )
-            if self.schedule is None or self.schedule.model is not pl_module:
+            # A fit that goes on with the same Trainer goes on with its schedule.
+            begins = trainer.global_step == 0
+            if begins or self.schedule is None or self.schedule.model is not pl_module:
                 self.schedule = make_schedule(self._plan, pl_module, "FreezeCallback")
             wrapped = trainer.strategy.model
             if isinstance(wrapped, DistributedDataParallel):

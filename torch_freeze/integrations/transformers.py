@@ -110,15 +110,15 @@ class FreezeTrainerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Freeze for good, before the model is wrapped."""
-        if self._what:
-            model: nn.Module = kwargs["model"]
-            freeze(model, *self._what, exclude=self._exclude, hold_norm=self._hold_norm)
+        self._freeze(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin the schedule."""
         model: nn.Module = kwargs["model"]
+        # Of a Trainer with model_init this is another model than at its own beginning.
+        self._freeze(model)
         if self._plan is not None:
             check_owned(
                 model,
@@ -159,6 +159,10 @@ class FreezeTrainerCallback(TrainerCallback):
             return
         if catch_up(self.schedule, state.global_step):
             self._tell(kwargs["model"], kwargs["optimizer"])
+
+    def _freeze(self, model: nn.Module) -> None:
+        if self._what:
+            freeze(model, *self._what, exclude=self._exclude, hold_norm=self._hold_norm)
 
     def _tell(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if self._log and _logger.isEnabledFor(logging.INFO):
