@@ -14,11 +14,13 @@
 //   Value       the type it computes in
 //   Launch      what all tensors of a launch share;  static bool skips(const Launch&): write nothing at all
 //   Group       the hyper-parameters of one group of tensors, by value
+//   Tensor      what a tensor brings beside its arrays, by value: mostly nothing
 //   kStreamed   per array: read once and not soon again, so leave the caches to the others
 //   kRealigned  per array: may lie at another alignment than the arrays written and still be read in vectors
-//   Rule        what one tensor takes: made of (launch, group, branch); says reads<array>() and writes<array>();
-//               update(Value (&values)[arrays][n]) turns n elements into new ones, and where `simple` holds,
-//               so does update_simple(), with fewer registers: else the tensor does without vectors
+//   Rule        what one tensor takes: made of (launch, group, tensor, branch); says reads<array>() and
+//               writes<array>(); update(Value (&values)[arrays][n], element, stride) turns n elements into new ones,
+//               the first being `element` of its tensor and each next one `stride` further, and where `simple`
+//               holds, so does update_simple(), with fewer registers: else the tensor does without vectors
 #pragma once
 
 #include <algorithm>
@@ -77,9 +79,10 @@ struct Shape {
   static_assert(kVector * kSize<0> * static_cast<int>(kLanes) >= kLineBytes, "a lead must fit in one tile");
 };
 
-template <int kArrays>
-struct Row {
-  void* array[kArrays];
+// What a tensor brings is a base because that takes no room where it is nothing.
+template <class Formula>
+struct Row : Formula::Tensor {
+  void* array[Shape<Formula>::kArrays];
   uint32_t tile_end;  // the tile after this tensor's last; its first is the end of the row before
   uint16_t group;
   uint8_t branch;
@@ -92,7 +95,7 @@ template <class Formula_, int kBytes>
 struct alignas(8) Table {
   using Formula = Formula_;
   using Group = typename Formula::Group;
-  using Row = multi_tensor::Row<Shape<Formula>::kArrays>;
+  using Row = multi_tensor::Row<Formula>;
   static constexpr int kStorage =
       kBytes - static_cast<int>(sizeof(typename Formula::Launch)) - 4 * static_cast<int>(sizeof(uint32_t));
 
@@ -191,7 +194,7 @@ struct Span {
 
 template <class Formula>
 TORCH_FREEZE_INLINE Span<Formula> span_of(
-    const typename Formula::Rule& rule, const Row<Shape<Formula>::kArrays>& row, uint32_t first) {
+    const typename Formula::Rule& rule, const Row<Formula>& row, uint32_t first) {
   using Of = Shape<Formula>;
   Span<Formula> span;
   span.first = first;
@@ -271,7 +274,7 @@ TORCH_FREEZE_INLINE void update_by_element(
           }
         },
         arrays);
-    rule.update(values);
+    rule.update(values, start + part * kStride, kLanes);
     for_arrays(
         [&](auto index) {
           constexpr int kArray = decltype(index)::value;
@@ -373,7 +376,7 @@ TORCH_FREEZE_INLINE uint32_t update_by_vector(
             }
           },
           arrays);
-      rule.update_simple(values);
+      rule.update_simple(values, start + i * kStep + part, 1);
       for_arrays(
           [&](auto index) {
             constexpr int kArray = decltype(index)::value;
@@ -437,7 +440,7 @@ TORCH_FREEZE_INLINE void update_block(const Table& table, Memory& memory, uint32
   while (true) {
     const auto& tensor = table.row(row);
     const uint32_t span_end = tensor.tile_end < end ? tensor.tile_end : end;
-    const typename Formula::Rule rule(table.launch, table.group(tensor.group), tensor.branch);
+    const typename Formula::Rule rule(table.launch, table.group(tensor.group), tensor, tensor.branch);
     const auto span = detail::span_of<Formula>(rule, tensor, row == 0 ? 0 : table.row(row - 1).tile_end);
     const uint32_t vectors_end = span.vectors_end < span_end ? span.vectors_end : span_end;
     while (tile < span_end) {
@@ -504,8 +507,8 @@ void fill_and_launch(const Source& source, int64_t& next, Launch&& launch) {
 
 // Packs the tensors of `source`, in order, into as few tables as hold them, each of the smallest tier that
 // does, and calls `launch(table)` for each. A Source has launch(), count(), group_count(), numel(tensor),
-// group_of(tensor), group(index), and fill(tensor, row), which writes the row's arrays and branch. Tensors of one
-// group are best kept together: a group is written again whenever it changes.
+// group_of(tensor), group(index), and fill(tensor, row), which writes the row's arrays, branch and Tensor. Tensors
+// of one group are best kept together: a group is written again whenever it changes.
 template <class Formula, class Source, class Launch>
 void for_each_table(const Source& source, Launch&& launch) {
   using Small = Table<Formula, kSmallTable>;

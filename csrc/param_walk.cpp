@@ -409,7 +409,7 @@ C10_ALWAYS_INLINE void ParamWalk::push(
     fresh_.push_back({slot.object, slot.state, batch_index, batch.updates.size(), at::Tensor()});
   }
   const int64_t numel = slot.param->numel();
-  batch.updates.push_back({param_data, grad_data, momentum, numel, use.index, fresh});
+  batch.updates.push_back({param_data, grad_data, momentum, numel, use.index, 0, fresh});
   batch.tensors.push_back({slot.param, grad, slot.buffer});
   if (C10_UNLIKELY(holding_)) {
     for (const auto* tensor : {slot.param, grad, slot.buffer}) {

@@ -93,7 +93,7 @@ TORCH_FREEZE_INLINE bool is_power_of_two(float scale) {
   return (bits & 0x807fffffu) == 0 && bits != 0 && bits < 0x7f000000u;
 }
 
-template <class Param, class Grad, class Momentum>
+template <class Param, class Grad, class Momentum, bool kStochastic_ = false>
 struct SgdFormula {
   using Elements = std::tuple<Param, Grad, Momentum>;
   using Value = std::conditional_t<std::is_same_v<Param, double>, double, float>;
@@ -114,6 +114,14 @@ struct SgdFormula {
     const void* device_lr;
   };
 
+  struct Nothing {};
+  struct Rounded {
+    RoundingKey rounding;
+  };
+  static constexpr bool kStochastic = kStochastic_;
+  static_assert(!kStochastic || std::is_same_v<Momentum, c10::BFloat16>);
+  using Tensor = std::conditional_t<kStochastic, Rounded, Nothing>;
+
   static Group group(const SgdGroup& group) {
     return {sgd_scalars<Value>(group), group.device_lr_is_double, group.device_lr};
   }
@@ -126,15 +134,17 @@ struct SgdFormula {
   // per element; taken any further out, each would repeat the loads and stores around it, in ten
   // kernels' worth of code. Division, with the registers of its special cases, stays out of the vector loop.
   struct Rule {
-    const Group& group;  // left in constant memory, where it costs no registers
+    const Group& group;  // left in constant memory, where they cost no registers
+    const Tensor& tensor;
     Value neg_lr;
     Value grad_scale;  // its inverse, where that is as good
     bool scaled;
     bool simple;
     uint8_t variant_id;
 
-    TORCH_FREEZE_INLINE Rule(const Launch& launch, const Group& group, uint8_t variant_id)
+    TORCH_FREEZE_INLINE Rule(const Launch& launch, const Group& group, const Tensor& tensor, uint8_t variant_id)
         : group(group),
+          tensor(tensor),
           neg_lr(group.scalars.neg_lr),
           grad_scale(1),
           scaled(launch.grad_scale != nullptr),
@@ -161,31 +171,32 @@ struct SgdFormula {
       return kArray == 0 || (kArray == 1 ? scaled : momentum_use(variant_id) != MomentumUse::kNone);
     }
     template <int kCount>
-    TORCH_FREEZE_INLINE void update_simple(Value (&values)[3][kCount]) const {
+    TORCH_FREEZE_INLINE void update_simple(Value (&values)[3][kCount], int64_t element, uint32_t stride) const {
       if (scaled) {
         TORCH_FREEZE_UNROLL
         for (int i = 0; i < kCount; ++i) {
           values[1][i] = values[1][i] * grad_scale;
         }
       }
-      descend(values);
+      descend(values, element, stride);
     }
     template <int kCount>
-    TORCH_FREEZE_INLINE void update(Value (&values)[3][kCount]) const {
+    TORCH_FREEZE_INLINE void update(Value (&values)[3][kCount], int64_t element, uint32_t stride) const {
       if (simple) {
-        update_simple(values);
+        update_simple(values, element, stride);
         return;
       }
       TORCH_FREEZE_UNROLL
       for (int i = 0; i < kCount; ++i) {
         values[1][i] = values[1][i] / grad_scale;
       }
-      descend(values);
+      descend(values, element, stride);
     }
 
    private:
     template <int kCount>
-    TORCH_FREEZE_INLINE void descend(Value (&values)[3][kCount]) const {
+    TORCH_FREEZE_INLINE void descend(
+        Value (&values)[3][kCount], [[maybe_unused]] int64_t element, [[maybe_unused]] uint32_t stride) const {
       SgdScalars<Value> scalars = group.scalars;
       scalars.neg_lr = neg_lr;
       with_variant(variant_id, [&](auto variant) {
@@ -194,6 +205,17 @@ struct SgdFormula {
           sgd_element<decltype(variant), KernelArith>(values[0][i], values[2][i], values[1][i], scalars);
         }
       });
+      if constexpr (kStochastic) {
+        // To a value that bfloat16 holds: the conversion on the way to memory then changes nothing.
+        TORCH_FREEZE_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+          const auto place = static_cast<uint64_t>(element) + static_cast<uint64_t>(i) * stride;
+          const uint32_t random = rounding_bits(
+              tensor.rounding, static_cast<uint32_t>(place), static_cast<uint32_t>(place >> 32));
+          const uint32_t bits = round_to_bfloat16(values[2][i], random) << 16;
+          std::memcpy(&values[2][i], &bits, sizeof(bits));
+        }
+      }
     }
   };
 };
@@ -217,6 +239,9 @@ class SgdSource {
     row.array[1] = update.grad;
     row.array[2] = update.momentum;
     row.branch = sgd_variant_id(batch_.groups[update.group], update.fresh);
+    if constexpr (Formula::kStochastic) {
+      row.rounding = rounding_key(batch_.groups[update.group].rounding_seed, update.index);
+    }
   }
 
  private:
@@ -226,8 +251,10 @@ class SgdSource {
 // Calls `run(SgdFormula<…>{})` for the batch's dtypes; false where there is no kernel for them.
 template <class Run>
 bool with_sgd_formula(const UpdateBatch& batch, Run&& run) {
-  const auto is = [&](c10::ScalarType param, c10::ScalarType grad, c10::ScalarType momentum) {
-    return batch.param_type == param && batch.grad_type == grad && batch.momentum_type == momentum;
+  const auto is = [&](c10::ScalarType param, c10::ScalarType grad, c10::ScalarType momentum,
+                      bool stochastic = false) {
+    return batch.param_type == param && batch.grad_type == grad && batch.momentum_type == momentum &&
+           batch.stochastic == stochastic;
   };
   using c10::kBFloat16, c10::kDouble, c10::kFloat, c10::kHalf;
   if (is(kFloat, kFloat, kFloat)) {
@@ -242,6 +269,10 @@ bool with_sgd_formula(const UpdateBatch& batch, Run&& run) {
     run(SgdFormula<float, c10::Half, float>{});
   } else if (is(kDouble, kDouble, kDouble)) {
     run(SgdFormula<double, double, double>{});
+  } else if (is(kFloat, kFloat, kBFloat16, true)) {
+    run(SgdFormula<float, float, c10::BFloat16, true>{});
+  } else if (is(kBFloat16, kBFloat16, kBFloat16, true)) {
+    run(SgdFormula<c10::BFloat16, c10::BFloat16, c10::BFloat16, true>{});
   } else {
     return false;
   }

@@ -16,9 +16,11 @@ struct TensorUpdate {
   void* grad;
   void* momentum;  // null where the group has no momentum
   int64_t numel;
-  int32_t group;  // index into UpdateBatch::groups
-  bool fresh;     // the momentum buffer holds nothing yet
+  int32_t group;        // index into UpdateBatch::groups
+  uint32_t index : 31;  // of the parameter in its group's list
+  uint32_t fresh : 1;   // the momentum buffer holds nothing yet
 };
+static_assert(sizeof(TensorUpdate) == 40, "the walk writes one per parameter");
 
 // Everything one launch covers: one device, one triple of dtypes, any number of param groups. No two tensors
 // that it writes overlap.
@@ -32,6 +34,7 @@ struct UpdateBatch {
   int64_t numel = 0;  // of all updates together
   const SgdGroup* groups = nullptr;
   int64_t group_count = 0;
+  bool stochastic = false;  // momentum is bfloat16 and rounded stochastically: see rounding_bits()
   // One float each on `device`, or null without a GradScaler. Gradients are divided by *grad_scale, and left so;
   // where *found_inf is not 0 nothing is written.
   const float* grad_scale = nullptr;
