@@ -23,10 +23,10 @@ using namespace py::literals;
 namespace torch_freeze {
 namespace {
 
-// (param, grad, momentum, numel, group, fresh); pointers as integers.
-using Update = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int32_t, bool>;
-// (lr, momentum, dampening, weight_decay, nesterov, maximize, device_lr, device_lr_is_double)
-using Group = std::tuple<double, double, double, double, bool, bool, uintptr_t, bool>;
+// (param, grad, momentum, numel, group, index, fresh); pointers as integers.
+using Update = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int32_t, uint32_t, bool>;
+// (lr, momentum, dampening, weight_decay, nesterov, maximize, device_lr, device_lr_is_double, rounding_seed)
+using Group = std::tuple<double, double, double, double, bool, bool, uintptr_t, bool, uint64_t>;
 // (address, bytes, bytes per access, whether it is a store)
 using Access = std::tuple<uintptr_t, int64_t, int, bool>;
 using Dtypes = std::tuple<std::string, std::string, std::string>;
@@ -45,14 +45,15 @@ class Batch {
  public:
   Batch(
       const std::vector<Update>& updates, const std::vector<Group>& groups, const Dtypes& dtypes,
-      uintptr_t grad_scale, uintptr_t found_inf) {
-    for (const auto& [param, grad, momentum, numel, group, fresh] : updates) {
+      uintptr_t grad_scale, uintptr_t found_inf, bool stochastic) {
+    for (const auto& [param, grad, momentum, numel, group, index, fresh] : updates) {
       updates_.push_back(
           {reinterpret_cast<void*>(param), reinterpret_cast<void*>(grad), reinterpret_cast<void*>(momentum), numel,
-           group, fresh});
+           group, index, fresh});
       batch_.numel += numel;
     }
-    for (const auto& [lr, momentum, dampening, weight_decay, nesterov, maximize, device_lr, is_double] : groups) {
+    for (const auto& [lr, momentum, dampening, weight_decay, nesterov, maximize, device_lr, is_double, seed] :
+         groups) {
       SgdGroup group;
       group.lr = lr;
       group.momentum = momentum;
@@ -62,6 +63,7 @@ class Batch {
       group.maximize = maximize;
       group.device_lr = reinterpret_cast<const void*>(device_lr);
       group.device_lr_is_double = is_double;
+      group.rounding_seed = seed;
       groups_.push_back(group);
     }
     batch_.param_type = scalar_type(std::get<0>(dtypes));
@@ -73,9 +75,12 @@ class Batch {
     batch_.group_count = static_cast<int64_t>(groups_.size());
     batch_.grad_scale = reinterpret_cast<const float*>(grad_scale);
     batch_.found_inf = reinterpret_cast<const float*>(found_inf);
+    batch_.stochastic = stochastic;
   }
   Batch(const Batch&) = delete;
   Batch& operator=(const Batch&) = delete;
+
+  const UpdateBatch& get() const { return batch_; }
 
   // Calls `run(table, blocks)` for each launch of a device on which `resident` blocks run at once.
   template <class Run>
@@ -164,17 +169,34 @@ class RecordedMemory {
   std::vector<Access> accesses_;
 };
 
+// How many blocks to run: the chosen ones, or all.
+uint32_t chosen_count(const std::optional<std::vector<uint32_t>>& chosen, uint32_t blocks) {
+  if (!chosen) {
+    return blocks;
+  }
+  for (const uint32_t block : *chosen) {
+    if (block >= blocks) {
+      throw py::index_error("kernel on host: no block " + std::to_string(block) + " of " + std::to_string(blocks));
+    }
+  }
+  return static_cast<uint32_t>(chosen->size());
+}
+
 std::vector<py::dict> step(
     const std::vector<Update>& updates, const std::vector<Group>& groups, const Dtypes& dtypes, uint32_t resident,
-    uintptr_t grad_scale, uintptr_t found_inf, bool backwards) {
-  const Batch batch(updates, groups, dtypes, grad_scale, found_inf);
+    uintptr_t grad_scale, uintptr_t found_inf, bool backwards, bool stochastic,
+    const std::optional<std::vector<uint32_t>>& chosen) {
+  const Batch batch(updates, groups, dtypes, grad_scale, found_inf, stochastic);
   std::vector<py::dict> launches;
   batch.for_each_launch(resident, [&](const auto& table, uint32_t blocks) {
     HostMemory memory;
-    const uint32_t threads = blocks * multi_tensor::kThreads;
+    const uint32_t count = chosen_count(chosen, blocks);
+    const uint32_t threads = count * multi_tensor::kThreads;
     for (uint32_t i = 0; i < threads; ++i) {
       const uint32_t thread = backwards ? threads - 1 - i : i;
-      multi_tensor::update_block(table, memory, thread / multi_tensor::kThreads, thread % multi_tensor::kThreads);
+      const uint32_t block = thread / multi_tensor::kThreads;
+      multi_tensor::update_block(
+          table, memory, chosen ? (*chosen)[block] : block, thread % multi_tensor::kThreads);
     }
     launches.push_back(
         py::dict(
@@ -186,35 +208,30 @@ std::vector<py::dict> step(
 
 std::vector<Access> accesses(
     const std::vector<Update>& updates, const std::vector<Group>& groups, const Dtypes& dtypes, uint32_t resident,
-    const std::optional<std::vector<uint32_t>>& chosen, uintptr_t grad_scale) {
-  const Batch batch(updates, groups, dtypes, grad_scale, 0);
+    const std::optional<std::vector<uint32_t>>& chosen, uintptr_t grad_scale, bool stochastic) {
+  const Batch batch(updates, groups, dtypes, grad_scale, 0, stochastic);
   RecordedMemory memory;
   batch.for_each_launch(resident, [&](const auto& table, uint32_t blocks) {
-    const auto run = [&](uint32_t block) {
+    const uint32_t count = chosen_count(chosen, blocks);
+    for (uint32_t i = 0; i < count; ++i) {
       for (uint32_t thread = 0; thread < multi_tensor::kThreads; ++thread) {
-        multi_tensor::update_block(table, memory, block, thread);
+        multi_tensor::update_block(table, memory, chosen ? (*chosen)[i] : i, thread);
       }
-    };
-    if (!chosen) {
-      for (uint32_t block = 0; block < blocks; ++block) {
-        run(block);
-      }
-      return;
-    }
-    for (const uint32_t block : *chosen) {
-      if (block >= blocks) {
-        throw py::index_error(
-            "kernel on host: no block " + std::to_string(block) + " of " + std::to_string(blocks));
-      }
-      run(block);
     }
   });
   return memory.runs();
 }
 
+void cpu_step(
+    const std::vector<Update>& updates, const std::vector<Group>& groups, const Dtypes& dtypes,
+    uintptr_t grad_scale, uintptr_t found_inf, bool stochastic) {
+  sgd_step_cpu(Batch(updates, groups, dtypes, grad_scale, found_inf, stochastic).get());
+}
+
 // How many tensors a table of each tier holds where they have `groups` groups.
-std::vector<std::tuple<int, int64_t>> capacities(const Dtypes& dtypes, int64_t groups) {
+std::vector<std::tuple<int, int64_t>> capacities(const Dtypes& dtypes, int64_t groups, bool stochastic) {
   UpdateBatch batch;
+  batch.stochastic = stochastic;
   batch.param_type = scalar_type(std::get<0>(dtypes));
   batch.grad_type = scalar_type(std::get<1>(dtypes));
   batch.momentum_type = scalar_type(std::get<2>(dtypes));
@@ -238,15 +255,20 @@ std::vector<std::tuple<int, int64_t>> capacities(const Dtypes& dtypes, int64_t g
 void bind_kernel_on_host(py::module_& module) {
   module.def(
       "_kernel_on_host_step", &step, "updates"_a, "groups"_a, "dtypes"_a, "resident"_a, py::kw_only(),
-      "grad_scale"_a = 0, "found_inf"_a = 0, "backwards"_a = false,
-      "The CUDA step on tensors in host memory; what each launch was.");
+      "grad_scale"_a = 0, "found_inf"_a = 0, "backwards"_a = false, "stochastic"_a = false,
+      "chosen"_a = py::none(),
+      "The CUDA step on tensors in host memory, by all blocks of each launch or by the chosen ones; what each "
+      "launch was.");
   module.def(
       "_kernel_on_host_accesses", &accesses, "updates"_a, "groups"_a, "dtypes"_a, "resident"_a,
-      "chosen"_a = py::none(), py::kw_only(), "grad_scale"_a = 0,
+      "chosen"_a = py::none(), py::kw_only(), "grad_scale"_a = 0, "stochastic"_a = false,
       "What the chosen blocks of each launch, or all of them, would load and store.");
   module.def(
-      "_kernel_on_host_capacities", &capacities, "dtypes"_a, "groups"_a,
+      "_kernel_on_host_capacities", &capacities, "dtypes"_a, "groups"_a, py::kw_only(), "stochastic"_a = false,
       "(bytes of kernel parameters, tensors that fit) of each table.");
+  module.def(
+      "_cpu_kernel_step", &cpu_step, "updates"_a, "groups"_a, "dtypes"_a, py::kw_only(), "grad_scale"_a = 0,
+      "found_inf"_a = 0, "stochastic"_a = false, "The CPU's own step on the same description of tensors.");
 }
 
 }  // namespace torch_freeze

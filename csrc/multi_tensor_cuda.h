@@ -18,9 +18,10 @@
 //   kStreamed   per array: read once and not soon again, so leave the caches to the others
 //   kRealigned  per array: may lie at another alignment than the arrays written and still be read in vectors
 //   Rule        what one tensor takes: made of (launch, group, tensor, branch); says reads<array>() and
-//               writes<array>(); update(Value (&values)[arrays][n], element, stride) turns n elements into new ones,
-//               the first being `element` of its tensor and each next one `stride` further, and where `simple`
-//               holds, so does update_simple(), with fewer registers: else the tensor does without vectors
+//               writes<array>(); update(Value (&values)[arrays][n], element, stride) turns n elements into new
+//               ones, the first being `element` of its tensor and each next one `stride` further, and where
+//               `simple` holds, so does update_simple(), with fewer registers: else the tensor does without
+//               vectors
 #pragma once
 
 #include <algorithm>

@@ -7,6 +7,7 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <type_traits>
 
@@ -47,39 +48,92 @@ TORCH_FREEZE_INLINE void prefetch_stride(const T* at) {
   }
 }
 
-template <class Variant, class Arith, class T>
+// How momentum is kept. As a rule in the parameter's type, as it is or through the blocks below.
+struct NearestRounding {
+  template <class T>
+  using Momentum = T;
+  static NearestRounding of(const UpdateBatch&, const TensorUpdate&, int64_t) { return {}; }
+  TORCH_FREEZE_INLINE NearestRounding at(int64_t) const { return *this; }
+  template <class T>
+  TORCH_FREEZE_INLINE T load(T momentum) const {
+    return momentum;
+  }
+  template <class T>
+  TORCH_FREEZE_INLINE T store(T momentum, int64_t) const {
+    return momentum;
+  }
+};
+
+// So many elements at most are rounded at a time, beginning at a multiple of it: the upper half of their places is
+// then the same.
+constexpr int64_t kRunNumel = 64;
+static_assert(kSplitNumel % kRunNumel == 0, "a thread's share begins with a run");
+
+struct StochasticRounding {
+  template <class T>
+  using Momentum = c10::BFloat16;
+  RoundingKey key;
+  int64_t first;  // the place of element 0
+
+  static StochasticRounding of(const UpdateBatch& batch, const TensorUpdate& update, int64_t first) {
+    return {rounding_key(batch.groups[update.group].rounding_seed, update.index), first};
+  }
+  TORCH_FREEZE_INLINE StochasticRounding at(int64_t element) const { return {key, first + element}; }
+  TORCH_FREEZE_INLINE float load(c10::BFloat16 momentum) const {
+    const uint32_t bits = static_cast<uint32_t>(momentum.x) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+  TORCH_FREEZE_INLINE c10::BFloat16 store(float momentum, int64_t element) const {
+    const uint32_t low = static_cast<uint32_t>(first) + static_cast<uint32_t>(element);
+    const uint32_t random = rounding_bits(key, low, static_cast<uint32_t>(first >> 32));
+    return {static_cast<uint16_t>(round_to_bfloat16(momentum, random)), c10::BFloat16::from_bits()};
+  }
+};
+
+template <class Variant, class Arith, class T, class Momentum, class Rounding>
 TORCH_FREEZE_INLINE void update_run(
-    T* __restrict param, const T* __restrict grad, T* __restrict momentum, int64_t n, const SgdScalars<T>& s) {
+    T* __restrict param, const T* __restrict grad, Momentum* __restrict momentum, int64_t n,
+    const SgdScalars<T>& s, Rounding rounding) {
   for (int64_t i = 0; i < n; ++i) {
     T p = param[i];
-    T m = Variant::kMomentum == MomentumUse::kAccumulate ? momentum[i] : T(0);
+    T m = Variant::kMomentum == MomentumUse::kAccumulate ? rounding.load(momentum[i]) : T(0);
     sgd_element<Variant, Arith>(p, m, grad[i], s);
     if constexpr (Variant::kMomentum != MomentumUse::kNone) {
-      momentum[i] = m;
+      momentum[i] = rounding.store(m, i);
     }
     param[i] = p;
   }
 }
 
-template <class Variant, class Arith, class T>
+template <class Variant, class Arith, class T, class Momentum, class Rounding>
 TORCH_FREEZE_INLINE void update_block(
-    T* param, const T* grad, T* momentum, int64_t n, const SgdScalars<T>& scalars) {
+    T* param, const T* grad, Momentum* momentum, int64_t n, const SgdScalars<T>& scalars, Rounding rounding) {
   const SgdScalars<T> s = scalars;
   constexpr auto kStride = kStrideBytes / static_cast<int64_t>(sizeof(T));
-  if (n >= kPrefetchNumel) {
+  constexpr bool kNearest = std::is_same_v<Rounding, NearestRounding>;
+  static_assert(kNearest || kStride == kRunNumel);
+  const bool ahead = n >= kPrefetchNumel;
+  if (ahead || !kNearest) {
     for (; n >= kStride; n -= kStride) {
-      prefetch_stride(param);
-      prefetch_stride(grad);
-      update_run<Variant, Arith>(param, grad, momentum, kStride, s);
+      if (ahead) {
+        prefetch_stride(param);
+        prefetch_stride(grad);
+      }
+      update_run<Variant, Arith>(param, grad, momentum, kStride, s, rounding);
       param += kStride;
       grad += kStride;
       if constexpr (Variant::kMomentum != MomentumUse::kNone) {
-        prefetch_stride(momentum);
+        if (ahead) {
+          prefetch_stride(momentum);
+        }
         momentum += kStride;
       }
+      rounding = rounding.at(kStride);
     }
   }
-  update_run<Variant, Arith>(param, grad, momentum, n, s);
+  update_run<Variant, Arith>(param, grad, momentum, n, s, rounding);
 }
 
 using Bits32 [[gnu::may_alias]] = uint32_t;
@@ -163,15 +217,20 @@ constexpr int64_t kBlockNumel = 512;
 template <class T>
 using AccOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-template <class Variant, class Arith, class Convert, class T>
+template <class T, class Rounding>
+using MomentumOf = typename Rounding::template Momentum<T>;
+
+template <class Variant, class Arith, class Convert, class T, class Rounding>
 TORCH_FREEZE_INLINE void update_span(
-    T* param, T* grad, T* momentum, int64_t n, const SgdScalars<AccOf<T>>& scalars, const float* grad_scale) {
+    T* param, T* grad, MomentumOf<T, Rounding>* momentum, int64_t n, const SgdScalars<AccOf<T>>& scalars,
+    const float* grad_scale, Rounding rounding) {
   using Acc = AccOf<T>;
   constexpr bool kNarrow = !std::is_same_v<T, Acc>;
+  constexpr bool kNarrowMomentum = kNarrow && std::is_same_v<Rounding, NearestRounding>;
   constexpr bool kHasMomentum = Variant::kMomentum != MomentumUse::kNone;
   if constexpr (!kNarrow) {
     if (grad_scale == nullptr) {
-      update_block<Variant, Arith>(param, grad, momentum, n, scalars);
+      update_block<Variant, Arith>(param, grad, momentum, n, scalars, rounding);
       return;
     }
   }
@@ -181,12 +240,12 @@ TORCH_FREEZE_INLINE void update_span(
     if constexpr (kNarrow) {
       alignas(64) Acc p[kBlockNumel];
       alignas(64) Acc g[kBlockNumel];
-      alignas(64) Acc m[kBlockNumel];
+      alignas(64) Acc m[kNarrowMomentum ? kBlockNumel : 1];
       widen<Convert>(param + i, p, size);
       widen<Convert>(grad + i, g, size);
-      if constexpr (Variant::kMomentum == MomentumUse::kAccumulate) {
+      if constexpr (kNarrowMomentum && Variant::kMomentum == MomentumUse::kAccumulate) {
         widen<Convert>(momentum + i, m, size);
-      } else if constexpr (kHasMomentum) {
+      } else if constexpr (kNarrowMomentum && kHasMomentum) {
         std::fill_n(m, size, Acc(0));
       }
       if (grad_scale != nullptr) {
@@ -195,16 +254,22 @@ TORCH_FREEZE_INLINE void update_span(
         }
         narrow<Convert>(g, grad + i, size);
       }
-      update_block<Variant, Arith, Acc>(p, g, m, size, scalars);
+      if constexpr (kNarrowMomentum) {
+        update_block<Variant, Arith, Acc>(p, g, m, size, scalars, rounding);
+      } else {
+        update_block<Variant, Arith, Acc>(
+            p, g, kHasMomentum ? momentum + i : nullptr, size, scalars, rounding.at(i));
+      }
       narrow<Convert>(p, param + i, size);
-      if constexpr (kHasMomentum) {
+      if constexpr (kNarrowMomentum && kHasMomentum) {
         narrow<Convert>(m, momentum + i, size);
       }
     } else {
       for (int64_t j = i; j < i + size; ++j) {
         grad[j] = grad[j] / scale;
       }
-      update_block<Variant, Arith>(param + i, grad + i, kHasMomentum ? momentum + i : nullptr, size, scalars);
+      update_block<Variant, Arith>(
+          param + i, grad + i, kHasMomentum ? momentum + i : nullptr, size, scalars, rounding.at(i));
     }
   }
 }
@@ -216,63 +281,70 @@ struct BaselineTarget {
 #else
   using Arith = FusedArith;
 #endif
-  template <class Variant, class T>
-  static void run(T* p, T* g, T* m, int64_t n, const SgdScalars<AccOf<T>>& scalars, const float* grad_scale) {
-    update_span<Variant, Arith, Baseline>(p, g, m, n, scalars, grad_scale);
+  template <class Variant, class T, class Rounding>
+  static void run(
+      T* p, T* g, MomentumOf<T, Rounding>* m, int64_t n, const SgdScalars<AccOf<T>>& scalars,
+      const float* grad_scale, Rounding rounding) {
+    update_span<Variant, Arith, Baseline>(p, g, m, n, scalars, grad_scale, rounding);
   }
 };
 
 #ifdef TORCH_FREEZE_X86
 struct Avx2Target {
-  template <class Variant, class T>
+  template <class Variant, class T, class Rounding>
   __attribute__((target("avx2,fma,f16c"))) static void run(
-      T* p, T* g, T* m, int64_t n, const SgdScalars<AccOf<T>>& scalars, const float* grad_scale) {
-    update_span<Variant, FusedArith, F16c>(p, g, m, n, scalars, grad_scale);
+      T* p, T* g, MomentumOf<T, Rounding>* m, int64_t n, const SgdScalars<AccOf<T>>& scalars,
+      const float* grad_scale, Rounding rounding) {
+    update_span<Variant, FusedArith, F16c>(p, g, m, n, scalars, grad_scale, rounding);
   }
 };
 struct Avx512Target {
-  template <class Variant, class T>
+  template <class Variant, class T, class Rounding>
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"))) static void
-  run(T* p, T* g, T* m, int64_t n, const SgdScalars<AccOf<T>>& scalars, const float* grad_scale) {
-    update_span<Variant, FusedArith, F16c>(p, g, m, n, scalars, grad_scale);
+  run(T* p, T* g, MomentumOf<T, Rounding>* m, int64_t n, const SgdScalars<AccOf<T>>& scalars,
+      const float* grad_scale, Rounding rounding) {
+    update_span<Variant, FusedArith, F16c>(p, g, m, n, scalars, grad_scale, rounding);
   }
 };
 #endif
 
-template <class Target, class T>
+template <class Target, class T, class Rounding>
 void step(const UpdateBatch& batch) {
   for_each_span(batch.updates, batch.count, batch.numel, [&batch] {
     // What the last span used, for most spans take the same: neighbours share their group.
-    using Run = void (*)(T*, T*, T*, int64_t, const SgdScalars<AccOf<T>>&, const float*);
+    using Momentum = MomentumOf<T, Rounding>;
+    using Run = void (*)(T*, T*, Momentum*, int64_t, const SgdScalars<AccOf<T>>&, const float*, Rounding);
     return [&batch, run = Run{}, scalars = SgdScalars<AccOf<T>>{}, group = int32_t{-1}, fresh = false](
                const TensorUpdate& update, int64_t begin, int64_t end) mutable {
       if (update.group != group || update.fresh != fresh) {
         group = update.group;
         fresh = update.fresh;
         scalars = sgd_scalars<AccOf<T>>(batch.groups[group]);
-        with_sgd_variant(
-            batch.groups[group], fresh, [&](auto variant) { run = &Target::template run<decltype(variant), T>; });
+        with_sgd_variant(batch.groups[group], fresh, [&](auto variant) {
+          run = &Target::template run<decltype(variant), T, Rounding>;
+        });
       }
-      auto* const momentum = static_cast<T*>(update.momentum);
+      auto* const momentum = static_cast<Momentum*>(update.momentum);
       run(static_cast<T*>(update.param) + begin, static_cast<T*>(update.grad) + begin,
-          momentum == nullptr ? nullptr : momentum + begin, end - begin, scalars, batch.grad_scale);
+          momentum == nullptr ? nullptr : momentum + begin, end - begin, scalars, batch.grad_scale,
+          Rounding::of(batch, update, begin));
     };
   });
 }
 
-template <class T>
+template <class T, class Rounding>
 void step_on_this_machine(const UpdateBatch& batch) {
 #ifdef TORCH_FREEZE_X86
   // Torch's own choice, not the processor's: with ATEN_CPU_CAPABILITY=default stock has no fused multiply-add.
   static const std::string capability = at::get_cpu_capability();
   if (capability == "AVX512") {
-    return step<Avx512Target, T>(batch);
+    return step<Avx512Target, T, Rounding>(batch);
   }
   if (capability == "AVX2") {
-    return step<Avx2Target, T>(batch);
+    return step<Avx2Target, T, Rounding>(batch);
   }
 #endif
-  step<BaselineTarget, T>(batch);
+  step<BaselineTarget, T, Rounding>(batch);
 }
 
 }  // namespace
@@ -281,18 +353,33 @@ void sgd_step_cpu(const UpdateBatch& batch) {
   if (batch.found_inf != nullptr && *batch.found_inf != 0) {
     return;
   }
-  switch (batch.param_type) {
-    case c10::kFloat:
-      return step_on_this_machine<float>(batch);
-    case c10::kDouble:
-      return step_on_this_machine<double>(batch);
-    case c10::kBFloat16:
-      return step_on_this_machine<c10::BFloat16>(batch);
-    case c10::kHalf:
-      return step_on_this_machine<c10::Half>(batch);
-    default:
-      TORCH_INTERNAL_ASSERT(false, "sgd_step_cpu: no kernel for ", batch.param_type);
+  const auto is = [&](c10::ScalarType type, c10::ScalarType momentum, bool stochastic = false) {
+    return batch.param_type == type && batch.grad_type == type && batch.momentum_type == momentum &&
+           batch.stochastic == stochastic;
+  };
+  using c10::kBFloat16, c10::kDouble, c10::kFloat, c10::kHalf;
+  if (is(kFloat, kFloat)) {
+    return step_on_this_machine<float, NearestRounding>(batch);
   }
+  if (is(kDouble, kDouble)) {
+    return step_on_this_machine<double, NearestRounding>(batch);
+  }
+  if (is(kBFloat16, kBFloat16)) {
+    return step_on_this_machine<c10::BFloat16, NearestRounding>(batch);
+  }
+  if (is(kHalf, kHalf)) {
+    return step_on_this_machine<c10::Half, NearestRounding>(batch);
+  }
+  if (is(kFloat, kBFloat16, true)) {
+    return step_on_this_machine<float, StochasticRounding>(batch);
+  }
+  if (is(kBFloat16, kBFloat16, true)) {
+    return step_on_this_machine<c10::BFloat16, StochasticRounding>(batch);
+  }
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      false, "sgd step on ", batch.device, ": no kernel for parameters of ", batch.param_type,
+      " with gradients of ", batch.grad_type, " and momentum of ", batch.momentum_type,
+      batch.stochastic ? ", rounded stochastically" : "");
 }
 
 }  // namespace torch_freeze

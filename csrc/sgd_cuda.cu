@@ -100,7 +100,8 @@ void sgd_step_cuda(const UpdateBatch& batch) {
   });
   TORCH_CHECK_NOT_IMPLEMENTED(
       known, "sgd step on ", batch.device, ": no kernel for parameters of ", batch.param_type,
-      " with gradients of ", batch.grad_type, " and momentum of ", batch.momentum_type, batch.stochastic ? ", rounded stochastically" : "");
+      " with gradients of ", batch.grad_type, " and momentum of ", batch.momentum_type,
+      batch.stochastic ? ", rounded stochastically" : "");
 }
 
 }  // namespace torch_freeze

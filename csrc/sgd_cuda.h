@@ -210,8 +210,8 @@ struct SgdFormula {
         TORCH_FREEZE_UNROLL
         for (int i = 0; i < kCount; ++i) {
           const auto place = static_cast<uint64_t>(element) + static_cast<uint64_t>(i) * stride;
-          const uint32_t random = rounding_bits(
-              tensor.rounding, static_cast<uint32_t>(place), static_cast<uint32_t>(place >> 32));
+          const uint32_t random =
+              rounding_bits(tensor.rounding, static_cast<uint32_t>(place), static_cast<uint32_t>(place >> 32));
           const uint32_t bits = round_to_bfloat16(values[2][i], random) << 16;
           std::memcpy(&values[2][i], &bits, sizeof(bits));
         }

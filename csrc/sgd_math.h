@@ -97,15 +97,16 @@ TORCH_FREEZE_INLINE void with_sgd_variant(const SgdGroup& group, bool fresh, Run
   }
 }
 
-// Stochastic rounding of momentum to bfloat16. Added to an fp32 value, sixteen random bits carry into the bits that
-// bfloat16 keeps with the probability of what is cut off then, so that the expected result is the value itself: to
-// either neighbour, never past it, and what bfloat16 holds exactly (zeros, infinities) stays. Between the largest
-// finite bfloat16 and 2^128 the upper neighbour is infinity, as it is for rounding to nearest.
+// Stochastic rounding of momentum to bfloat16. Added to an fp32 value, sixteen random bits carry into the bits
+// that bfloat16 keeps with the probability of what is cut off then, so that the expected result is the value
+// itself: to either neighbour, never past it, and what bfloat16 holds exactly (zeros, infinities) stays. Between
+// the largest finite bfloat16 and 2^128 the upper neighbour is infinity, as it is for rounding to nearest.
 //
 // The bits are a function of seed, parameter and element alone: nothing is stored, and no order of threads,
 // blocks or instructions shows.
 
-// Stafford's thirteenth variant of MurmurHash3's finaliser, as in Java's SplittableRandom (doi 10.1145/2660193.2660195).
+// Stafford's thirteenth variant of MurmurHash3's finaliser, as in Java's SplittableRandom
+// (doi 10.1145/2660193.2660195).
 TORCH_FREEZE_INLINE uint64_t mix_bits(uint64_t z) {
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
@@ -126,8 +127,8 @@ TORCH_FREEZE_INLINE RoundingKey rounding_key(uint64_t seed, uint32_t index) {
 }
 
 // Sixteen bits for the element at `high` * 2^32 + `low` in its tensor's memory. Two rounds of a shift and of
-// x (2x + 1), which permutes the 32-bit numbers; a multiplication by a constant, as cheap, lets neighbours differ by
-// the same amount again and again.
+// x (2x + 1), which permutes the 32-bit numbers; a multiplication by a constant, as cheap, lets neighbours differ
+// by the same amount again and again.
 TORCH_FREEZE_INLINE uint32_t rounding_bits(const RoundingKey& key, uint32_t low, uint32_t high) {
   uint32_t x = key.start + low * key.step;
   x ^= x >> 16;

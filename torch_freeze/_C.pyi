@@ -4,10 +4,10 @@ from weakref import ReferenceType
 
 from torch import Tensor
 
-# (param, grad, momentum: addresses; numel; group; fresh)
-_Update = tuple[int, int, int, int, int, bool]
-# (lr, momentum, dampening, weight_decay, nesterov, maximize, device_lr: address, it is double)
-_Group = tuple[float, float, float, float, bool, bool, int, bool]
+# (param, grad, momentum: addresses; numel; group; index in the group; fresh)
+_Update = tuple[int, int, int, int, int, int, bool]
+# (lr, momentum, dampening, weight_decay, nesterov, maximize, device_lr: address, it is double; rounding_seed)
+_Group = tuple[float, float, float, float, bool, bool, int, bool, int]
 
 def sgd_step(
     param_groups: list[dict[str, Any]],
@@ -46,6 +46,8 @@ def _kernel_on_host_step(
     grad_scale: int = 0,
     found_inf: int = 0,
     backwards: bool = False,
+    stochastic: bool = False,
+    chosen: Sequence[int] | None = None,
 ) -> list[dict[str, int]]: ...
 def _kernel_on_host_accesses(
     updates: Sequence[_Update],
@@ -55,7 +57,17 @@ def _kernel_on_host_accesses(
     chosen: Sequence[int] | None = None,
     *,
     grad_scale: int = 0,
+    stochastic: bool = False,
 ) -> list[tuple[int, int, int, bool]]: ...
 def _kernel_on_host_capacities(
-    dtypes: tuple[str, str, str], groups: int
+    dtypes: tuple[str, str, str], groups: int, *, stochastic: bool = False
 ) -> list[tuple[int, int]]: ...
+def _cpu_kernel_step(
+    updates: Sequence[_Update],
+    groups: Sequence[_Group],
+    dtypes: tuple[str, str, str],
+    *,
+    grad_scale: int = 0,
+    found_inf: int = 0,
+    stochastic: bool = False,
+) -> None: ...
