@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -153,6 +154,32 @@ def test_a_rotation_through_all_its_sets_compiles_no_more_graphs_than_there_are_
         eager_step(compiled, optimizer, torch.ones(2, 4))
     assert len(drawn) == 3
     assert graphs() == len(drawn)
+
+
+def test_more_frozen_sets_than_the_compiler_keeps_are_run_eagerly_and_rightly() -> None:
+    limit = torch._dynamo.config.recompile_limit
+    steps = 2 * limit + 4
+
+    def train(model: nn.Module, schedule: torch_freeze.FreezeSchedule) -> dict[str, Tensor]:
+        optimizer = FrozenAwareSGD(model.parameters(), **HYPER)
+        for step in range(steps):
+            schedule.step()
+            eager_step(model, optimizer, torch.full((2, 4), 0.1 * step))
+        return {name.removeprefix("_orig_mod."): p for name, p in model.named_parameters()}
+
+    def build() -> tuple[nn.Module, torch_freeze.FreezeSchedule]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(limit + 2)))
+        # Each layer in turn, and then all of them again.
+        turns = {i: [p for j, p in enumerate(model) if j != i % (limit + 2)] for i in range(steps)}
+        return model, torch_freeze.FreezeSchedule(model, turns, unit="step")
+
+    model, schedule = build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the limit, in some versions of torch
+        got = train(torch.compile(model, backend="aot_eager"), schedule)
+    assert_close(got, train(*build()))
+    assert graphs() == limit
 
 
 def test_a_compiled_model_that_trains_nothing_new_is_audited() -> None:
