@@ -8,10 +8,10 @@
 #include <ATen/ops/full.h>
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
-#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <limits>
@@ -44,27 +44,28 @@ uint32_t version_of(const at::Tensor& tensor) { return tensor.is_inference() ? 0
 
 int64_t bytes_of(const at::Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); }
 
-py::list list_of(const py::list& param_groups, Py_ssize_t group) {
+// A group's parameters: a list or a tuple.
+py::object list_of(const py::list& param_groups, Py_ssize_t group) {
   const py::handle item = PyList_GET_ITEM(param_groups.ptr(), group);
-  const py::object params = item["params"];
-  if (!PyList_Check(params.ptr())) {
+  py::object params = item["params"];
+  if (!PyList_Check(params.ptr()) && !PyTuple_Check(params.ptr())) {
     throw py::type_error(
         c10::str(
             kStep, ": param_groups[", group, "]['params'] is a ", Py_TYPE(params.ptr())->tp_name,
-            "; it has to be a list"));
+            "; give it a list of tensors"));
   }
-  return py::reinterpret_borrow<py::list>(params);
+  return params;
 }
 
-// Calls `visit(tensor, group, position)` for every tensor in the lists.
+// Calls `visit(object, group, position)` for every tensor in the lists.
 template <class Visit>
 void for_each_param(const py::list& param_groups, Visit&& visit) {
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups.ptr()); ++g) {
     const auto params = list_of(param_groups, g);
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
-      PyObject* const param = PyList_GET_ITEM(params.ptr(), i);
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params.ptr()); ++i) {
+      PyObject* const param = PySequence_Fast_GET_ITEM(params.ptr(), i);
       if (THPVariable_Check(param)) {
-        visit(THPVariable_Unpack(param), static_cast<int32_t>(g), i);
+        visit(param, static_cast<int32_t>(g), i);
       }
     }
   }
@@ -76,8 +77,9 @@ PyObject* param_at(const py::list& param_groups, int32_t group, Py_ssize_t posit
     return nullptr;
   }
   const auto params = list_of(param_groups, group);
-  PyObject* const param =
-      position < PyList_GET_SIZE(params.ptr()) ? PyList_GET_ITEM(params.ptr(), position) : nullptr;
+  PyObject* const param = position < PySequence_Fast_GET_SIZE(params.ptr())
+                              ? PySequence_Fast_GET_ITEM(params.ptr(), position)
+                              : nullptr;
   return param != nullptr && THPVariable_Check(param) ? param : nullptr;
 }
 
@@ -167,33 +169,26 @@ void BackwardStep::attach(const py::list& param_groups) {
   }
   // All are looked at before the first is touched.
   std::vector<PyObject*> wanting;
-  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups.ptr()); ++g) {
-    const auto params = list_of(param_groups, g);
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
-      PyObject* const object = PyList_GET_ITEM(params.ptr(), i);
-      if (!THPVariable_Check(object)) {
-        continue;  // step() says what is wrong with it
-      }
-      const auto& param = THPVariable_Unpack(object);
-      const auto* const hook = GradientHook::on(meta_of(param));
-      if (hook != nullptr && hook->owner_.get() == this) {
-        continue;
-      }
-      TORCH_CHECK(
-          hook == nullptr || hook->owner_->closed_, kBackward, ": ", place(static_cast<int32_t>(g), i),
-          " is already stepped in backward by another optimizer. Call its close() first.");
-      const bool sharded = param.key_set().has(c10::DispatchKey::Python) ||
-                           PyObject_HasAttrString(object, "_fsdp_flattened") != 0 ||
-                           PyObject_HasAttrString(object, "_is_flat_param") != 0;
-      TORCH_CHECK(
-          !sharded, kBackward, ": ", place(static_cast<int32_t>(g), i), " is a ", Py_TYPE(object)->tp_name,
-          " whose gradient is not the one that backward accumulates (FSDP shards and reduces it first). Use "
-          "step_in_backward=False.");
-      if (at::isFloatingType(param.scalar_type()) || at::isComplexType(param.scalar_type())) {
-        wanting.push_back(object);
-      }
+  for_each_param(param_groups, [&](PyObject* object, int32_t group, Py_ssize_t position) {
+    const auto& param = THPVariable_Unpack(object);
+    const auto* const hook = GradientHook::on(meta_of(param));
+    if (hook != nullptr && hook->owner_.get() == this) {
+      return;
     }
-  }
+    TORCH_CHECK(
+        hook == nullptr || hook->owner_->closed_, kBackward, ": ", place(group, position),
+        " is already stepped in backward by another optimizer. Call its close() first.");
+    const bool sharded = param.key_set().has(c10::DispatchKey::Python) ||
+                         PyObject_HasAttrString(object, "_fsdp_flattened") != 0 ||
+                         PyObject_HasAttrString(object, "_is_flat_param") != 0;
+    TORCH_CHECK(
+        !sharded, kBackward, ": ", place(group, position), " is a ", Py_TYPE(object)->tp_name,
+        " whose gradient is not the one that backward accumulates (FSDP shards and reduces it first). Use "
+        "step_in_backward=False.");
+    if (at::isFloatingType(param.scalar_type()) || at::isComplexType(param.scalar_type())) {
+      wanting.push_back(object);
+    }
+  });
   static PyObject* const name = PyUnicode_InternFromString("_post_accumulate_grad_hooks");
   static const auto* const ordered_dict = new py::object(py::module_::import("collections").attr("OrderedDict"));
   for (PyObject* const object : wanting) {
@@ -288,7 +283,8 @@ void BackwardStep::find_places(const py::list& param_groups) {
   };
   std::vector<Extent> extents;
   int64_t trainable_bytes = 0;
-  for_each_param(param_groups, [&](const at::Tensor& param, int32_t group, Py_ssize_t position) {
+  for_each_param(param_groups, [&](PyObject* object, int32_t group, Py_ssize_t position) {
+    const auto& param = THPVariable_Unpack(object);
     auto* const hook = GradientHook::on(meta_of(param));
     if (hook == nullptr || hook->owner_.get() != this) {
       return;
@@ -566,7 +562,8 @@ void BackwardStep::check_step(
     if (placeholder_) {
       check(*placeholder_);
     }
-    for_each_param(param_groups, [&](const at::Tensor& param, int32_t group, Py_ssize_t position) {
+    for_each_param(param_groups, [&](PyObject* object, int32_t group, Py_ssize_t position) {
+      const auto& param = THPVariable_Unpack(object);
       const auto* const hook = GradientHook::on(meta_of(param));
       TORCH_CHECK(
           hook == nullptr || hook->owner_.get() != this || hook->applied_ != iteration_ || param.requires_grad(),
@@ -585,7 +582,8 @@ void BackwardStep::check_step(
     throw;
   }
   std::vector<AutogradMeta*> left;
-  for_each_param(param_groups, [&](const at::Tensor& param, int32_t, Py_ssize_t) {
+  for_each_param(param_groups, [&](PyObject* object, int32_t, Py_ssize_t) {
+    const auto& param = THPVariable_Unpack(object);
     AutogradMeta* const meta = meta_of(param);
     if (meta == nullptr || !meta->grad_.defined()) {
       return;
@@ -611,7 +609,8 @@ void BackwardStep::check_step(
 
 void BackwardStep::end_step(const py::list& param_groups) {
   std::vector<at::Tensor> dropped;
-  for_each_param(param_groups, [&](const at::Tensor& param, int32_t, Py_ssize_t) {
+  for_each_param(param_groups, [&](PyObject* object, int32_t, Py_ssize_t) {
+    const auto& param = THPVariable_Unpack(object);
     AutogradMeta* const meta = meta_of(param);
     if (meta != nullptr && meta->grad_.defined()) {
       dropped.push_back(std::move(meta->grad_));

@@ -75,6 +75,22 @@ inline PyObject* first_or_lookup(PyObject* dict, PyObject* key) {
   return value;
 }
 
+// In a parameter's state: its buffer is of the past, and begins anew at the next step.
+PyObject* stale_key() {
+  static PyObject* const key = PyUnicode_InternFromString("momentum_stale");
+  return key;
+}
+
+bool is_marked(PyObject* state) {
+  PyObject* const mark = PyDict_GetItemWithError(state, stale_key());
+  if (mark == nullptr && PyErr_Occurred() != nullptr) {
+    throw py::error_already_set();
+  }
+  return mark == Py_True;
+}
+
+constexpr uint32_t kIndexMask = 0x7fffffff;
+
 // Plain dense tensors: no sparse, quantised, nested, meta or wrapped ones, no pending negation or conjugation.
 const uint64_t plain_keys = (c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::CUDA}) |
                              c10::autograd_dispatch_keyset_with_ADInplaceOrView |
@@ -110,8 +126,8 @@ C10_ALWAYS_INLINE bool same_sizes(const TensorImpl* a, const TensorImpl* b) {
 
 // The common case: nothing to convert, nothing to complain of. Both are plain, so none has sizes of its own
 // making.
-C10_ALWAYS_INLINE bool fits(const TensorImpl* param, const TensorImpl* tensor) {
-  return tensor->dtype() == param->dtype() && tensor->is_contiguous_default(c10::MemoryFormat::Contiguous) &&
+C10_ALWAYS_INLINE bool fits(const TensorImpl* param, const TensorImpl* tensor, caffe2::TypeMeta dtype) {
+  return tensor->dtype() == dtype && tensor->is_contiguous_default(c10::MemoryFormat::Contiguous) &&
          same_sizes(param, tensor);
 }
 
@@ -133,6 +149,16 @@ inline bool has_kernel(c10::DeviceType device, c10::ScalarType param, c10::Scala
 }
 
 inline c10::ScalarType type_of(const TensorImpl* tensor) { return c10::typeMetaToScalarType(tensor->dtype()); }
+
+inline bool has_own_buffer_type(const GroupUse& use) { return use.momentum_type != c10::ScalarType::Undefined; }
+
+inline caffe2::TypeMeta buffer_type_of(const TensorImpl* param, const GroupUse& use) {
+  return C10_LIKELY(!has_own_buffer_type(use)) ? param->dtype() : c10::scalarTypeToTypeMeta(use.momentum_type);
+}
+
+inline bool has_kernel_for_buffer(c10::ScalarType param, const GroupUse& use) {
+  return C10_LIKELY(!has_own_buffer_type(use)) || param == c10::kFloat || param == c10::kBFloat16;
+}
 
 // A subclass that leaves operators alone is a tensor like any other.
 bool overrides_operators(PyObject* tensor) {
@@ -269,14 +295,16 @@ void ParamWalk::reset(PyObject* state) {
   held_objects_.clear();
   state_position_ = 0;
   state_misses_ = 0;
+  states_found_ = 0;
 }
 
 C10_ALWAYS_INLINE WalkBatch& ParamWalk::batch_for(
-    c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type) {
+    c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type, const GroupUse& use) {
+  const bool stochastic = has_own_buffer_type(use);
   // One batch is the rule, a few the exception.
   for (auto& batch : batches_) {
     if (batch.launch.device == device && batch.launch.param_type == param_type &&
-        batch.launch.grad_type == grad_type) {
+        batch.launch.grad_type == grad_type && batch.launch.stochastic == stochastic) {
       return batch;
     }
   }
@@ -284,7 +312,8 @@ C10_ALWAYS_INLINE WalkBatch& ParamWalk::batch_for(
   batch.launch.device = device;
   batch.launch.param_type = param_type;
   batch.launch.grad_type = grad_type;
-  batch.launch.momentum_type = param_type;
+  batch.launch.momentum_type = stochastic ? use.momentum_type : param_type;
+  batch.launch.stochastic = stochastic;
   return batch;
 }
 
@@ -385,7 +414,7 @@ C10_ALWAYS_INLINE void ParamWalk::push(
       grad, grad_type == param_type ? itemsize : static_cast<int64_t>(c10::elementSize(grad_type)), has_memory);
   char* momentum = nullptr;
   if (slot.buffer != nullptr) {
-    momentum = data_of(slot.buffer, itemsize, has_memory);
+    momentum = data_of(slot.buffer, static_cast<int64_t>(slot.buffer->dtype().itemsize()), has_memory);
     prefetch(momentum, 1);
     // A buffer that nothing else refers to cannot be another parameter's too.
     const auto& storage = slot.buffer->unsafe_storage();
@@ -402,14 +431,23 @@ C10_ALWAYS_INLINE void ParamWalk::push(
   if (C10_UNLIKELY(!has_memory)) {
     raise_no_memory(slot, grad, use);
   }
-  auto& batch = batch_for(device_of_plain(slot.param), param_type, grad_type);
-  const bool fresh = use.has_buffer && slot.buffer == nullptr;
+  auto& batch = batch_for(device_of_plain(slot.param), param_type, grad_type, use);
+  // A state of one entry holds the buffer alone, so it has no mark.
+  const bool stale =
+      use.has_buffer && slot.state != nullptr && PyDict_GET_SIZE(slot.state) > 1 && is_marked(slot.state);
+  const bool fresh = use.has_buffer && (slot.buffer == nullptr || stale);
   if (fresh) {
     const auto batch_index = static_cast<size_t>(&batch - batches_.data());
     fresh_.push_back({slot.object, slot.state, batch_index, batch.updates.size(), at::Tensor()});
+    fresh_.back().marked = stale;
+    if (slot.buffer != nullptr) {
+      fresh_.back().buffer = THPVariable_Unpack(slot.buffer_object);
+      fresh_.back().enter = false;
+    }
   }
   const int64_t numel = slot.param->numel();
-  batch.updates.push_back({param_data, grad_data, momentum, numel, use.index, 0, fresh});
+  batch.updates.push_back(
+      {param_data, grad_data, momentum, numel, use.index, static_cast<uint32_t>(slot.index) & kIndexMask, fresh});
   batch.tensors.push_back({slot.param, grad, slot.buffer});
   if (C10_UNLIKELY(holding_)) {
     for (const auto* tensor : {slot.param, grad, slot.buffer}) {
@@ -422,7 +460,7 @@ C10_ALWAYS_INLINE void ParamWalk::push(
 }
 
 // The common case: plain, contiguous, of one type and on one device.
-C10_ALWAYS_INLINE bool ParamWalk::is_usual(const Slot& slot) {
+C10_ALWAYS_INLINE bool ParamWalk::is_usual(const Slot& slot, const GroupUse& use) {
   const auto* const param = slot.param;
   const auto* const grad = slot.grad;
   const auto* const buffer = slot.buffer;
@@ -433,8 +471,9 @@ C10_ALWAYS_INLINE bool ParamWalk::is_usual(const Slot& slot) {
     all &= buffer->key_set().raw_repr();
   }
   return (any & ~plain_keys) == 0 && (all & tracked_keys) != 0 &&
-         param->is_contiguous_default(c10::MemoryFormat::Contiguous) && fits(param, grad) &&
-         (buffer == nullptr || fits(param, buffer)) && has_kernel(type_of(param)) &&
+         param->is_contiguous_default(c10::MemoryFormat::Contiguous) && fits(param, grad, param->dtype()) &&
+         (buffer == nullptr || fits(param, buffer, buffer_type_of(param, use))) && has_kernel(type_of(param)) &&
+         has_kernel_for_buffer(type_of(param), use) &&
          ((any & cuda_keys) == 0 || (has_kernel(c10::kCUDA) && grad->device() == param->device() &&
                                      (buffer == nullptr || buffer->device() == param->device())));
 }
@@ -442,7 +481,7 @@ C10_ALWAYS_INLINE bool ParamWalk::is_usual(const Slot& slot) {
 C10_ALWAYS_INLINE void ParamWalk::emit(const Slot& slot, const GroupUse& use) {
   if (C10_LIKELY(
           slot.exact && (slot.buffer == nullptr || THPVariable_CheckExact(slot.buffer_object)) &&
-          is_usual(slot))) {
+          is_usual(slot, use))) {
     push(slot, slot.grad, use, type_of(slot.param), type_of(slot.param));
   } else {
     emit_unusual(slot, use);
@@ -475,7 +514,7 @@ bool ParamWalk::emit_local(const Slot& slot, const GroupUse& use) {
   local.param = locals[0].unsafeGetTensorImpl();
   local.grad = locals[1].unsafeGetTensorImpl();
   local.buffer = locals[2].defined() ? locals[2].unsafeGetTensorImpl() : nullptr;
-  if (!is_usual(local)) {
+  if (!is_usual(local, use)) {
     return false;
   }
   push(local, local.grad, use, type_of(local.param), type_of(local.param));
@@ -552,7 +591,11 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
       prefetch(&meta->requires_grad_, 1);
       PyTypeObject* const type = Py_TYPE(run[i]);
       const bool exact = type == parameter_type || type == tensor_type;
-      slots[live++] = {run[i], use.positions == nullptr ? start + i : use.positions[start + i], exact, tensors[i], meta, grad, nullptr, nullptr, nullptr};
+      slots[live++] = {run[i],  use.positions == nullptr ? start + i : use.positions[start + i],
+                       exact,   tensors[i],
+                       meta,    grad,
+                       nullptr, nullptr,
+                       nullptr};
       if (C10_UNLIKELY(holding_)) {
         hold(tensors[i]);
         hold(grad);
@@ -573,6 +616,7 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
         auto& slot = slots[i];
         slot.state = state_of(slot.object, slot.exact);
         if (slot.state != nullptr) {
+          ++states_found_;
           if (C10_UNLIKELY(holding_)) {
             held_objects_.push_back(py::reinterpret_borrow<py::object>(slot.state));
           }
@@ -702,6 +746,10 @@ void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
         " was made in inference mode. Inplace update to inference tensor outside InferenceMode is not allowed; "
         "clone it first.");
   }
+  if (has_own_buffer_type(use) && use.has_buffer) {
+    emit_with_own_buffer(slot, use);
+    return;
+  }
   if (!is_plain(param) || !is_plain(grad) || (buffer != nullptr && !is_plain(buffer)) ||
       (!slot.exact && overrides_operators(slot.object)) || param->is_inference() ||
       (buffer != nullptr && (buffer->is_inference() || !THPVariable_CheckExact(slot.buffer_object)))) {
@@ -727,6 +775,56 @@ void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
   copy.copy_(original);
   push(slot, copy.unsafeGetTensorImpl(), use, type, type_of(grad));
   copied_.push_back({slot.meta, std::move(copy)});
+}
+
+// Stock has no form with such a buffer: what the kernels cannot take is refused.
+void ParamWalk::emit_with_own_buffer(const Slot& slot, const GroupUse& use) {
+  TensorImpl* const param = slot.param;
+  const auto type = type_of(param);
+  TORCH_CHECK_TYPE(
+      is_plain(param) && is_plain(slot.grad) && (slot.exact || !overrides_operators(slot.object)) &&
+          !param->is_inference() && has_kernel(param->device().type()) && has_kernel_for_buffer(type, use) &&
+          param->is_non_overlapping_and_dense(),
+      function_, ": ", place(use, slot.index), " is a ", type, " tensor (", Py_TYPE(slot.object)->tp_name, ") on ",
+      param->device(), "; momentum_dtype=", use.momentum_type,
+      " is for dense float32 and bfloat16 parameters on the CPU or CUDA. Put it in a group of "
+      "momentum_dtype=None.");
+  at::NoGradGuard no_grad;
+  Slot fitting = slot;
+  at::Tensor buffer;
+  if (slot.buffer != nullptr && (type_of(slot.buffer) != use.momentum_type || !same_layout(param, slot.buffer) ||
+                                 !is_plain(slot.buffer) || slot.buffer->is_inference())) {
+    const auto& original = THPVariable_Unpack(slot.buffer_object);
+    buffer = at::empty_strided(
+        param->sizes(), param->strides(), at::TensorOptions().dtype(use.momentum_type).device(param->device()));
+    buffer.copy_(original);
+    held_objects_.push_back(py::reinterpret_steal<py::object>(THPVariable_Wrap(buffer)));
+    fitting.buffer_object = held_objects_.back().ptr();
+    fitting.buffer = buffer.unsafeGetTensorImpl();
+  }
+  const auto& grad = slot.meta->grad_;
+  at::Tensor copy;
+  if (type_of(slot.grad) != type || !same_layout(param, slot.grad)) {
+    copy = at::empty_strided(param->sizes(), param->strides(), grad.options().dtype(type).requires_grad(false));
+    copy.copy_(grad);
+  }
+  const size_t had_fresh = fresh_.size();
+  const size_t had_rest = rest_.size();
+  push(fitting, copy.defined() ? copy.unsafeGetTensorImpl() : slot.grad, use, type, type);
+  TORCH_CHECK_VALUE(
+      rest_.size() == had_rest, function_, ": momentum_buffer of ", place(use, slot.index),
+      " shares the memory of its parameter or gradient. Delete it from the optimizer's state.");
+  if (buffer.defined()) {
+    if (fresh_.size() == had_fresh) {
+      const auto& batch = batch_for(device_of_plain(param), type, type, use);
+      const auto batch_index = static_cast<size_t>(&batch - batches_.data());
+      fresh_.push_back({slot.object, slot.state, batch_index, batch.updates.size() - 1, std::move(buffer)});
+    }
+    fresh_.back().enter = true;
+  }
+  if (copy.defined()) {
+    copied_.push_back({slot.meta, std::move(copy)});
+  }
 }
 
 bool ParamWalk::has_overlap() const {
@@ -793,15 +891,19 @@ void ParamWalk::make_fresh_buffers(bool overlap) {
     auto& fresh = fresh_[i];
     auto& update = batches_[fresh.batch].updates[fresh.update];
     // A parameter in two groups: the second finds the buffer that the first has made.
-    for (size_t j = overlap ? i : 0; j-- > 0 && !fresh.buffer.defined();) {
+    for (size_t j = overlap ? i : 0; j-- > 0;) {
       const auto& earlier = fresh_[j];
       if (earlier.param == fresh.param && batches_[earlier.batch].updates[earlier.update].group != update.group) {
         fresh.buffer = earlier.buffer;
         update.fresh = false;
+        break;
       }
     }
     if (!fresh.buffer.defined()) {
-      fresh.buffer = at::empty_like(THPVariable_Unpack(fresh.param));
+      const auto& launch = batches_[fresh.batch].launch;
+      const auto options =
+          launch.stochastic ? at::TensorOptions().dtype(launch.momentum_type) : at::TensorOptions();
+      fresh.buffer = at::empty_like(THPVariable_Unpack(fresh.param), options);
     }
     TensorImpl* own = fresh.buffer.unsafeGetTensorImpl();
     if (!is_plain(own)) {
@@ -815,7 +917,12 @@ void ParamWalk::make_fresh_buffers(bool overlap) {
   try {
     for (; entered < fresh_.size(); ++entered) {
       auto& fresh = fresh_[entered];
-      fresh.had_none = fresh.state != nullptr && PyDict_GetItem(fresh.state, buffer_key_) == Py_None;
+      if (!fresh.enter) {
+        continue;
+      }
+      if (fresh.state != nullptr) {
+        fresh.replaced = py::reinterpret_borrow<py::object>(PyDict_GetItem(fresh.state, buffer_key_));
+      }
       const auto buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(fresh.buffer));
       auto entry = fresh.state != nullptr ? py::reinterpret_borrow<py::object>(fresh.state) : py::dict();
       if (PyDict_SetItem(entry.ptr(), buffer_key_, buffer.ptr()) != 0 ||
@@ -826,15 +933,84 @@ void ParamWalk::make_fresh_buffers(bool overlap) {
   } catch (...) {
     py::error_scope keep;
     for (size_t i = std::min(entered + 1, fresh_.size()); i-- > 0;) {
+      if (!fresh_[i].enter) {
+        continue;
+      }
       PyObject* const inner = fresh_[i].state;
-      const int failed = fresh_[i].had_none ? PyDict_SetItem(inner, buffer_key_, Py_None)
-                         : inner != nullptr ? PyDict_DelItem(inner, buffer_key_)
-                                            : PyDict_DelItem(state_, fresh_[i].param);
+      PyObject* const replaced = fresh_[i].replaced.ptr();
+      const int failed = replaced != nullptr ? PyDict_SetItem(inner, buffer_key_, replaced)
+                         : inner != nullptr  ? PyDict_DelItem(inner, buffer_key_)
+                                             : PyDict_DelItem(state_, fresh_[i].param);
       if (failed != 0) {
         PyErr_Clear();
       }
     }
     throw;
+  }
+}
+
+void ParamWalk::unmark_fresh() {
+  for (const auto& fresh : fresh_) {
+    if (fresh.marked && PyDict_DelItem(fresh.state, stale_key()) != 0) {
+      PyErr_Clear();  // a parameter that is listed twice: gone already
+    }
+  }
+}
+
+bool ParamWalk::has_idle_state() const { return PyDict_Size(state_) != states_found_; }
+
+// Calls `visit(parameter, its entry in the state)` for the frozen ones that have any.
+template <class Visit>
+void ParamWalk::for_each_frozen(PyObject* params, Visit&& visit) {
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params); ++i) {
+    PyObject* const param = PySequence_Fast_GET_ITEM(params, i);
+    if (!THPVariable_Check(param)) {
+      continue;
+    }
+    const auto* const meta = autograd_meta_of(THPVariable_Unpack(param).unsafeGetTensorImpl());
+    if (meta == nullptr || (!meta->requires_grad_ && meta->grad_fn_ == nullptr)) {
+      const PyTypeObject* const type = Py_TYPE(param);
+      const bool exact = type == reinterpret_cast<PyTypeObject*>(ParameterClass) ||
+                         type == reinterpret_cast<PyTypeObject*>(THPVariableClass);
+      PyObject* const entry = state_of(param, exact);
+      if (entry != nullptr && PyDict_Check(entry)) {
+        visit(param, entry);
+      }
+    }
+  }
+}
+
+void ParamWalk::mark_frozen(PyObject* params) {
+  for_each_frozen(params, [&](PyObject*, PyObject* entry) {
+    PyObject* const buffer = PyDict_GetItemWithError(entry, buffer_key_);
+    if (buffer != nullptr && buffer != Py_None && !is_marked(entry) &&
+        PyDict_SetItem(entry, stale_key(), Py_True) != 0) {
+      throw py::error_already_set();
+    }
+  });
+}
+
+void ParamWalk::drop_frozen(PyObject* params) {
+  // Letting go of a buffer can run a user's code, so all are taken out of the state first.
+  std::vector<py::object> dropped;
+  std::vector<py::object> emptied;
+  for_each_frozen(params, [&](PyObject* param, PyObject* entry) {
+    for (PyObject* const key : {buffer_key_, stale_key()}) {
+      if (PyObject* const value = PyDict_GetItemWithError(entry, key); value != nullptr) {
+        dropped.push_back(py::reinterpret_borrow<py::object>(value));
+        if (PyDict_DelItem(entry, key) != 0) {
+          throw py::error_already_set();
+        }
+      }
+    }
+    if (PyDict_GET_SIZE(entry) == 0) {
+      emptied.push_back(py::reinterpret_borrow<py::object>(param));
+    }
+  });
+  for (const auto& param : emptied) {
+    if (PyDict_DelItem(state_, param.ptr()) != 0) {
+      throw py::error_already_set();
+    }
   }
 }
 

@@ -21,6 +21,8 @@ struct GroupUse {
   int32_t index = 0;        // of the group in param_groups
   bool has_buffer = false;  // the state keeps a buffer per parameter
   bool stock_form = false;  // every trainable parameter goes to the rest
+  // Of the buffers; Undefined: each parameter's own. bfloat16 is rounded stochastically where it is asked for.
+  c10::ScalarType momentum_type = c10::ScalarType::Undefined;
   // Where the parameters given are not all of the group's: their positions in its list.
   const Py_ssize_t* positions = nullptr;
 };
@@ -53,14 +55,23 @@ class ParamWalk {
   // What the kernels do not cover, as [(group index, [parameter, …]), …].
   pybind11::object rest() const;
   bool has_rest() const { return !rest_.empty(); }
+  // Buffers that do not hold the past of their parameter: none yet, or stale.
   bool has_fresh() const { return !fresh_.empty(); }
   std::vector<WalkBatch>& batches() { return batches_; }
   // Whether two of the tensors to be written share memory, so that their order matters.
   bool has_overlap() const;
 
-  // Makes the buffers that are missing and enters them into the state; all of them or none. `overlap` is what
-  // has_overlap() says.
+  // Makes the buffers that are missing or of another type than asked for, and enters them into the state; all of
+  // them or none. `overlap` is what has_overlap() says.
   void make_fresh_buffers(bool overlap);
+  // After the update: what began anew is no longer marked as stale.
+  void unmark_fresh();
+  // Marks the buffers of the frozen parameters among `params` as stale, so that they begin anew when it is their
+  // turn again; or takes them out of the state.
+  void mark_frozen(PyObject* params);
+  void drop_frozen(PyObject* params);
+  // Whether the state may hold anything for parameters that this walk did not step.
+  bool has_idle_state() const;
   // Where gradients were copied into another layout and then changed, brings them back.
   void return_copied_grads();
   // Keeps the memory behind every update alive for as long as the result lives.
@@ -80,7 +91,9 @@ class ParamWalk {
     size_t batch;
     size_t update;
     at::Tensor buffer;
-    bool had_none = false;  // its entry named the buffer, as None
+    bool enter = true;               // into the state
+    bool marked = false;             // as stale, in the state
+    pybind11::object replaced = {};  // what its entry named before: None, or a buffer of another type
   };
   struct CopiedGrad {
     torch::autograd::AutogradMeta* meta;  // of the parameter
@@ -89,10 +102,11 @@ class ParamWalk {
 
   void hold(c10::TensorImpl* tensor);
   void hold_from_here_on();
-  static bool is_usual(const Slot& slot);
+  static bool is_usual(const Slot& slot, const GroupUse& use);
   PyObject* state_of(PyObject* param, bool exact);
   void emit(const Slot& slot, const GroupUse& use);
   void emit_unusual(const Slot& slot, const GroupUse& use);
+  void emit_with_own_buffer(const Slot& slot, const GroupUse& use);
   bool emit_local(const Slot& slot, const GroupUse& use);
   void check_fit(
       const char* what, const c10::TensorImpl* tensor, const char* mend, const Slot& slot,
@@ -100,8 +114,11 @@ class ParamWalk {
   void push(
       const Slot& slot, c10::TensorImpl* grad, const GroupUse& use, c10::ScalarType param_type,
       c10::ScalarType grad_type);
+  template <class Visit>
+  void for_each_frozen(PyObject* params, Visit&& visit);
   [[noreturn]] void raise_no_memory(const Slot& slot, const c10::TensorImpl* grad, const GroupUse& use) const;
-  WalkBatch& batch_for(c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type);
+  WalkBatch& batch_for(
+      c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type, const GroupUse& use);
 
   const char* function_;
   PyObject* state_ = nullptr;
@@ -116,6 +133,7 @@ class ParamWalk {
   std::set<std::pair<int32_t, PyObject*>> skipped_;         // (group, parameter)
   Py_ssize_t state_position_ = 0;                           // of the entry guessed to come next
   int state_misses_ = 0;
+  Py_ssize_t states_found_ = 0;
   bool shared_buffers_ = false;  // somebody else holds a buffer too
   // Pointers alone are kept while nothing but this code runs. A user's code may let go of anything, so before it
   // can run, all that was found is held, and what follows as it is found.

@@ -3,6 +3,7 @@
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -64,6 +65,22 @@ const std::array<PyObject*, kKeyNames.size()>& keys() {
   return interned;
 }
 
+// What a group may hold besides.
+enum Extra : size_t { kFrozenMomentum, kMomentumDtype, kMomentumSeed };
+constexpr std::array<const char*, 3> kExtraNames = {"frozen_momentum", "momentum_dtype", "momentum_seed"};
+
+const std::array<PyObject*, kExtraNames.size()>& extra_keys() {
+  static const auto interned = [] {
+    std::array<PyObject*, kExtraNames.size()> all{};
+    std::transform(kExtraNames.begin(), kExtraNames.end(), all.begin(), intern);
+    return all;
+  }();
+  return interned;
+}
+
+// What becomes of the momentum of frozen parameters.
+enum class FrozenMomentum : uint8_t { kKeep, kReset, kDrop };
+
 // One param group, read afresh at every step.
 class GroupReader {
  public:
@@ -78,9 +95,11 @@ class GroupReader {
     PyObject* value = nullptr;
     Py_ssize_t position = 0;
     size_t next = 0;
-    while (next < wanted.size() && PyDict_Next(group, &position, &key, &value) != 0) {
-      if (key == wanted[next]) {
+    while (PyDict_Next(group, &position, &key, &value) != 0) {
+      if (next < wanted.size() && key == wanted[next]) {
         values_[next++] = value;
+      } else {
+        note_extra(key, value);
       }
     }
     for (; next < wanted.size(); ++next) {
@@ -99,6 +118,7 @@ class GroupReader {
   ~GroupReader() {
     if (kept_) {
       std::for_each(values_.begin(), values_.end(), [](PyObject* value) { Py_DECREF(value); });
+      std::for_each(extras_.begin(), extras_.end(), [](PyObject* value) { Py_XDECREF(value); });
     }
   }
 
@@ -181,6 +201,44 @@ class GroupReader {
     return found != nullptr && found->requires_grad();
   }
 
+  FrozenMomentum frozen_momentum() const {
+    PyObject* const value = extras_[kFrozenMomentum];
+    if (value == nullptr) {
+      return FrozenMomentum::kKeep;
+    }
+    const std::string name = PyUnicode_Check(value) ? py::cast<std::string>(value) : "";
+    TORCH_CHECK_VALUE(
+        name == "keep" || name == "reset" || name == "drop", kStep, ": frozen_momentum of param_groups[", index_,
+        "] is ", py::cast<std::string>(py::repr(value)), "; it has to be 'keep', 'reset' or 'drop'");
+    return name == "keep"    ? FrozenMomentum::kKeep
+           : name == "reset" ? FrozenMomentum::kReset
+                             : FrozenMomentum::kDrop;
+  }
+
+  // Undefined: the parameter's own.
+  c10::ScalarType momentum_type() const {
+    PyObject* const value = extras_[kMomentumDtype];
+    if (value == nullptr || value == Py_None) {
+      return c10::ScalarType::Undefined;
+    }
+    TORCH_CHECK_VALUE(
+        THPDtype_Check(value) && reinterpret_cast<THPDtype*>(value)->scalar_type == c10::kBFloat16, kStep,
+        ": momentum_dtype of param_groups[", index_, "] is ", py::cast<std::string>(py::repr(value)),
+        "; it has to be torch.bfloat16 or None");
+    return c10::kBFloat16;
+  }
+
+  uint64_t momentum_seed() const {
+    PyObject* const value = extras_[kMomentumSeed];
+    if (value == nullptr) {
+      return 0;
+    }
+    TORCH_CHECK_VALUE(
+        PyLong_Check(value), kStep, ": momentum_seed of param_groups[", index_, "] is a ", Py_TYPE(value)->tp_name,
+        "; it has to be an int");
+    return PyLong_AsUnsignedLongLongMask(value);
+  }
+
   // Stock's own implementation is asked for, or a derivative that only its separate operators have.
   bool wants_stock_form() const {
     const bool kernels = item(kFused) == Py_None ? item(kForeach) == Py_None : flag(kFused);
@@ -188,6 +246,16 @@ class GroupReader {
   }
 
  private:
+  void note_extra(PyObject* key, PyObject* value) {
+    // Of two interned strings, or a string and itself, the pointers tell.
+    for (size_t i = 0; i < extras_.size(); ++i) {
+      PyObject* const wanted = extra_keys()[i];
+      if (key == wanted ||
+          (PyUnicode_CheckExact(key) && !PyUnicode_CHECK_INTERNED(key) && PyUnicode_Compare(key, wanted) == 0)) {
+        extras_[i] = value;
+      }
+    }
+  }
   // One whose every sum and conversion is exact.
   static bool is_small_int(PyObject* value) {
     int overflow = 0;
@@ -199,10 +267,12 @@ class GroupReader {
     if (!kept_) {
       kept_ = true;
       std::for_each(values_.begin(), values_.end(), [](PyObject* value) { Py_INCREF(value); });
+      std::for_each(extras_.begin(), extras_.end(), [](PyObject* value) { Py_XINCREF(value); });
     }
   }
 
   std::array<PyObject*, kKeyNames.size()> values_{};
+  std::array<PyObject*, kExtraNames.size()> extras_{};  // null where the group has none
   int32_t index_;
   mutable bool kept_ = false;
 };
@@ -212,7 +282,10 @@ struct StepWork {
   ParamWalk walk{kStep, intern("momentum_buffer")};
   std::vector<SgdGroup> groups;
   std::vector<std::pair<py::object, GroupUse>> params;  // per group
-  std::vector<at::Tensor> device_lrs;                   // per group; undefined where lr is a number
+  std::vector<std::pair<size_t, FrozenMomentum>>
+      policies;                                        // of the groups, by index into `params`, that do not keep
+  std::vector<std::pair<py::object, uint64_t>> seeds;  // of the groups that round stochastically
+  std::vector<at::Tensor> device_lrs;                  // per group; undefined where lr is a number
   bool has_device_lr = false;
 };
 
@@ -327,7 +400,7 @@ void run(StepWork& work, const py::object& grad_scale, const py::object& found_i
 }
 
 // Reads what a group's kernels take. `lr` is the learning rate where it stays on its device, else null.
-SgdGroup read_group(const GroupReader& reader, const at::Tensor*& device_lr) {
+SgdGroup read_group(const GroupReader& reader, size_t index, const at::Tensor*& device_lr) {
   SgdGroup group;
   const at::Tensor* lr = reader.tensor(kLr);
   device_lr = nullptr;
@@ -343,6 +416,10 @@ SgdGroup read_group(const GroupReader& reader, const at::Tensor*& device_lr) {
   group.weight_decay = reader.number(kWeightDecay);
   group.nesterov = reader.flag(kNesterov);
   group.maximize = reader.flag(kMaximize);
+  if (reader.momentum_type() != c10::ScalarType::Undefined) {
+    // Groups may have been given the same seed, and their parameters the same places.
+    group.rounding_seed = reader.momentum_seed() + (static_cast<uint64_t>(index) << 48);
+  }
   return group;
 }
 
@@ -383,6 +460,23 @@ void check_number_of_groups(const py::list& param_groups, const UsedGroups& used
       used.size(), " when backward applied a part of the gradients. Remove groups after step().");
 }
 
+// What is left to do once the tensors have been updated.
+void settle(StepWork& work) {
+  work.walk.unmark_fresh();
+  if (!work.policies.empty() && work.walk.has_idle_state()) {
+    for (const auto& [index, policy] : work.policies) {
+      PyObject* const params = work.params[index].first.ptr();
+      policy == FrozenMomentum::kReset ? work.walk.mark_frozen(params) : work.walk.drop_frozen(params);
+    }
+  }
+  for (const auto& [group, seed] : work.seeds) {
+    const auto next = py::int_(seed + 1);
+    if (PyDict_SetItem(group.ptr(), extra_keys()[kMomentumSeed], next.ptr()) != 0) {
+      throw py::error_already_set();
+    }
+  }
+}
+
 py::object step(
     StepWork& work, const py::list& param_groups, const py::dict& state, const py::object& grad_scale,
     const py::object& found_inf, const std::optional<py::list>& done, const Selection* selection,
@@ -390,6 +484,8 @@ py::object step(
   work.walk.reset(state.ptr());
   work.groups.clear();
   work.params.clear();
+  work.policies.clear();
+  work.seeds.clear();
   work.device_lrs.clear();
   work.has_device_lr = false;
   if (done) {
@@ -411,7 +507,7 @@ py::object step(
     use.stock_form = intercepted || reader.wants_stock_form();
     if (!use.stock_form || selected) {
       const at::Tensor* device_lr = nullptr;
-      group = read_group(reader, device_lr);
+      group = read_group(reader, i, device_lr);
       if (device_lr != nullptr) {
         work.has_device_lr = true;
         work.device_lrs.resize(i);
@@ -426,6 +522,21 @@ py::object step(
         (*used)[i] = now;
       }
       use.has_buffer = group.momentum != 0;
+    }
+    if (use.has_buffer || use.stock_form) {
+      use.momentum_type = reader.momentum_type();
+      TORCH_CHECK_VALUE(
+          use.momentum_type == c10::ScalarType::Undefined || !use.stock_form, kStep, ": param_groups[", i,
+          "] has a momentum_dtype and asks for stock's own form (foreach, fused=False, differentiable, or a mode "
+          "that "
+          "wants to see every operator), which has none. Set momentum_dtype to None, or foreach and fused.");
+      if (selection == nullptr && use.momentum_type != c10::ScalarType::Undefined) {
+        work.seeds.emplace_back(
+            py::reinterpret_borrow<py::object>(PyList_GET_ITEM(param_groups.ptr(), i)), reader.momentum_seed());
+      }
+    }
+    if (const auto policy = reader.frozen_momentum(); policy != FrozenMomentum::kKeep && selection == nullptr) {
+      work.policies.emplace_back(work.params.size(), policy);
     }
     if (selected) {
       use.positions = selection->parts[part].positions.data();
@@ -453,6 +564,7 @@ py::object step(
   const bool overlap = work.walk.has_overlap();
   work.walk.make_fresh_buffers(overlap);
   run(work, grad_scale, found_inf, overlap);
+  settle(work);
   return py::none();
 }
 
@@ -473,6 +585,7 @@ py::object step_in_thread(
       shared.walk.reset(nullptr);  // holds no tensor until the next step
       shared.device_lrs.clear();
       shared.params.clear();
+      shared.seeds.clear();
       busy = false;
     }
   } guard;
@@ -504,7 +617,7 @@ void check_unchanged(const py::list& param_groups, const UsedGroups& used) {
       const GroupReader reader(
           PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i)), static_cast<int32_t>(i));
       const at::Tensor* device_lr = nullptr;
-      const auto group = read_group(reader, device_lr);
+      const auto group = read_group(reader, i, device_lr);
       check_same(used[i], as_used(group, device_lr), i);
     }
   }

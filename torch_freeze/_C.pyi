@@ -6,7 +6,8 @@ from torch import Tensor
 
 # (param, grad, momentum: addresses; numel; group; index in the group; fresh)
 _Update = tuple[int, int, int, int, int, int, bool]
-# (lr, momentum, dampening, weight_decay, nesterov, maximize, device_lr: address, it is double; rounding_seed)
+# (lr, momentum, dampening, weight_decay, nesterov, maximize, device_lr: address, it is double;
+# rounding_seed)
 _Group = tuple[float, float, float, float, bool, bool, int, bool, int]
 
 def sgd_step(

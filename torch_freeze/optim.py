@@ -8,7 +8,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ _C = load_extension()
 _global_pre_hooks = _stock._global_optimizer_pre_hooks
 _global_post_hooks = _stock._global_optimizer_post_hooks
 
+_FrozenMomentum = Literal["keep", "reset", "drop"]
 _Closure = Callable[[], Any]
 _Rest = list[tuple[int, list[Tensor]]]
 
@@ -89,8 +90,10 @@ class FrozenAwareSGD(torch.optim.SGD):
 
     # Of optimizers that step in backward: what makes the steps; and, which survives a copy,
     # (bucket_mb, clip_value).
-    _in_backward: _C.BackwardStep | None = None
+    _in_backward: Any = None
     _backward_options: tuple[float | None, float | None] | None = None
+    # What the constructor was asked for beyond stock's options, a default of the param groups.
+    _own_defaults: dict[str, Any] = {}  # noqa: RUF012  # replaced, never changed
 
     def __init__(
         self,
@@ -108,8 +111,21 @@ class FrozenAwareSGD(torch.optim.SGD):
         step_in_backward: bool = False,
         bucket_mb: float | None = None,
         clip_value: float | None = None,
+        frozen_momentum: _FrozenMomentum = "keep",
+        momentum_dtype: torch.dtype | None = None,
+        momentum_seed: int = 0,
     ) -> None:
         self._configure_backward(step_in_backward, bucket_mb, clip_value, differentiable)
+        # Only what is asked for goes into the param groups: they stay stock's otherwise.
+        own: dict[str, Any] = {}
+        if frozen_momentum != "keep":
+            own["frozen_momentum"] = frozen_momentum
+        if momentum_dtype is not None:
+            own["momentum_dtype"] = momentum_dtype
+        if momentum_seed != 0:
+            own["momentum_seed"] = momentum_seed
+        _check_momentum_options(own)
+        self._own_defaults = own
         super().__init__(
             params,
             lr,
@@ -125,13 +141,20 @@ class FrozenAwareSGD(torch.optim.SGD):
         self._prepare()
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state: dict[str, Any] = super().__getstate__()
         if self._in_backward is not None:
             state["_backward_options"] = self._backward_options
+        if self._own_defaults:
+            state["_own_defaults"] = self._own_defaults
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # A checkpoint of stock's has no options of ours, and momentum as wide as its parameter.
+        for group in self.param_groups:
+            for name, value in self._own_defaults.items():
+                group.setdefault(name, value)
+            _narrow_momentum(group, self.state)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -194,6 +217,10 @@ class FrozenAwareSGD(torch.optim.SGD):
             param_group: its parameters under ``"params"``, and options that differ from the
                 optimizer's.
         """
+        if isinstance(param_group, dict):
+            for name, value in self._own_defaults.items():
+                param_group.setdefault(name, value)
+            _check_momentum_options(param_group)
         super().add_param_group(param_group)
         if self._in_backward is not None:
             try:
@@ -314,7 +341,7 @@ class FrozenAwareSGD(torch.optim.SGD):
         has_momentum = group["momentum"] != 0
         buffers: list[Tensor | None] = []
         if has_momentum:
-            buffers = [self.state[p].get("momentum_buffer") for p in params]
+            buffers = [_buffer(self.state[p]) for p in params]
         sgd(
             params,
             grads,
@@ -331,6 +358,7 @@ class FrozenAwareSGD(torch.optim.SGD):
         )
         for p, buffer in zip(params, buffers, strict=has_momentum):
             self.state[p]["momentum_buffer"] = buffer
+            self.state[p].pop("momentum_stale", None)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, the frozen ones' included.
@@ -381,9 +409,41 @@ def _parts(
     """
     if not group["fused"] or group["momentum"] == 0:
         return [params]
-    fresh = [p for p in params if state[p].get("momentum_buffer") is None]
-    kept = [p for p in params if state[p].get("momentum_buffer") is not None]
+    fresh = [p for p in params if _buffer(state[p]) is None]
+    kept = [p for p in params if _buffer(state[p]) is not None]
     return [part for part in (fresh, kept) if part]
+
+
+def _buffer(state: dict[str, Any]) -> Tensor | None:
+    """The momentum buffer to go on from; None where momentum begins anew."""
+    buffer: Tensor | None = state.get("momentum_buffer")
+    return None if state.get("momentum_stale") else buffer
+
+
+def _check_momentum_options(options: dict[str, Any]) -> None:
+    policy = options.get("frozen_momentum", "keep")
+    if policy not in get_args(_FrozenMomentum):
+        raise ValueError(
+            f"Invalid frozen_momentum value: {policy!r}; it has to be 'keep', 'reset' or 'drop'"
+        )
+    dtype = options.get("momentum_dtype")
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(
+            f"Invalid momentum_dtype value: {dtype!r}; it has to be torch.bfloat16, or None for "
+            "each parameter's own"
+        )
+    seed = options.get("momentum_seed", 0)
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"Invalid momentum_seed value: {seed!r}; it has to be an int and not < 0")
+
+
+def _narrow_momentum(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
+    """Bring buffers that loading has widened back into the group's dtype; what it wrote fits."""
+    dtype = group.get("momentum_dtype")
+    for p in group["params"] if dtype is not None else ():
+        buffer = state[p].get("momentum_buffer") if p in state else None
+        if isinstance(buffer, Tensor) and buffer.dtype is not dtype:
+            state[p]["momentum_buffer"] = buffer.to(dtype)
 
 
 def _unscale(param: Tensor, grad_scale: Any) -> None:
