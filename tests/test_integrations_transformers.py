@@ -293,6 +293,43 @@ def test_row_8_ours_resumes_under_another_frozen_set(tmp_path: Path) -> None:
     assert set(trained) == {(True, True, True)}
 
 
+def rates_of(folder: Path, callback: Any, optimizer: Any, model: Any) -> list[list[float]]:
+    """The learning rate of every param group at each step."""
+    seen: list[list[float]] = []
+
+    class Rates(TrainerCallback):  # type: ignore[misc]
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append([group["lr"] for group in kwargs["optimizer"].param_groups])
+
+    train(folder, model, [callback, Rates()], optimizer=optimizer, num_train_epochs=2)
+    return seen
+
+
+def test_row_10_theirs_breaks_the_learning_rate_when_a_group_is_added(tmp_path: Path) -> None:
+    model = make_model()
+    model.bert.encoder.requires_grad_(False)
+
+    class Unfreeze(TrainerCallback):  # type: ignore[misc]
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if round(state.epoch) == 1:
+                encoder = kwargs["model"].bert.encoder.requires_grad_(True)
+                kwargs["optimizer"].add_param_group({"params": list(encoder.parameters())})
+
+    chosen = filter(lambda p: p.requires_grad, model.parameters())
+    optimizer = torch.optim.SGD(chosen, lr=0.1)
+    with pytest.raises(ValueError, match="zip"):  # of as many rates as there were groups
+        rates_of(tmp_path, Unfreeze(), optimizer, model)
+
+
+def test_row_10_ours_leaves_the_learning_rate_to_the_trainer(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = FrozenAwareSGD(model.parameters(), lr=0.1)
+    callback = FreezeTrainerCallback(schedule={0: ["bert.encoder"], 1: []})
+    rates = rates_of(tmp_path, callback, optimizer, model)
+    line = [0.1 * (1 - step / (2 * BATCHES)) for step in range(2 * BATCHES)]
+    assert [rate for (rate,) in rates] == pytest.approx(line)
+
+
 def test_nothing_named_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="name what to freeze"):
         FreezeTrainerCallback()
