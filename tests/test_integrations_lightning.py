@@ -190,6 +190,23 @@ def test_a_resumed_run_goes_on_in_the_middle_of_the_schedule(
     assert resumed.schedule.last == (3 if unit == "epoch" else 4 * BATCHES - 1)
 
 
+@pytest.mark.parametrize("unit", ["epoch", "step"])
+def test_a_run_that_had_no_schedule_yet_goes_on_where_the_schedule_would_be(
+    tmp_path: Path, unit: str
+) -> None:
+    def callback() -> FreezeCallback:
+        every = 1 if unit == "epoch" else BATCHES - 1
+        groups = ["backbone.0", "backbone.3", "head"]
+        return FreezeCallback(schedule=lambda m: gradual_unfreeze(m, groups, every, unit=unit))
+
+    whole = Net()
+    fit(whole, callback(), 3)
+    fit(Net(), [], 1).save_checkpoint(tmp_path / "run.ckpt")
+    net = Net()
+    fit(net, callback(), 3, tmp_path / "run.ckpt")
+    assert net.trained == whole.trained[BATCHES:]
+
+
 def test_a_callback_used_for_a_second_run_begins_its_schedule_anew() -> None:
     net, callback = Net(), FreezeCallback(schedule={0: ["backbone"], 1: []})
     for _ in range(2):

@@ -122,6 +122,9 @@ class FreezeCallback(pl.Callback):
             if self._loaded is not None:
                 self.schedule.load_state_dict(self._loaded)
                 self._loaded = None
+            elif self.schedule.unit == "step" and pl_module.automatic_optimization:
+                # Resumed from a checkpoint that knows no schedule: the Trainer's count holds.
+                catch_up(self.schedule, trainer.global_step - 1)
             check_ranks(self.schedule, "FreezeCallback")
         if self._what or (self.schedule is not None and self.schedule.last >= 0):
             self._tell(trainer, pl_module)
