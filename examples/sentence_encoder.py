@@ -12,6 +12,7 @@ Three ways, which differ in nothing but what is frozen:
 - frozen body: the head alone trains;
 - LISA: two layers drawn at random train at a time, and the head (Pan et al., 2024; there the
   embeddings train as well, here they rest, so that backward stops at the lowest layer drawn);
+  what is frozen again drops its momentum;
 - everything.
 
 Run with ``python examples/sentence_encoder.py``; it takes half a minute.
@@ -197,6 +198,7 @@ def run(way: str, train: Texts, test: Texts, steps: int = STEPS) -> Result:
             {"params": list(model.head.parameters()), "lr": HEAD_LR},
         ],
         momentum=0.9,
+        frozen_momentum="drop",
     )
     schedule = WAYS[way](model)
     rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)

@@ -152,6 +152,9 @@ class TestSentenceEncoder:
             assert float(accuracy.rstrip("%")) > above_chance
         backward = [float(figures[2]) for figures in rows.values()]
         assert backward == sorted(backward)
+        # Layers were drawn twice; those of the first draw have dropped their momentum.
+        for *_, gradients, momentum in rows.values():
+            assert gradients == momentum
 
 
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
