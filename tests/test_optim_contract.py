@@ -41,10 +41,15 @@ def _one(**hyper: Any) -> tuple[FrozenAwareSGD, torch.nn.Parameter]:
 def test_signature_is_stocks(method: str) -> None:
     ours = inspect.signature(getattr(FrozenAwareSGD, method))
     theirs = inspect.signature(getattr(torch.optim.SGD, method))
-    assert list(ours.parameters) == list(theirs.parameters)
+    common = len(theirs.parameters)
+    assert list(ours.parameters)[:common] == list(theirs.parameters)
     for name, parameter in theirs.parameters.items():
         assert ours.parameters[name].kind == parameter.kind
         assert ours.parameters[name].default == parameter.default
+    for parameter in list(ours.parameters.values())[common:]:
+        assert method == "__init__", "more options only where they are asked for by name"
+        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameter.default is not inspect.Parameter.empty
 
 
 def test_step_takes_a_closure_and_nothing_else() -> None:

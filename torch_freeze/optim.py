@@ -199,6 +199,15 @@ class FrozenAwareSGD(torch.optim.SGD):
         """Whether gradients are applied while backward runs; False after `close`."""
         return self._in_backward is not None
 
+    @property
+    def bucket_bytes(self) -> int:
+        """Bytes of gradients that are collected before they are applied in backward.
+
+        The size that ``bucket_mb`` gave, or else the automatic one of the last backward; 0 before
+        any, and where nothing is stepped in backward.
+        """
+        return 0 if self._in_backward is None else int(self._in_backward.bucket_bytes)
+
     def close(self) -> None:
         """Stop stepping in backward and take the hooks off the parameters.
 
@@ -278,6 +287,8 @@ class FrozenAwareSGD(torch.optim.SGD):
         scaling = own.get("grad_scale"), own.get("found_inf")
         in_backward = self._in_backward
         if in_backward is not None:
+            # GradScaler would leave these behind when this raises, as with them it does.
+            own.pop("grad_scale", None), own.pop("found_inf", None)
             in_backward.check_step(self.param_groups, *scaling)
         rest = _C.sgd_step(self.param_groups, self.state, *scaling)
         if rest is not None:
