@@ -156,4 +156,7 @@ def test_the_installed_package_is_typed_for_its_users(clean_python: Path, tmp_pa
 def test_the_stub_of_the_compiled_module_agrees_with_it(clean_python: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("mypy") is None:
         pytest.skip("mypy, which has stubtest, is not installed")
-    run(clean_python, "-m", "mypy.stubtest", "torch_freeze._C", cwd=tmp_path)
+    # That its metaclass is pybind11's, which no stub can name; its members are compared.
+    (tmp_path / "known").write_text("torch_freeze._C.BackwardStep\n")
+    stubtest = (clean_python, "-m", "mypy.stubtest", "--allowlist", "known")
+    run(*stubtest, "torch_freeze._C", cwd=tmp_path)
