@@ -30,8 +30,11 @@ namespace {
 constexpr const char* kStep = "FrozenAwareSGD.step";
 constexpr const char* kBackward = "FrozenAwareSGD(step_in_backward=True)";
 
-// Without a size from the user, a bucket is this part of the trainable bytes, and no more than so many.
+// Without a size from the user, a bucket is this part of the trainable bytes, and no more than so many: gradients
+// that are still in the cache when they are applied need not come from memory again. On the CPU 1 to 4 MiB
+// measured best (benchmarks/NOTES.md); a GPU has the larger cache, and launches that cost more.
 constexpr int64_t kBucketsAtLeast = 10;
+constexpr int64_t kLargestBucketCpu = int64_t{4} << 20;
 constexpr int64_t kLargestBucket = int64_t{32} << 20;
 
 AutogradMeta* meta_of(const at::Tensor& tensor) { return torch::autograd::impl::get_autograd_meta(tensor); }
@@ -102,12 +105,8 @@ class GradientHook : public PostAccumulateGradHook {
   void operator()(const at::Tensor& param) override {
     const auto owner = owner_;  // outlives this hook, which close() may take off meanwhile
     struct Running {
-      explicit Running(BackwardStep& owner) : owner(owner) { count(1); }
-      ~Running() { count(-1); }
-      void count(int change) const {
-        const std::lock_guard lock(owner.mutex_);
-        owner.running_ += change;
-      }
+      explicit Running(BackwardStep& owner) : owner(owner) { ++owner.running_; }
+      ~Running() { --owner.running_; }
       BackwardStep& owner;
     } const running(*owner);
     // Users' hooks are entries of a Python dict; where it is empty nothing need wait for the GIL.
@@ -283,6 +282,7 @@ void BackwardStep::find_places(const py::list& param_groups) {
   };
   std::vector<Extent> extents;
   int64_t trainable_bytes = 0;
+  bool all_on_cpu = true;
   for_each_param(param_groups, [&](PyObject* object, int32_t group, Py_ssize_t position) {
     const auto& param = THPVariable_Unpack(object);
     auto* const hook = GradientHook::on(meta_of(param));
@@ -301,6 +301,7 @@ void BackwardStep::find_places(const py::list& param_groups) {
       return;
     }
     trainable_bytes += bytes_of(param);
+    all_on_cpu &= param.is_cpu();
     const auto* const data = static_cast<const char*>(param.storage().data());
     if (param.numel() != 0 && data != nullptr) {
       int64_t last = param.storage_offset();
@@ -323,7 +324,8 @@ void BackwardStep::find_places(const py::list& param_groups) {
       furthest = i;
     }
   }
-  bucket_ = fixed_bucket_.value_or(std::min(trainable_bytes / kBucketsAtLeast, kLargestBucket));
+  bucket_ = fixed_bucket_.value_or(
+      std::min(trainable_bytes / kBucketsAtLeast, all_on_cpu ? kLargestBucketCpu : kLargestBucket));
   begun_ = true;
 }
 

@@ -29,7 +29,7 @@ class GradientHook;
 class BackwardStep : public std::enable_shared_from_this<BackwardStep> {
  public:
   // `optimizer` is a weak reference. Without `bucket_bytes`, a tenth of the trainable bytes, and no more than
-  // kLargestBucket. `clip_value` bounds every element of a gradient before it is applied.
+  // a cache holds. `clip_value` bounds every element of a gradient before it is applied.
   BackwardStep(pybind11::object optimizer, std::optional<int64_t> bucket_bytes, std::optional<double> clip_value);
   BackwardStep(const BackwardStep&) = delete;
   BackwardStep& operator=(const BackwardStep&) = delete;
@@ -75,6 +75,7 @@ class BackwardStep : public std::enable_shared_from_this<BackwardStep> {
   std::optional<int64_t> fixed_bucket_;
   std::optional<double> clip_value_;
   std::atomic<bool> closed_{false};
+  std::atomic<int> running_{0};  // hooks under way
 
   std::mutex mutex_;  // of all below
   std::unordered_set<GradientHook*> hooks_;
@@ -88,7 +89,6 @@ class BackwardStep : public std::enable_shared_from_this<BackwardStep> {
   std::string refusal_;                 // why the iteration cannot become a step
   UsedGroups used_;                     // by what has been applied
   std::optional<Arrived> placeholder_;  // stands for gradients that have all been applied
-  int running_ = 0;                     // hooks under way
 };
 
 void bind_backward_step(pybind11::module_& module);
