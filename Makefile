@@ -18,7 +18,7 @@ comma := ,
 # Its package has no __main__ to run with -m.
 clang_format = $(PY) -c 'import clang_format; clang_format.clang_format()'
 
-.PHONY: help compare test build lint format typecheck gpu docs clean
+.PHONY: help compare test sanitize build lint format typecheck gpu docs clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,10 @@ compare: build ## compare FrozenAwareSGD with stock SGD, on the GPU if there is 
 
 test: build ## run the tests and the examples in the docstrings
 	$(PY) -m pytest $(ARGS)
+
+sanitize: $(call need,$(EXTRAS)) ## tests under ASan, UBSan and TSan, with a C++ compiled for them
+	PYTHON=$(PY) tests/sanitize.sh address
+	PYTHON=$(PY) tests/sanitize.sh thread
 
 build: $(call need,$(EXTRAS)) ## compile the extension in place; only what changed
 	$(PY) setup.py -q build_ext --inplace

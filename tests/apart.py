@@ -24,7 +24,7 @@ class DiedError(Exception):
         return self.how
 
 
-def run(function: Callable[[], Any], seconds: int = 20) -> Any:
+def run(function: Callable[[], Any], seconds: int = 120) -> Any:
     """What `function` returns in a forked child; it has to be picklable.
 
     The child is single-threaded: no OpenMP pool lives through a fork.
