@@ -460,9 +460,8 @@ void check_number_of_groups(const py::list& param_groups, const UsedGroups& used
       used.size(), " when backward applied a part of the gradients. Remove groups after step().");
 }
 
-// What is left to do once the tensors have been updated.
+// What is left to do after a step, one that an overflow withheld included: a GPU does not tell the host of those.
 void settle(StepWork& work) {
-  work.walk.unmark_fresh();
   if (!work.policies.empty() && work.walk.has_idle_state()) {
     for (const auto& [index, policy] : work.policies) {
       PyObject* const params = work.params[index].first.ptr();
@@ -556,6 +555,7 @@ py::object step(
   // asked only where there are buffers to be made: never in a steady state.
   if (!found_inf.is_none() && work.walk.has_fresh() && on_device(found_inf, c10::kCPU).item<float>() != 0) {
     work.walk.drop_frozen_grads();
+    settle(work);
     return py::none();
   }
   if (work.walk.has_fresh()) {
@@ -564,6 +564,7 @@ py::object step(
   const bool overlap = work.walk.has_overlap();
   work.walk.make_fresh_buffers(overlap);
   run(work, grad_scale, found_inf, overlap);
+  work.walk.unmark_fresh();
   settle(work);
   return py::none();
 }

@@ -1,8 +1,9 @@
 """Any interleaving of steps, freezing and edits gives what stock would have given, bit for bit.
 
 A hypothesis state machine drives FrozenAwareSGD and the plain reference (stock's for-loop plus
-"frozen does not move") through the same random rules over the same random tensors and compares
-everything after every rule. `TORCH_FREEZE_STATEFUL_STEPS=200000` asks for a long run, new seeds.
+"frozen does not move" and the policies for frozen momentum) through the same random rules over the
+same random tensors and compares everything after every rule. `TORCH_FREEZE_STATEFUL_STEPS=200000`
+asks for a long run, new seeds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import pytest
 import torch
 from optim_cases import FrozenAwareSGD
 from torch import Tensor
+
+from torch_freeze import rotate
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
@@ -53,6 +56,40 @@ GROUP_EDITS = {
 HYPER = st.fixed_dictionaries(
     {key: values for key, values in GROUP_EDITS.items() if key != "nesterov"}
 )
+
+
+POLICIES = st.sampled_from((None, None, "keep", "reset", "drop"))
+# MiB; None for an optimizer that does not step in backward.
+BUCKETS = st.sampled_from((None, None, 0, 1e-4, 1))
+
+
+class Reference(cases.Reference):
+    """And what becomes of the momentum of whatever is frozen at a step."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                trains = p.requires_grad and p.grad is not None and group["momentum"] != 0
+                if trains and self.state.get(p, {}).pop("momentum_stale", False):
+                    self.state[p]["momentum_buffer"] = None
+        loss = super().step(closure)
+        self.settle()
+        return loss
+
+    def settle(self) -> None:
+        for group in self.param_groups:
+            policy = group.get("frozen_momentum", "keep")
+            for p in group["params"]:
+                state = self.state.get(p)
+                if p.requires_grad or state is None or policy == "keep":
+                    continue
+                if policy == "reset" and state.get("momentum_buffer") is not None:
+                    state["momentum_stale"] = True
+                elif policy == "drop":
+                    state.pop("momentum_buffer", None)
+                    state.pop("momentum_stale", None)
+                    if not state:
+                        del self.state[p]
 
 
 def _copy_value(value: Any) -> Any:
@@ -98,9 +135,11 @@ class Training(RuleBasedStateMachine):
 
     @initialize(
         seed=SEEDS,
+        bucket=BUCKETS,
         groups=st.lists(
             st.tuples(
                 HYPER,
+                POLICIES,
                 st.lists(
                     st.tuples(
                         st.sampled_from(SHAPES),
@@ -115,7 +154,7 @@ class Training(RuleBasedStateMachine):
             max_size=3,
         ),
     )
-    def build(self, seed: int, groups: Any) -> None:
+    def build(self, seed: int, bucket: float | None, groups: Any) -> None:
         self.gen = cases.generator(seed)
         self.flats = {
             dtype: (torch.zeros(4096, dtype=dtype), torch.zeros(4096, dtype=dtype))
@@ -123,16 +162,22 @@ class Training(RuleBasedStateMachine):
         }
         self.used = dict.fromkeys(self.flats, 256)
         ours, theirs = [], []
-        for hyper, tensors in groups:
+        for hyper, policy, tensors in groups:
+            if policy is not None:
+                hyper = hyper | {"frozen_momentum": policy}
             pairs = [self._make(*spec) for spec in tensors]
             ours.append({k: _copy_value(v) for k, v in hyper.items()})
             theirs.append({k: _copy_value(v) for k, v in hyper.items()})
             ours[-1]["params"] = [p for p, _ in pairs]
             theirs[-1]["params"] = [q for _, q in pairs]
-        self.optimizer = FrozenAwareSGD(ours)
-        self.reference = cases.Reference(theirs)
+        self.optimizer = FrozenAwareSGD(ours, **self._in_backward(bucket))
+        self.reference = Reference(theirs)
 
     # ---- helpers
+
+    @staticmethod
+    def _in_backward(bucket: float | None) -> dict[str, Any]:
+        return {} if bucket is None else {"step_in_backward": True, "bucket_mb": bucket}
 
     def _both(self) -> tuple[Any, Any]:
         return self.optimizer, self.reference
@@ -159,7 +204,10 @@ class Training(RuleBasedStateMachine):
         self.optimizer.step()
         self.reference.step()
         Training.steps += 1
-        for p in self._params(self.optimizer):
+        for p, q in self._pairs():
+            if self.optimizer.step_in_backward:
+                assert p.grad is None
+                q.grad = None
             assert p.requires_grad or p.grad is None
 
     def _train(self, mask: int, times: int = 1) -> None:
@@ -173,6 +221,45 @@ class Training(RuleBasedStateMachine):
     def backward_and_step(self, masks: list[int]) -> None:
         for mask in masks:
             self._train(mask)
+
+    @rule(mask=st.integers(1, 2**16 - 1), times=st.integers(1, 3))
+    def run_backward_and_step(self, mask: int, times: int) -> None:
+        """Autograd's gradients, on top of what lies in `.grad`; may be applied as they come."""
+        for _ in range(times):
+            losses: list[list[Tensor]] = [[], []]
+            for i, (p, q) in enumerate(self._pairs()):
+                factor = self._value(p.shape, p.dtype)
+                if mask >> i % 16 & 1 and p.requires_grad:
+                    for loss, x in zip(losses, (p, q), strict=True):
+                        loss.append((x * factor).sum().double())
+            if losses[0]:
+                for loss in losses:
+                    torch.stack(loss).sum().backward()
+            self._step()
+
+    @rule()
+    def stop_stepping_in_backward(self) -> None:
+        self.optimizer.close()
+        assert not self.optimizer.step_in_backward
+
+    @rule(seed=SEEDS, steps=st.integers(1, 4), k=st.integers(1, 3))
+    def a_schedule_freezes(self, seed: int, steps: int, k: int) -> None:
+        schedules = []
+        for optimizer in self._both():
+            model = torch.nn.Module()
+            model.layers = torch.nn.ModuleList()
+            seen: set[int] = set()
+            for p in self._params(optimizer):
+                if id(p) not in seen:
+                    seen.add(id(p))
+                    model.layers.append(torch.nn.ParameterList([p]))
+            if len(model.layers) < k:
+                return
+            schedules.append(rotate(model, "layers.*", k, 1, seed=seed))
+        for _ in range(steps):
+            self._train(seed | 1)
+            for schedule in schedules:
+                schedule.step()
 
     @rule()
     def step_again_with_the_same_gradients(self) -> None:
@@ -270,6 +357,7 @@ class Training(RuleBasedStateMachine):
             if buffer is not None and (narrow or buffer.dtype not in cases.WIDE_DTYPES.values()):
                 optimizer.state[p]["momentum_buffer"] = buffer.to(dtype)
 
+    @precondition(lambda self: not self.optimizer.step_in_backward)
     @rule(
         mask=st.integers(1, 2**16 - 1),
         bad=st.sampled_from((None, math.inf, math.nan)),
@@ -291,16 +379,14 @@ class Training(RuleBasedStateMachine):
         scaler.step(self.optimizer)
         Training.steps += 1
         if overflow:
-            for _, q in self._pairs():
-                if not q.requires_grad:
-                    q.grad = None
+            self.reference.settle()
             for p, q in self._pairs():
                 p.grad = q.grad = None
         else:
             self.reference.step()
 
-    @rule()
-    def save_and_load(self) -> None:
+    @rule(bucket=BUCKETS)
+    def save_and_load(self, bucket: float | None) -> None:
         """Through torch.save into a new stock-shaped reference, and the reference's into ours."""
         loaded = []
         for optimizer in self._both():
@@ -312,8 +398,9 @@ class Training(RuleBasedStateMachine):
             [{"params": list(group["params"])} for group in optimizer.param_groups]
             for optimizer in self._both()
         ]
-        self.optimizer = FrozenAwareSGD(empty[0])
-        self.reference = cases.Reference(empty[1])
+        self.optimizer.close()
+        self.optimizer = FrozenAwareSGD(empty[0], **self._in_backward(bucket))
+        self.reference = Reference(empty[1])
         self.optimizer.load_state_dict(loaded[1])
         self.reference.load_state_dict(loaded[0])
 

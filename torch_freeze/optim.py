@@ -61,6 +61,21 @@ class FrozenAwareSGD(torch.optim.SGD):
             form.
         differentiable: let autograd differentiate through the step (stock's form).
         fused: None or True for the fused kernels; False for stock's forms.
+        step_in_backward: apply gradients while backward runs, and free them at once. One
+            ``backward()`` then makes one step; what needs more than that raises an error (the
+            documentation's page on memory lists it).
+        bucket_mb: with ``step_in_backward``, MiB of gradients that are collected before they are
+            applied together; None for a tenth of the trainable ones, at most 4 MiB on the CPU and
+            32 MiB elsewhere. Peak gradient memory is a bucket and the largest gradient.
+        clip_value: with ``step_in_backward``, bounds every element of a gradient to
+            [-clip_value, clip_value], as `torch.nn.utils.clip_grad_value_` does.
+        frozen_momentum: what becomes of a frozen parameter's momentum: ``"keep"``, as stock does;
+            ``"reset"``, it begins anew once unfrozen; ``"drop"``, the same, and its memory is freed
+            at the next step after freezing. Also per param group.
+        momentum_dtype: None for each parameter's own dtype, or `torch.bfloat16`, stored with
+            stochastic rounding: off by less than 2**-7 of the value at each store, right on
+            average. For float32 and bfloat16 parameters. Also per param group.
+        momentum_seed: of that rounding; grows by one at each step, in the param group.
 
     Raises:
         ValueError: a negative or otherwise invalid hyper-parameter, with stock's message; at a
@@ -68,7 +83,8 @@ class FrozenAwareSGD(torch.optim.SGD):
             parameter.
         TypeError: parameters that are not tensors; at a step, a momentum buffer of a type that
             cannot hold it.
-        RuntimeError: contradicting options, with stock's message.
+        RuntimeError: contradicting options, with stock's message; with ``step_in_backward``, what
+            cannot be one step.
 
     An error raised by a step leaves parameters, gradients and state as they were.
 
