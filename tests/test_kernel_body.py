@@ -7,12 +7,14 @@ that an array may lie anywhere and be larger than any memory.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -43,6 +45,19 @@ class Triple(NamedTuple):
         """Elements that a warp moves at once."""
         return 32 * self.vector
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether momentum is rounded stochastically."""
+        return False
+
+
+class StochasticTriple(Triple):
+    """Momentum is rounded stochastically."""
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 TRIPLES = {
@@ -52,6 +67,8 @@ TRIPLES = {
     "fp16": Triple(F16, F16, F16),
     "fp32 with bf16 gradients": Triple(F32, BF16, F32),
     "fp32 with fp16 gradients": Triple(F32, F16, F32),
+    "fp32 with stochastic bf16 momentum": StochasticTriple(F32, F32, BF16),
+    "bf16 with stochastic momentum": StochasticTriple(BF16, BF16, BF16),
 }
 every_triple = pytest.mark.parametrize(
     "triple", [pytest.param(triple, id=name) for name, triple in TRIPLES.items()]
@@ -75,8 +92,9 @@ class Group:
     nesterov: bool = False
     maximize: bool = False
     device_lr: Tensor | None = None
+    rounding_seed: int = 2**64 - 7
 
-    def packed(self) -> tuple[float, float, float, float, bool, bool, int, bool]:
+    def packed(self) -> tuple[float, float, float, float, bool, bool, int, bool, int]:
         lr = self.device_lr
         return (
             self.lr,
@@ -87,6 +105,7 @@ class Group:
             self.maximize,
             0 if lr is None else lr.data_ptr(),
             lr is not None and lr.dtype == torch.float64,
+            self.rounding_seed,
         )
 
 
@@ -114,6 +133,10 @@ class Bordered:
         assert (border == 0x5A).all(), "the kernel wrote outside an array"
 
 
+# As _C takes it: param, grad, momentum, numel, group, index, fresh.
+Packed = tuple[int, int, int, int, int, int, bool]
+
+
 @dataclass
 class Update:
     """One parameter with its gradient and momentum buffer."""
@@ -123,8 +146,9 @@ class Update:
     momentum: Bordered | None
     group: int = 0
     fresh: bool = False
+    index: int = field(default_factory=itertools.count().__next__)
 
-    def packed(self) -> tuple[int, int, int, int, int, bool]:
+    def packed(self) -> Packed:
         momentum = 0 if self.momentum is None else self.momentum.view.data_ptr()
         numel = self.param.view.numel()
         return (
@@ -133,6 +157,7 @@ class Update:
             momentum,
             numel,
             self.group,
+            self.index,
             self.fresh,
         )
 
@@ -175,6 +200,7 @@ def step(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     backwards: bool = False,
+    chosen: Sequence[int] | None = None,
 ) -> list[Launch]:
     """Run the kernel on the host."""
     launches = _C._kernel_on_host_step(
@@ -185,8 +211,41 @@ def step(
         grad_scale=0 if grad_scale is None else grad_scale.data_ptr(),
         found_inf=0 if found_inf is None else found_inf.data_ptr(),
         backwards=backwards,
+        stochastic=triple.stochastic,
+        chosen=chosen,
     )
     return [Launch(**launch) for launch in launches]
+
+
+def mix_bits(z: int) -> int:
+    """The mixer of SplitMix64."""
+    mask = 2**64 - 1
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+    return z ^ (z >> 31)
+
+
+def rounding_bits(seed: int, index: int, first: int, count: int) -> np.ndarray:
+    """The sixteen bits by which elements from `first` on are rounded, worked out apart from C++."""
+    mask, golden = 2**64 - 1, 0x9E3779B97F4A7C15
+    key = mix_bits(mix_bits(seed + golden & mask) + (index + 1) * golden & mask)
+    place = np.arange(first, first + count, dtype=np.uint64)
+    low, high = place.astype(np.uint32), (place >> np.uint64(32)).astype(np.uint32)
+    x = np.uint32(key & 0xFFFFFFFF) + low * np.uint32(key >> 32 | 1)
+    x ^= x >> np.uint32(16)
+    x *= np.uint32(2) * x + np.uint32(1)
+    x += high * np.uint32(0x9E3779B9)
+    x ^= x >> np.uint32(15)
+    x *= np.uint32(2) * x + np.uint32(1)
+    return x >> np.uint32(16)
+
+
+def round_stochastically(values: Tensor, bits: np.ndarray) -> Tensor:
+    """fp32 values as bf16: what is cut off and the bits carry, or do not."""
+    floats = values.numpy()
+    rounded = (floats.view(np.uint32).astype(np.uint64) + bits) >> np.uint64(16)
+    rounded[np.isnan(floats)] = 0x7FC0
+    return torch.from_numpy(rounded.astype(np.uint16).view(np.int16)).view(BF16)
 
 
 def expected(
@@ -215,6 +274,9 @@ def expected(
         maximize=group.maximize,
     )
     after = buffers[0] if group.momentum else None
+    if after is not None and triple.stochastic:
+        bits = rounding_bits(group.rounding_seed, update.index, 0, after.numel())
+        after = round_stochastically(after, bits)
     return param.to(triple.param), kept, None if after is None else after.to(triple.momentum)
 
 
@@ -322,7 +384,7 @@ def test_every_combination_of_offsets_in_a_vector(triple: Triple) -> None:
 def test_a_short_last_tile_is_not_read_past(left: int, grad_offset: int, triple: Triple) -> None:
     offset = grad_offset * triple.grad.itemsize // 2
     numel = 2 * triple.tile + left
-    touched = accesses([(1 << 20, (2 << 20) + offset, 3 << 20, numel, 0, False)], triple)
+    touched = accesses([(1 << 20, (2 << 20) + offset, 3 << 20, numel, 0, 0, False)], triple)
     assert_covered(touched, 1 << 20, numel * triple.param.itemsize)
     end = (2 << 20) + offset + numel * triple.grad.itemsize
     reads = [a for a in touched if not a.store and 2 << 20 <= a.address < 3 << 20]
@@ -347,7 +409,7 @@ def test_one_huge_and_many_tiny_tensors(backwards: bool, triple: Triple) -> None
 def test_a_table_is_filled_to_its_capacity_and_chained_beyond(triple: Triple) -> None:
     torch.manual_seed(0)
     groups = [Group()]
-    tiers = _C._kernel_on_host_capacities(triple.names, 1)
+    tiers = _C._kernel_on_host_capacities(triple.names, 1, stochastic=triple.stochastic)
     for tier, (size, capacity) in enumerate(tiers):
         for count in (capacity - 1, capacity, capacity + 1):
             updates = [make(1 + i % 3, triple) for i in range(count)]
@@ -494,9 +556,6 @@ class Access(NamedTuple):
     store: bool
 
 
-Packed = tuple[int, int, int, int, int, bool]
-
-
 def accesses(
     updates: Sequence[Packed],
     triple: Triple,
@@ -512,6 +571,7 @@ def accesses(
         resident,
         chosen,
         grad_scale=0 if grad_scale is None else grad_scale.data_ptr(),
+        stochastic=triple.stochastic,
     )
     return [Access(*run) for run in runs]
 
@@ -537,9 +597,9 @@ def test_every_byte_is_stored_once(resident: int, triple: Triple) -> None:
         base = (i + 1) << 24
         offsets = [rng.randrange(0, 16) * dtype.itemsize for dtype in triple]
         param, grad, momentum = (base + (k << 20) + offset for k, offset in enumerate(offsets))
-        updates.append((param, grad, momentum, numel, 0, False))
+        updates.append((param, grad, momentum, numel, 0, 0, False))
     touched = accesses(updates, triple, resident, grad_scale=torch.tensor(2.0))
-    for param, grad, momentum, numel, _, _ in updates:
+    for param, grad, momentum, numel, *_ in updates:
         for start, dtype in zip((param, grad, momentum), triple, strict=True):
             assert_covered(touched, start, numel * dtype.itemsize)
     assert sum(a.bytes for a in touched if a.store) == sum(
@@ -553,7 +613,7 @@ def test_indexing_beyond_2_to_the_31(power: int, triple: Triple) -> None:
     numel = (1 << power) + 12345
     starts = (1 << 40, 2 << 40, 3 << 40)
     blocks = 1 << 19
-    updates = [(*starts, numel, 0, False)]
+    updates = [(*starts, numel, 0, 0, False)]
     near = int(2**31 / numel * blocks)
     chosen = [0, 1, near - 1, near, near + 1, blocks // 2, blocks - 2, blocks - 1]
     chosen = sorted({block for block in chosen if 0 <= block < blocks})
@@ -596,7 +656,7 @@ def test_all_but_the_ends_moves_in_vectors(offsets: Sequence[int], triple: Tripl
         ((i + 1) << 30) + offset * dtype.itemsize
         for i, (offset, dtype) in enumerate(zip(offsets, triple, strict=True))
     ]
-    touched = accesses([(starts[0], starts[1], starts[2], numel, 0, False)], triple)
+    touched = accesses([(starts[0], starts[1], starts[2], numel, 0, 0, False)], triple)
     for i, dtype in enumerate(triple):
         bytes_per_access = triple.vector * dtype.itemsize
         for store in (False, True) if i != 1 else (False,):
