@@ -25,14 +25,17 @@ WARPS, BLOCKS = (
 # The register file of a multiprocessor, shared by all of its threads, in steps of eight.
 MOST_REGISTERS = 65536 // (32 * WARPS * BLOCKS) // 8 * 8
 
-# How a triple of dtypes reads in a mangled name, with the bytes of a vector of gradients.
+# How a triple of dtypes reads in a mangled name, with the bytes of a vector of parameters, of
+# gradients and of momentum.
 TRIPLES = {
-    "fp32": (r"fff", 16),
-    "fp64": (r"ddd", 16),
-    "bf16": (r"N3c108BFloat16E\w+?", 16),
-    "fp16": (r"N3c104HalfE\w+?", 16),
-    "fp32 with bf16 gradients": (r"fN3c108BFloat16Ef", 8),
-    "fp32 with fp16 gradients": (r"fN3c104HalfEf", 8),
+    "fp32": (r"fffLb0E", (16, 16, 16)),
+    "fp64": (r"dddLb0E", (16, 16, 16)),
+    "bf16": (r"N3c108BFloat16E\w{1,8}Lb0E", (16, 16, 16)),
+    "fp16": (r"N3c104HalfE\w{1,8}Lb0E", (16, 16, 16)),
+    "fp32 with bf16 gradients": (r"fN3c108BFloat16EfLb0E", (16, 8, 16)),
+    "fp32 with fp16 gradients": (r"fN3c104HalfEfLb0E", (16, 8, 16)),
+    "fp32 with stochastic bf16 momentum": (r"ffN3c108BFloat16ELb1E", (16, 16, 8)),
+    "bf16 with stochastic momentum": (r"N3c108BFloat16E\w{1,8}Lb1E", (16, 16, 16)),
 }
 TABLES = (1024, 8192, 32760)
 every_kernel = pytest.mark.parametrize(
@@ -140,9 +143,12 @@ def test_vectors_of_sixteen_bytes(triple: str, table: int, ptx: str) -> None:
         return sum(int(times or 1) * widths[name] == size for times, name in found)
 
     # Parameter and momentum, two vectors of each under way; the gradient streamed.
-    assert count(r"ld\.global", 16) >= 4
-    assert count(r"st\.global", 16) >= 4
-    assert count(r"ld\.global\.cs", TRIPLES[triple][1]) >= 2
+    param, grad, momentum = TRIPLES[triple][1]
+    for size in (param, momentum):
+        vectors = 2 * (param, momentum).count(size)
+        assert count(r"ld\.global", size) >= vectors
+        assert count(r"st\.global", size) >= vectors
+    assert count(r"ld\.global\.cs", grad) >= 2
 
 
 @every_kernel
