@@ -287,6 +287,7 @@ struct StepWork {
   std::vector<std::pair<py::object, uint64_t>> seeds;  // of the groups that round stochastically
   std::vector<at::Tensor> device_lrs;                  // per group; undefined where lr is a number
   bool has_device_lr = false;
+  bool rounds_stochastically = false;
 };
 
 // A mode or a function transform wants to see every operator, and may give back tensors of its own.
@@ -306,18 +307,14 @@ at::Tensor on_device(const py::object& scalar, c10::Device device) {
   return tensor.to(device, at::kFloat);
 }
 
-// A captured step is replayed as it was recorded: a buffer that was fresh then would start anew at every replay.
-void refuse_capture() {
+// A captured step is replayed as it was recorded, with what the host decided then.
+void refuse_capture([[maybe_unused]] const char* why) {
 #ifdef WITH_CUDA
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   if (at::globalContext().hasCUDA() && c10::cuda::device_count() > 0) {
     C10_CUDA_CHECK(cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream(), &status));
   }
-  TORCH_CHECK(
-      status == cudaStreamCaptureStatusNone, kStep,
-      ": momentum buffers are missing while a CUDA graph is being captured; make a step before the capture, so "
-      "that "
-      "they are there.");
+  TORCH_CHECK(status == cudaStreamCaptureStatusNone, kStep, " while a CUDA graph is being captured: ", why);
 #endif
 }
 
@@ -487,6 +484,7 @@ py::object step(
   work.seeds.clear();
   work.device_lrs.clear();
   work.has_device_lr = false;
+  work.rounds_stochastically = false;
   if (done) {
     work.walk.skip(*done);
   }
@@ -529,6 +527,7 @@ py::object step(
           "] has a momentum_dtype and asks for stock's own form (foreach, fused=False, differentiable, or a mode "
           "that "
           "wants to see every operator), which has none. Set momentum_dtype to None, or foreach and fused.");
+      work.rounds_stochastically |= use.momentum_type != c10::ScalarType::Undefined;
       if (selection == nullptr && use.momentum_type != c10::ScalarType::Undefined) {
         work.seeds.emplace_back(
             py::reinterpret_borrow<py::object>(PyList_GET_ITEM(param_groups.ptr(), i)), reader.momentum_seed());
@@ -559,7 +558,13 @@ py::object step(
     return py::none();
   }
   if (work.walk.has_fresh()) {
-    refuse_capture();
+    refuse_capture(
+        "momentum buffers are missing, and would start anew at every replay. Make a step before the capture, so "
+        "that "
+        "they are there.");
+  }
+  if (work.rounds_stochastically) {
+    refuse_capture("every replay would round momentum with the same random bits. Use momentum_dtype=None.");
   }
   const bool overlap = work.walk.has_overlap();
   work.walk.make_fresh_buffers(overlap);
