@@ -10,6 +10,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -43,9 +44,36 @@ std::string place(int32_t group, Py_ssize_t position) {
   return c10::str("param_groups[", group, "]['params'][", position, "]");
 }
 
+c10::weak_intrusive_ptr<TensorImpl, c10::UndefinedTensorImpl> weak(const at::Tensor& tensor) {
+  return c10::weak_intrusive_ptr<TensorImpl, c10::UndefinedTensorImpl>(tensor.getIntrusivePtr());
+}
+
 uint32_t version_of(const at::Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
 
 int64_t bytes_of(const at::Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); }
+
+// Stands for a gradient that is gone. Holds one number, and no norm of it passes for one.
+at::Tensor make_placeholder(const at::Tensor& gone) {
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+  return at::full({}, kNaN, gone.options().requires_grad(false)).expand(gone.sizes());
+}
+
+// Whether the backward of a Python function is on the stack, as where reentrant checkpoints run theirs.
+bool is_within_python_backward() {
+  const py::gil_scoped_acquire gil;
+  static const auto* const apply = new py::object(
+      py::module_::import("torch.autograd.function").attr("BackwardCFunction").attr("apply").attr("__code__"));
+  auto frame = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(PyEval_GetFrame()));
+  while (frame) {
+    auto* const raw = reinterpret_cast<PyFrameObject*>(frame.ptr());
+    const auto code = py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(PyFrame_GetCode(raw)));
+    if (code.is(*apply)) {
+      return true;
+    }
+    frame = py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(PyFrame_GetBack(raw)));
+  }
+  return false;
+}
 
 // A group's parameters: a list or a tuple.
 py::object list_of(const py::list& param_groups, Py_ssize_t group) {
@@ -221,13 +249,7 @@ void BackwardStep::close() {
   at::Tensor dropped;
   {
     const std::lock_guard lock(mutex_);
-    for (auto* const hook : hooks_) {
-      auto& grad = static_cast<AutogradMeta*>(hook->param_->autograd_meta())->grad_;
-      if (placeholder_ && placeholder_->param == hook->param_ &&
-          placeholder_->grad == grad.unsafeGetTensorImpl()) {
-        dropped = std::move(grad);
-      }
-    }
+    dropped = take_placeholder();
     begin_iteration();
     if (running_ != 0) {
       return;  // backward is under way: hooks that do nothing stay
@@ -235,11 +257,10 @@ void BackwardStep::close() {
     // The hooks go once the mutex is free, for each then strikes itself off the list.
     taken.reserve(hooks_.size());
     for (auto* const hook : hooks_) {
-      auto& slot = static_cast<AutogradMeta*>(hook->param_->autograd_meta())->post_acc_grad_hooks_;
-      if (slot.get() == hook) {
+      auto* const meta = static_cast<AutogradMeta*>(hook->param_->autograd_meta());
+      if (meta != nullptr && meta->post_acc_grad_hooks_.get() == hook) {
         auto inner = std::move(hook->inner_);
-        taken.push_back(std::move(slot));
-        slot = std::move(inner);
+        taken.push_back(std::exchange(meta->post_acc_grad_hooks_, std::move(inner)));
       }
     }
   }
@@ -248,6 +269,7 @@ void BackwardStep::close() {
 void BackwardStep::forget(GradientHook* hook) {
   const std::lock_guard lock(mutex_);
   hooks_.erase(hook);
+  applied_ -= hook->applied_ == iteration_ ? 1 : 0;
   const auto gone = [&](const Arrived& arrived) { return arrived.param == hook->param_; };
   pending_.erase(std::remove_if(pending_.begin(), pending_.end(), gone), pending_.end());
   pending_bytes_ = 0;
@@ -268,8 +290,24 @@ void BackwardStep::begin_iteration() {
   refusal_.clear();
   pending_.clear();
   pending_bytes_ = 0;
+  task_ = -1;
+  applied_ = 0;
   used_.clear();
   placeholder_.reset();
+}
+
+// Of the caller: neither, for user's code may run before they are taken and once they are let go of.
+void BackwardStep::find_all_places() {
+  const py::gil_scoped_acquire gil;
+  const py::object optimizer = optimizer_();
+  if (optimizer.is_none()) {
+    return;
+  }
+  const py::list param_groups = optimizer.attr("param_groups");
+  const std::lock_guard lock(mutex_);
+  if (!begun_) {
+    find_places(param_groups);
+  }
 }
 
 // Of the caller: GIL and mutex. Finds every parameter's place, once for each iteration and while nothing of it has
@@ -338,16 +376,8 @@ void BackwardStep::arrive(GradientHook& hook, const at::Tensor& param) {
   std::unique_lock lock(mutex_);
   if (!begun_) {
     lock.unlock();
-    const py::gil_scoped_acquire gil;
-    const py::object optimizer = optimizer_();
-    if (optimizer.is_none()) {
-      return;
-    }
-    const py::list param_groups = optimizer.attr("param_groups");
+    find_all_places();
     lock.lock();
-    if (!begun_) {
-      find_places(param_groups);
-    }
   }
   if (hook.found_ != iteration_) {
     return;  // not the optimizer's any more
@@ -364,6 +394,20 @@ void BackwardStep::arrive(GradientHook& hook, const at::Tensor& param) {
         "backward() makes one step: no gradient accumulation, no second backward over a retained graph, no "
         "reentrant checkpointing of a module that is used twice. Use step_in_backward=False for these.");
   }
+  // Backwards are numbered as they begin, so one of a higher number is another, or a part of the one that is under
+  // way. Another's forward pass may have read parameters between the two: with what has been applied, or without.
+  const int task = torch::autograd::get_current_graph_task_id();
+  if (fired_ && task > task_) {
+    lock.unlock();
+    const bool part = is_within_python_backward();
+    lock.lock();
+    if (!part) {
+      refuse(
+          "got a gradient from a second backward() since the last step(), and the first one's may have been "
+          "applied. Add the losses up and call backward() once, or use step_in_backward=False.");
+    }
+  }
+  task_ = std::max(task_, task);
   if (c10::GradMode::is_enabled()) {
     refuse(
         "got a gradient that is itself differentiable (create_graph=True); applying it would change what the "
@@ -390,7 +434,7 @@ void BackwardStep::arrive(GradientHook& hook, const at::Tensor& param) {
   }
   Arrived arrived{
       param.unsafeGetTensorImpl(),
-      grad.unsafeGetTensorImpl(),
+      weak(grad),
       version_of(grad),
       bytes_of(grad),
       hook.group_,
@@ -399,8 +443,8 @@ void BackwardStep::arrive(GradientHook& hook, const at::Tensor& param) {
   if (!grad.is_cpu()) {
     arrived.stream = c10::impl::VirtualGuardImpl(grad.device().type()).getStream(grad.device());
   }
-  pending_.push_back(arrived);
   pending_bytes_ += arrived.bytes;
+  pending_.push_back(std::move(arrived));
   if (pending_bytes_ <= bucket_) {
     return;
   }
@@ -452,7 +496,7 @@ void BackwardStep::apply_in(const py::object& optimizer, std::vector<Arrived>& d
     PyObject* const param = param_at(param_groups, arrived.group, arrived.position);
     const bool same = param != nullptr && THPVariable_Unpack(param).unsafeGetTensorImpl() == arrived.param;
     AutogradMeta* const meta = same ? meta_of(THPVariable_Unpack(param)) : nullptr;
-    if (meta == nullptr || meta->grad_.unsafeGetTensorImpl() != arrived.grad) {
+    if (meta == nullptr || !arrived.is(meta->grad_)) {
       // Somebody has edited the lists, or the gradients, within backward: step() sees to it.
       const std::lock_guard lock(mutex_);
       pending_.push_back(arrived);
@@ -502,28 +546,88 @@ void BackwardStep::apply_in(const py::object& optimizer, std::vector<Arrived>& d
   for (const auto& [came, goes] : streams) {
     wait(came, goes);
   }
-  std::vector<at::Tensor> applied;
-  applied.reserve(metas.size());
-  for (auto* const meta : metas) {
-    applied.push_back(std::move(meta->grad_));
+  // Gradients go, and what stands for them comes, while the mutex is free: both can run a user's code.
+  std::vector<at::Tensor> gone;
+  gone.reserve(metas.size() + 1);
+  const size_t none = metas.size();
+  size_t stands = none;
+  for (size_t i = 0; i < metas.size(); ++i) {
+    gone.push_back(std::move(metas[i]->grad_));
+    // One that was frozen meanwhile has not been applied.
+    stands = gone[i].defined() && metas[i]->requires_grad_ ? i : stands;
   }
+  {
+    const std::lock_guard lock(mutex_);
+    stands = pending_.empty() ? stands : none;
+  }
+  // No gradient is left by which step() could see a change. One stands for them: of the last, for a second
+  // backward comes by the first again, and torch's own words on writing to a placeholder would say little.
+  at::Tensor instead = stands != none ? make_placeholder(gone[stands]) : at::Tensor();
   const std::lock_guard lock(mutex_);
-  used_ = std::move(used);
+  used_.resize(std::max(used_.size(), used.size()));
+  for (size_t i = 0; i < used.size(); ++i) {
+    used_[i] = used[i].used ? used[i] : used_[i];
+  }
   for (auto* const meta : metas) {
-    if (auto* const hook = GradientHook::on(meta); hook != nullptr && meta->requires_grad_) {
+    if (auto* const hook = GradientHook::on(meta);
+        hook != nullptr && hook->owner_.get() == this && meta->requires_grad_) {
+      applied_ += hook->applied_ == iteration_ ? 0 : 1;
       hook->applied_ = iteration_;
     }
   }
-  if (pending_.empty() && !placeholder_) {
-    // No gradient is left by which step() could see a change. This one holds one number, and no norm of it passes
-    // for one.
-    const auto& gone = applied.front();
-    at::Tensor& grad = metas.front()->grad_;
-    grad = at::full({}, std::numeric_limits<double>::quiet_NaN(), gone.options()).expand(gone.sizes());
-    placeholder_ = selected.front();
-    placeholder_->grad = grad.unsafeGetTensorImpl();
-    placeholder_->version = version_of(grad);
+  if (instead.defined()) {
+    gone.push_back(take_placeholder());
+    auto& placeholder = placeholder_.emplace(selected[stands]);
+    placeholder.grad = weak(instead);
+    placeholder.version = version_of(instead);
+    metas[stands]->grad_ = std::move(instead);
   }
+}
+
+// Of the caller: GIL and mutex.
+at::Tensor BackwardStep::take_placeholder() {
+  at::Tensor taken;
+  if (placeholder_) {
+    // The parameter is there, or forget() would have been called; but it may be about to go.
+    auto* const meta = static_cast<AutogradMeta*>(placeholder_->param->autograd_meta());
+    if (meta != nullptr && placeholder_->is(meta->grad_)) {
+      taken = std::move(meta->grad_);
+    }
+  }
+  placeholder_.reset();
+  return taken;
+}
+
+// Of the caller: GIL and mutex. What has been applied has to be what step() would apply.
+void BackwardStep::check_applied(const py::list& param_groups) const {
+  int64_t found = 0;
+  for_each_param(param_groups, [&](PyObject* object, int32_t group, Py_ssize_t position) {
+    const auto& param = THPVariable_Unpack(object);
+    const auto* const meta = meta_of(param);
+    const auto* const hook = GradientHook::on(meta);
+    if (hook == nullptr || hook->owner_.get() != this || hook->applied_ != iteration_) {
+      return;
+    }
+    ++found;
+    TORCH_CHECK(
+        param.requires_grad(), kStep, ": ", place(group, position),
+        " was frozen between backward and step(), and backward has applied its "
+        "gradient. Freeze before backward or after step(); unfreeze it to make this step.");
+    TORCH_CHECK(
+        !meta->grad_.defined() || (placeholder_ && placeholder_->is(meta->grad_)), kStep, ": the gradient of ",
+        place(group, position),
+        " was set between backward and step(), and backward has applied the one it made. Set gradients with "
+        "step_in_backward=False, or before backward. zero_grad() gives this iteration up; what has been applied "
+        "stays so.");
+    TORCH_CHECK(
+        hook->group_ == group, kStep, ": ", place(group, position), " was in param_groups[", hook->group_,
+        "] when backward applied its gradient. Change groups after step(); undo it to make this step.");
+  });
+  TORCH_CHECK(
+      found == applied_, kStep, ": backward has applied the gradients of ", applied_, " parameters, and ", found,
+      " of these are in param_groups now. Edit the lists after step(); undo it to make this step. zero_grad() "
+      "gives "
+      "it up; what has been applied stays so.");
 }
 
 void BackwardStep::check_step(
@@ -531,8 +635,7 @@ void BackwardStep::check_step(
   UsedGroups used;
   {
     const std::lock_guard lock(mutex_);
-    const bool allowed = may_discard_;
-    may_discard_ = true;  // whatever is thrown below, zero_grad() is the way out
+    may_discard_ = true;  // whatever is thrown from here on, zero_grad() is the way out
     TORCH_CHECK(
         grad_scale.is_none() && found_inf.is_none(), kBackward,
         ": a GradScaler scales the gradients that backward applies, and asks too late whether they are finite. ",
@@ -552,8 +655,8 @@ void BackwardStep::check_step(
       const auto& grad = meta_of(THPVariable_Unpack(object))->grad_;
       const bool taken = !grad.defined();
       TORCH_CHECK(
-          !taken && grad.unsafeGetTensorImpl() == arrived.grad && version_of(grad) == arrived.version, kStep,
-          ": the gradient of ", place(arrived.group, arrived.position), " was ", taken ? "taken away" : "changed",
+          !taken && arrived.is(grad) && version_of(grad) == arrived.version, kStep, ": the gradient of ",
+          place(arrived.group, arrived.position), " was ", taken ? "taken away" : "changed",
           " between backward and step(). With step_in_backward most gradients have been applied by then, so "
           "nothing "
           "can be done to all of them: no clip_grad_norm_, no GradScaler.unscale_, no model.zero_grad(). Use "
@@ -564,25 +667,10 @@ void BackwardStep::check_step(
     if (placeholder_) {
       check(*placeholder_);
     }
-    for_each_param(param_groups, [&](PyObject* object, int32_t group, Py_ssize_t position) {
-      const auto& param = THPVariable_Unpack(object);
-      const auto* const hook = GradientHook::on(meta_of(param));
-      TORCH_CHECK(
-          hook == nullptr || hook->owner_.get() != this || hook->applied_ != iteration_ || param.requires_grad(),
-          kStep, ": ", place(group, position),
-          " was frozen between backward and step(), and backward has applied its "
-          "gradient. Freeze before backward or after step(); unfreeze it to make this step.");
-    });
+    check_applied(param_groups);
     used = used_;
-    may_discard_ = allowed;
   }
-  try {
-    check_unchanged(param_groups, used);
-  } catch (...) {
-    const std::lock_guard lock(mutex_);
-    may_discard_ = true;
-    throw;
-  }
+  check_unchanged(param_groups, used);
   std::vector<AutogradMeta*> left;
   for_each_param(param_groups, [&](PyObject* object, int32_t, Py_ssize_t) {
     const auto& param = THPVariable_Unpack(object);
@@ -590,7 +678,7 @@ void BackwardStep::check_step(
     if (meta == nullptr || !meta->grad_.defined()) {
       return;
     }
-    if (placeholder_ && placeholder_->grad == meta->grad_.unsafeGetTensorImpl()) {
+    if (placeholder_ && placeholder_->is(meta->grad_)) {
       meta->grad_.reset();
     } else if (meta->requires_grad_ && meta->grad_.layout() == c10::kStrided) {
       left.push_back(meta);
@@ -603,7 +691,7 @@ void BackwardStep::check_step(
     PyObject* const object = param_at(param_groups, arrived.group, arrived.position);
     if (object != nullptr && THPVariable_Unpack(object).unsafeGetTensorImpl() == arrived.param) {
       const auto& grad = meta_of(THPVariable_Unpack(object))->grad_;
-      arrived.grad = grad.unsafeGetTensorImpl();
+      arrived.grad = weak(grad);
       arrived.version = version_of(grad);
     }
   }
@@ -625,13 +713,27 @@ void BackwardStep::end_step(const py::list& param_groups) {
   attach(param_groups);
 }
 
-void BackwardStep::check_zero_grad() {
+void BackwardStep::check_zero_grad(bool set_to_none) {
+  TORCH_CHECK_VALUE(
+      set_to_none,
+      "FrozenAwareSGD.zero_grad: set_to_none=False keeps the memory of all gradients, and step_in_backward lets "
+      "go "
+      "of it. Leave set_to_none at True.");
   const std::lock_guard lock(mutex_);
   TORCH_CHECK(
       !fired_ || may_discard_,
       "FrozenAwareSGD.zero_grad: gradients are to be discarded that backward has applied in part "
       "(step_in_backward=True). Call step() first: it makes the rest of the step.");
   begin_iteration();
+}
+
+void BackwardStep::check_between_steps(const std::string& function) {
+  const std::lock_guard lock(mutex_);
+  TORCH_CHECK(
+      !fired_, "FrozenAwareSGD.", function,
+      ": backward has made a part of a step (step_in_backward=True), so the state is neither that before the step "
+      "nor that after it. Call step() first",
+      may_discard_ ? ", or zero_grad() to give the step up." : ".");
 }
 
 // Bounds the gradients' elements; NaN stays.
@@ -669,7 +771,8 @@ void bind_backward_step(py::module_& module) {
       .def("attach", &BackwardStep::attach, "param_groups"_a)
       .def("check_step", &BackwardStep::check_step, "param_groups"_a, "grad_scale"_a, "found_inf"_a)
       .def("end_step", &BackwardStep::end_step, "param_groups"_a)
-      .def("check_zero_grad", &BackwardStep::check_zero_grad)
+      .def("check_zero_grad", &BackwardStep::check_zero_grad, "set_to_none"_a)
+      .def("check_between_steps", &BackwardStep::check_between_steps, "function"_a)
       .def("close", &BackwardStep::close)
       .def_property_readonly("bucket_bytes", &BackwardStep::bucket_bytes);
 }

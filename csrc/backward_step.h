@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/Stream.h>
+#include <c10/core/UndefinedTensorImpl.h>
+#include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -43,8 +45,10 @@ class BackwardStep : public std::enable_shared_from_this<BackwardStep> {
       const pybind11::list& param_groups, const pybind11::object& grad_scale, const pybind11::object& found_inf);
   // Lets go of all gradients and begins the next iteration.
   void end_step(const pybind11::list& param_groups);
-  // Throws where gradients are to be discarded of which some have been applied.
-  void check_zero_grad();
+  // Throws where gradients are to be discarded of which some have been applied, or to be kept as zeros.
+  void check_zero_grad(bool set_to_none);
+  // Throws where backward has made a part of a step: `function` wants to save or to load what lies between two.
+  void check_between_steps(const std::string& function);
   // Takes the hooks off; what they have not applied stays in `.grad`.
   void close();
 
@@ -55,19 +59,25 @@ class BackwardStep : public std::enable_shared_from_this<BackwardStep> {
 
   struct Arrived {
     c10::TensorImpl* param;  // to compare with, never to follow: it may be gone
-    c10::TensorImpl* grad;   // likewise
-    uint32_t version;        // of the gradient
+    // To compare with too. Not a pointer alone: a gradient made once this one is gone could lie at its address.
+    c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> grad;
+    uint32_t version;  // of the gradient
     int64_t bytes;
     int32_t group;
     Py_ssize_t position;  // in the group's list
     std::optional<c10::Stream> stream;
+
+    bool is(const at::Tensor& other) const { return grad._unsafe_get_target() == other.unsafeGetTensorImpl(); }
   };
 
   void arrive(GradientHook& hook, const at::Tensor& param);
+  void find_all_places();
   void find_places(const pybind11::list& param_groups);
   void apply(std::vector<Arrived> due);
   void apply_in(const pybind11::object& optimizer, std::vector<Arrived>& due);
   void clip(const std::vector<torch::autograd::AutogradMeta*>& metas) const;
+  void check_applied(const pybind11::list& param_groups) const;
+  at::Tensor take_placeholder();
   void begin_iteration();
   void forget(GradientHook* hook);
 
@@ -87,6 +97,8 @@ class BackwardStep : public std::enable_shared_from_this<BackwardStep> {
   bool fired_ = false;                  // a gradient has arrived
   bool may_discard_ = false;            // something was refused, and zero_grad() is the way out
   std::string refusal_;                 // why the iteration cannot become a step
+  int task_ = -1;                       // the last backward that brought a gradient
+  int64_t applied_ = 0;                 // how many parameters' gradients have been
   UsedGroups used_;                     // by what has been applied
   std::optional<Arrived> placeholder_;  // stands for gradients that have all been applied
 };

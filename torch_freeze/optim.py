@@ -156,7 +156,20 @@ class FrozenAwareSGD(torch.optim.SGD):
         )
         self._prepare()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as `torch.optim.SGD.state_dict` does.
+
+        Raises:
+            RuntimeError: with ``step_in_backward``, where backward has applied a part of the
+                gradients and `step` has not been called.
+        """
+        if self._in_backward is not None:
+            self._in_backward.check_between_steps("state_dict")
+        return super().state_dict()
+
     def __getstate__(self) -> dict[str, Any]:
+        if self._in_backward is not None:
+            self._in_backward.check_between_steps("__getstate__")
         state: dict[str, Any] = super().__getstate__()
         if self._in_backward is not None:
             state["_backward_options"] = self._backward_options
@@ -165,6 +178,8 @@ class FrozenAwareSGD(torch.optim.SGD):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if self._in_backward is not None:
+            self._in_backward.check_between_steps("load_state_dict")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # A checkpoint of stock's has no options of ours, and momentum as wide as its parameter.
         for group in self.param_groups:
@@ -399,7 +414,7 @@ class FrozenAwareSGD(torch.optim.SGD):
                 gradients and `step` has not been called.
         """
         if self._in_backward is not None:
-            self._in_backward.check_zero_grad()
+            self._in_backward.check_zero_grad(set_to_none)
         if _C.is_observed():
             with torch.autograd.profiler.record_function(
                 f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"
