@@ -19,7 +19,17 @@ import torch
 from digits import DigitsOutcome, run_digits
 from machine import company, describe, granted_share, headline
 from measure import Budget
-from models import ALL_MODELS, MODELS, MissingPackageError, require
+from memory_plot import save_memory
+from memory_report import memory_legend, memory_table, memory_targets
+from memory_suite import (
+    MEMORY_MODELS,
+    QUICK_MEMORY_MODELS,
+    MemoryOutcome,
+    parts,
+    require_memory_for,
+    run_memory,
+)
+from models import ALL_MODELS, MODELS, MissingPackageError, NotEnoughMemoryError, require
 from plots import save
 from suites import Outcome, Setting, run_models, run_synthetic
 from tables import digits_table, legend, outcome_table, targets_table
@@ -27,7 +37,7 @@ from targets import MODELS as TARGET_MODELS
 from targets import Reached, run_targets
 from verdict import unequal, verdict
 
-SUITES = ("synthetic", "models", "digits", "targets")
+SUITES = ("synthetic", "models", "digits", "targets", "memory")
 DEFAULT_SUITES = ("synthetic", "models", "digits")
 
 
@@ -141,7 +151,7 @@ def make_parser() -> Parser:
     add("--threads", type=_above_zero(int), help="threads torch may use on the CPU")
     add("--compiled", action="store_true", help="also a stock step through torch.compile")
     add("--json", type=_output, metavar="FILE", help="write all samples, the machine and versions")
-    add("--plot", type=_output, metavar="FILE", help="write a PNG picture of the ratios")
+    add("--plot", type=_output, metavar="FILE", help="write a PNG picture")
     return parser
 
 
@@ -178,15 +188,15 @@ def plan(options: argparse.Namespace) -> tuple[list[str], list[str], list[float 
 def usable(
     wanted: Sequence[str], needs: Callable[[str], object], *, explicit: bool
 ) -> Iterator[str]:
-    """Those of ``wanted`` whose packages are there; others are skipped with a line on stderr.
+    """Those of ``wanted`` whose needs are met; others are skipped with a line on stderr.
 
     Raises:
-        MissingPackageError: one is not usable and was asked for by name.
+        MissingPackageError, NotEnoughMemoryError: one is not usable and was asked for by name.
     """
     for name in wanted:
         try:
             needs(name)
-        except MissingPackageError as missing:
+        except (MissingPackageError, NotEnoughMemoryError) as missing:
             if explicit:
                 raise
             print(f"skipped {name}: {missing}", file=sys.stderr)
@@ -205,6 +215,17 @@ def _needs_of_suite(suite: str) -> None:
         require("sklearn", "scikit-learn", "the digits suite")
 
 
+def _memory_plan(options: argparse.Namespace) -> tuple[list[str], float | str]:
+    """Models and frozen share of the memory suite; its share is the first that freezes anything."""
+    usual = QUICK_MEMORY_MODELS if options.quick else MEMORY_MODELS
+    shares = [share for share in options.frozen or [] if share]
+    return options.models or list(usual), shares[0] if shares else 50.0
+
+
+def _without_functions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in pairs if not callable(value)}
+
+
 def _write_json(path: Path, found: dict[str, Any]) -> None:
     path.write_text(json.dumps(found, indent=1, default=str) + "\n")
 
@@ -212,15 +233,16 @@ def _write_json(path: Path, found: dict[str, Any]) -> None:
 _BAR = "{percentage:3.0f}% |{bar:30}| {elapsed}{postfix}"
 
 
-def _parts(suites: Sequence[str], networks: int, target_models: int) -> int:
+def _parts(suites: Sequence[str], networks: int, target_models: int, memory: int) -> int:
     """How often the suites will tell their progress."""
-    parts = {
+    told = {
         "synthetic": 3 * 2,
         "models": 3 * networks,
         "digits": 2,
         "targets": 3 * 2 + 2 * target_models + bool(target_models),
+        "memory": memory,
     }
-    return sum(parts[suite] for suite in suites)
+    return sum(told[suite] for suite in suites)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -228,6 +250,7 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         MissingPackageError: something asked for by name needs a package that is not installed.
+        NotEnoughMemoryError: a model asked for by name does not fit.
         NoGpuError: a GPU was asked for and there is none.
     """
     device = choose_device(options.device)
@@ -242,6 +265,15 @@ def run(options: argparse.Namespace) -> int:
     target_models: list[str] = []
     if "targets" in suites:
         target_models = list(usable(TARGET_MODELS, _needs_of_model, explicit=False))
+    memory_models, memory_share = _memory_plan(options)
+    if "memory" in suites:
+        memory_models = list(
+            usable(
+                memory_models,
+                lambda key: require_memory_for(key, device),
+                explicit=options.models is not None,
+            )
+        )
     if options.threads:
         torch.set_num_threads(options.threads)
 
@@ -250,7 +282,10 @@ def run(options: argparse.Namespace) -> int:
     outcomes: list[Outcome] = []
     digits: DigitsOutcome | None = None
     targets: list[Reached] = []
-    total = _parts(suites, len(models) * len(shares), len(target_models))
+    memory: list[MemoryOutcome] = []
+    total = _parts(
+        suites, len(models) * len(shares), len(target_models), parts(memory_models, device)
+    )
     # disable=None: no bar where stderr is no terminal.
     with tqdm(total=total, disable=None, leave=False, bar_format=_BAR) as bar:
 
@@ -279,10 +314,20 @@ def run(options: argparse.Namespace) -> int:
             measured, targets = run_targets(setting, models=target_models)
             outcomes += measured
             show(targets_table(targets))
-    print(legend(device.type, outcomes, trained=digits is not None))
+        if "memory" in suites:
+            for found in run_memory(memory_models, memory_share, setting, quick=options.quick):
+                memory.append(found)
+                show(memory_table(found))
+            reached = memory_targets(memory)
+            show(targets_table(reached, "memory to reach"))
+            targets += reached
+    if outcomes or digits:
+        print(legend(device.type, outcomes, trained=digits is not None))
+    if memory:
+        print(memory_legend(device.type))
     shares_of_time.append(granted_share())
     described["share of its threads' time"] = shares_of_time
-    summary = verdict(outcomes, digits, targets, warning=company(shares_of_time))
+    summary = verdict(outcomes, digits, targets, memory=memory, warning=company(shares_of_time))
     print(f"\n{summary}")
 
     if options.json:
@@ -295,12 +340,20 @@ def run(options: argparse.Namespace) -> int:
                 "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
                 "digits": dataclasses.asdict(digits) if digits else None,
                 "targets": [dataclasses.asdict(line) for line in targets],
+                "memory": [
+                    dataclasses.asdict(found, dict_factory=_without_functions) for found in memory
+                ],
                 "verdict": summary.splitlines(),
             },
         )
     if options.plot and outcomes:
         save(options.plot, outcomes, headline(described))
-    return 1 if unequal(outcomes, digits) else 0
+    if options.plot and memory:
+        plot: Path = options.plot
+        if outcomes:
+            plot = plot.with_stem(f"{plot.stem}_memory")
+        save_memory(plot, memory, headline(described))
+    return 1 if unequal(outcomes, digits, memory) else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -309,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return run(options)
-    except (MissingPackageError, NoGpuError) as error:
+    except (MissingPackageError, NotEnoughMemoryError, NoGpuError) as error:
         parser.error(str(error))
 
 

@@ -19,6 +19,10 @@ class MissingPackageError(RuntimeError):
     """A package that is needed is not installed; the message says how to mend that."""
 
 
+class NotEnoughMemoryError(RuntimeError):
+    """The device cannot hold what was asked for; the message says how much that is."""
+
+
 def require(package: str, pip_name: str, purpose: str) -> Any:
     """Import ``package``, or say what needs it and the command that installs it.
 
@@ -46,6 +50,10 @@ class ModelSpec:
     make_loss: Callable[[nn.Module, torch.device], Callable[[], Tensor]]
     """Takes the network and returns a function that runs it on one small batch."""
     batch: str
+    blocks: str = ""
+    """What the names of a block's parameters begin with, as a pattern; for training by turns."""
+    large: bool = False
+    """Too large for everything a CPU could be asked to do with it."""
 
 
 def _vision(name: str) -> Callable[[], nn.Module]:
@@ -60,6 +68,26 @@ def _vision(name: str) -> Callable[[], nn.Module]:
 def _bert() -> nn.Module:
     transformers = require("transformers", "transformers", "bert_base")
     model: nn.Module = transformers.BertForSequenceClassification(transformers.BertConfig())
+    return model
+
+
+def _decoder() -> nn.Module:
+    transformers = require("transformers", "transformers", "decoder_1b")
+    config = transformers.LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=20,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        use_cache=False,
+    )
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # never to hold it in twice the memory
+    try:
+        model: nn.Module = transformers.LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(usual)
     return model
 
 
@@ -91,6 +119,17 @@ def _classify_tokens(model: nn.Module, device: torch.device) -> Callable[[], Ten
     return loss
 
 
+def _predict_tokens(model: nn.Module, device: torch.device) -> Callable[[], Tensor]:
+    shape = (4, 512) if device.type == "cuda" else (1, 16)
+    tokens = torch.randint(1000, 30000, shape, device=device)
+
+    def loss() -> Tensor:
+        value: Tensor = model(input_ids=tokens, labels=tokens).loss
+        return value
+
+    return loss
+
+
 _IMAGE = (3, 224, 224)
 
 MODELS: dict[str, ModelSpec] = {
@@ -101,6 +140,7 @@ MODELS: dict[str, ModelSpec] = {
         _vision("resnet50"),
         _classify(_IMAGE, 1000, 2, 32),
         "2 images of 224x224 (32 on a GPU)",
+        r"layer\d+\.",
     ),
     "vit_b_16": ModelSpec(
         "ViT-B/16",
@@ -109,6 +149,7 @@ MODELS: dict[str, ModelSpec] = {
         _vision("vit_b_16"),
         _classify(_IMAGE, 1000, 1, 32),
         "1 image of 224x224 (32 on a GPU)",
+        r"encoder\.layers\.encoder_layer_\d+\.",
     ),
     "mobilenet_v3_small": ModelSpec(
         "MobileNetV3-small",
@@ -117,6 +158,7 @@ MODELS: dict[str, ModelSpec] = {
         _vision("mobilenet_v3_small"),
         _classify(_IMAGE, 1000, 4, 32),
         "4 images of 224x224 (32 on a GPU)",
+        r"features\.\d+\.",
     ),
     "bert_base": ModelSpec(
         "BERT-base",
@@ -125,6 +167,17 @@ MODELS: dict[str, ModelSpec] = {
         _bert,
         _classify_tokens,
         "2 texts of 32 tokens (32 of 128 on a GPU)",
+        r"bert\.encoder\.layer\.\d+\.",
+    ),
+    "decoder_1b": ModelSpec(
+        "1.07B decoder in bf16",
+        "lm_head.",
+        "transformers",
+        _decoder,
+        _predict_tokens,
+        "1 text of 16 tokens (4 of 512 on a GPU)",
+        r"model\.layers\.\d+\.",
+        large=True,
     ),
     "tiny": ModelSpec(
         "three linear layers",
@@ -133,6 +186,7 @@ MODELS: dict[str, ModelSpec] = {
         _tiny,
         _classify((16,), 4, 8, 8),
         "8 rows of 16 numbers",
+        r"\d+\.",
     ),
 }
 """``tiny`` needs no further package: it tries the script itself and is run only when named."""

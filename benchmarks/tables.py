@@ -20,7 +20,8 @@ def _middle(time: Summary | None) -> str:
     return duration(time.median) if time else NOTHING
 
 
-def _ratio(times: Summary | None, *, spread: bool = True) -> str:
+def ratio_text(times: Summary | None, *, spread: bool = True) -> str:
+    """The middle of some ratios, with their 10th and 90th percentile if those differ."""
     if times is None:
         return NOTHING
     middle = f"{multiple(times.median)}x"
@@ -29,7 +30,8 @@ def _ratio(times: Summary | None, *, spread: bool = True) -> str:
     return f"{middle} {multiple(times.low)}-{multiple(times.high)}"
 
 
-def _megabytes(size: int | None) -> str:
+def megabytes(size: int | None) -> str:
+    """Millions of bytes, without their unit."""
     if size is None:
         return NOTHING
     if 0 < size < 0.095e6:
@@ -45,7 +47,8 @@ def equality_mark(equality: Equality) -> str:
     return f"{mark}{equality.largest_relative:.0e}"
 
 
-def _render(headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+def render(headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table whose first ``left`` columns are words."""
     tabulate = require("tabulate", "tabulate", "the tables")
     tabulate.MIN_PADDING = 0  # else two blanks more for every column whose header is its widest
     text: str = tabulate.tabulate(
@@ -83,7 +86,7 @@ def _notes(outcome: Outcome) -> list[str]:
 
 
 def _timed(outcome: Outcome, row: Row, measure: str, *, spread: bool = True) -> list[str]:
-    return [_middle(row.time(measure)), _ratio(outcome.times_ours(row, measure), spread=spread)]
+    return [_middle(row.time(measure)), ratio_text(outcome.times_ours(row, measure), spread=spread)]
 
 
 def model_table(outcome: Outcome) -> str:
@@ -117,14 +120,14 @@ def model_table(outcome: Outcome) -> str:
                 *_timed(outcome, row, "warm", spread=not on_gpu),
                 *(_timed(outcome, row, "device") if on_gpu else [NOTHING]),
                 *_timed(outcome, row, "iteration", spread=not on_gpu),
-                _megabytes(kept.peak if kept else None),
-                _megabytes(kept.gradients if kept else None),
-                _megabytes(kept.state if kept else None),
+                megabytes(kept.peak if kept else None),
+                megabytes(kept.gradients if kept else None),
+                megabytes(kept.state if kept else None),
                 f"{100 * share.median:.0f}" if share else NOTHING,
                 equality_mark(row.equality),
             ]
         )
-    return "\n".join([_title(outcome), _render(headers, rows), *_notes(outcome)])
+    return "\n".join([_title(outcome), render(headers, rows), *_notes(outcome)])
 
 
 def synthetic_table(outcome: Outcome) -> str:
@@ -149,7 +152,7 @@ def synthetic_table(outcome: Outcome) -> str:
         ]
         for row in outcome.rows
     ]
-    return "\n".join([_title(outcome), _render(headers, rows), *_notes(outcome)])
+    return "\n".join([_title(outcome), render(headers, rows), *_notes(outcome)])
 
 
 def outcome_table(outcome: Outcome) -> str:
@@ -183,10 +186,10 @@ def digits_table(outcome: DigitsOutcome) -> str:
                 same if row.holds else f"NO {same}",
                 f"{row.accuracy:.1f}",
                 duration(outcome.time(row).median),
-                _ratio(outcome.times_ours(row)),
-                _megabytes(kept.peak if kept else None),
-                _megabytes(kept.gradients if kept else None),
-                _megabytes(kept.state if kept else None),
+                ratio_text(outcome.times_ours(row)),
+                megabytes(kept.peak if kept else None),
+                megabytes(kept.gradients if kept else None),
+                megabytes(kept.state if kept else None),
             ]
         )
     title = (
@@ -195,14 +198,16 @@ def digits_table(outcome: DigitsOutcome) -> str:
         f"({outcome.trainable_elements:,} of {outcome.elements:,} elements train; "
         f"{outcome.accuracy_before:.1f} % right before, {len(outcome.ours.losses)} iterations)"
     )
-    return "\n".join([title, _render(headers, rows)])
+    return "\n".join([title, render(headers, rows)])
 
 
-def targets_table(lines: Sequence[Reached]) -> str:
+def targets_table(
+    lines: Sequence[Reached], heading: str = "speed to reach on a CPU of 2 cores"
+) -> str:
     """Every target with the figure of this run."""
-    headers = ["speed to reach on a CPU of 2 cores", "measured", "target", ""]
+    headers = [heading, "measured", "target", ""]
     rows = [[line.case, line.figure, line.target, line.status] for line in lines]
-    return _render(headers, rows)
+    return render(headers, rows)
 
 
 def legend(device: str, outcomes: Sequence[Outcome], *, trained: bool) -> str:

@@ -35,7 +35,8 @@ class Target(Protocol):
         ...
 
 
-def _status(reached: bool) -> Status:
+def status(reached: bool) -> Status:
+    """The word for it."""
     return "reached" if reached else "missed"
 
 
@@ -61,7 +62,7 @@ class Faster:
             return Reached(case, "-", target, "not measured")
         spread = f"{multiple(times.low)}-{multiple(times.high)}"
         figure = f"{times.median:.2f}x [{spread}], {duration(ours.median)}"
-        return Reached(case, figure, target, _status(times.median >= self.least))
+        return Reached(case, figure, target, status(times.median >= self.least))
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class FrozenCost:
             return Reached(self.case, "-", target, "not measured")
         added = median(outcome.ours.samples["warm"]) - median(outcome.trainable_alone)
         cost = added / outcome.frozen_tensors
-        return Reached(self.case, f"{cost:.2f} ns", target, _status(cost <= self.most))
+        return Reached(self.case, f"{cost:.2f} ns", target, status(cost <= self.most))
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Bandwidth:
             f"{self.case} of a {outcome.pass_name} pass",
             figure,
             target,
-            _status(100 * share.median >= self.least),
+            status(100 * share.median >= self.least),
         )
 
 
@@ -153,12 +154,12 @@ def memory_lines(model: str, setting: Setting) -> list[Reached]:
     entry.stepper.step()
     after = held_bytes(p.grad for p in frozen)
     return [
-        Reached("memory, allocations in a steady step", f"{count}", "0", _status(count == 0)),
+        Reached("memory, allocations in a steady step", f"{count}", "0", status(count == 0)),
         Reached(
             "memory, gradient bytes on frozen parameters after a step",
             f"{after} B (before: {before / 1e6:.1f} MB)",
             "0 B",
-            _status(after == 0),
+            status(after == 0),
         ),
     ]
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from contestants import OURS
 from digits import DigitsOutcome
-from measure import TOLERANCE, Summary
+from measure import Summary
+from memory_report import memory_summary, memory_unequal
+from memory_suite import MemoryOutcome
 from suites import Outcome, Row
 from tables import WIDTH
 from targets import Reached
@@ -34,7 +36,11 @@ def fastest_stock(outcome: Outcome, measure: str) -> tuple[Row, Summary] | None:
     return min(compared, key=lambda pair: pair[1].median) if compared else None
 
 
-def unequal(outcomes: Sequence[Outcome], digits: DigitsOutcome | None) -> list[str]:
+def unequal(
+    outcomes: Sequence[Outcome],
+    digits: DigitsOutcome | None,
+    memory: Sequence[MemoryOutcome] = (),
+) -> list[str]:
     """Every contestant whose result is not the reference's, with its workload."""
     found = [
         f"{row.contestant.label(outcome.device)} on {outcome.title}"
@@ -48,7 +54,7 @@ def unequal(outcomes: Sequence[Outcome], digits: DigitsOutcome | None) -> list[s
             for row in digits.rows
             if not row.holds
         ]
-    return found
+    return found + memory_unequal(memory)
 
 
 def _range(values: Sequence[float]) -> str:
@@ -150,13 +156,16 @@ def verdict(
     digits: DigitsOutcome | None,
     targets: Sequence[Reached],
     *,
+    memory: Sequence[MemoryOutcome] = (),
     warning: str | None = None,
 ) -> str:
     """The summary at the end of a run; ``warning`` is what a reader must know before all else."""
     lines: list[str | None] = [warning]
-    wrong = unequal(outcomes, digits)
+    wrong = unequal(outcomes, digits, memory)
     if wrong:
-        lines.append(f"WRONG RESULT (further than {TOLERANCE:g} from stock): {'; '.join(wrong)}.")
+        lines.append(
+            f"WRONG RESULT (further from stock than rounding explains): {'; '.join(wrong)}."
+        )
     elif outcomes:
         exact = sum(outcome.ours.equality.bit_equal for outcome in outcomes)
         lines.append(
@@ -174,6 +183,7 @@ def verdict(
     if digits is not None:
         lines.append(_digits_line(digits))
     lines += _no_gain(models or outcomes)
+    lines += memory_summary(memory)
     if targets:
         judged = [line for line in targets if line.status in ("reached", "missed")]
         missed = [line.case for line in judged if line.status == "missed"]
