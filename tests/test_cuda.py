@@ -422,3 +422,85 @@ class TestDevices:
                 optimizer.step()
         side.synchronize()
         assert torch.equal(p.detach(), torch.full_like(p, -1.0))
+
+
+class TestInBackward:
+    def train(self, use_side_stream: bool = False, **options: Any) -> tuple[nn.Module, int]:
+        """The model, and the most bytes that backward held above what it found."""
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(512, 512) for _ in range(8)]).to(DEVICE)
+        optimizer = FrozenAwareSGD(model.parameters(), **(MOMENTUM | options))
+        side = torch.cuda.Stream() if use_side_stream else torch.cuda.current_stream()
+        gen = cases.generator(1)
+        peak = 0
+        for step in range(4):
+            model[step].requires_grad_(step % 2 == 1)
+            optimizer.zero_grad()
+            x = torch.randn(16, 512, generator=gen).to(DEVICE)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                loss = model(x).square().mean()
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            loss.backward()
+            if step > 0:  # the first makes momentum buffers
+                peak = max(peak, torch.cuda.max_memory_allocated() - before)
+            optimizer.step()
+        return model, peak
+
+    @pytest.mark.parametrize("side", [False, True], ids=["one stream", "forward on another stream"])
+    @pytest.mark.parametrize("bucket_mb", [None, 0, 1, 100])
+    def test_equals_the_ordinary_step(self, bucket_mb: float | None, side: bool) -> None:
+        ordinary, _ = self.train(side)
+        model, _ = self.train(side, step_in_backward=True, bucket_mb=bucket_mb)
+        for p, q in zip(model.parameters(), ordinary.parameters(), strict=True):
+            cases.assert_same_bits(p, q, "parameter")
+
+    def test_holds_a_bucket_and_the_largest_gradient(self) -> None:
+        """1 MiB each; the activations that backward makes are a few of 32 KiB."""
+        _, all_at_once = self.train()
+        _, one_by_one = self.train(step_in_backward=True, bucket_mb=1)
+        assert all_at_once > 6 << 20 and one_by_one < 3 << 20
+
+    def test_backward_does_not_wait(self) -> None:
+        model = nn.Linear(64, 64).to(DEVICE)
+        optimizer = FrozenAwareSGD(model.parameters(), **MOMENTUM, step_in_backward=True)
+        x = torch.ones(4, 64, device=DEVICE)
+        for _ in range(2):
+            model(x).sum().backward()
+            optimizer.step()
+        with no_sync():
+            model(x).sum().backward()
+            optimizer.step()
+
+
+class TestNarrowMomentum:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_equals_the_cpu(self, dtype: torch.dtype) -> None:
+        """The random bits are the same; arithmetic differs only where the CPU has no fused fma."""
+        made = []
+        for device in ("cpu", DEVICE):
+            gen = cases.generator(3)
+            params = cases.make_parameters(SIZES, gen, dtype, device)
+            optimizer = FrozenAwareSGD(params, **MOMENTUM, momentum_dtype=torch.bfloat16)
+            for _ in range(3):
+                for p in params:
+                    p.grad = cases.randn(p.shape, gen, dtype, device)
+                optimizer.step()
+            made.append((params, [optimizer.state[p]["momentum_buffer"] for p in params]))
+        for on_cpu, on_gpu in zip(*(params + buffers for params, buffers in made), strict=True):
+            cases.assert_same_bits(on_gpu.cpu(), on_cpu, "parameter or momentum")
+
+    def test_it_is_not_captured(self) -> None:
+        params = cases.make_parameters(SIZES, cases.generator(3), device=DEVICE)
+        optimizer = FrozenAwareSGD(params, **MOMENTUM, momentum_dtype=torch.bfloat16)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        with (
+            pytest.raises(RuntimeError, match="same random bits"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            optimizer.step()
