@@ -227,7 +227,7 @@ def test_a_closure_runs_forward_backward_and_the_step() -> None:
             loss.backward()
             return loss
 
-        losses = [float(optimizer.step(closure)) for _ in range(4)]
+        losses = [optimizer.step(closure).item() for _ in range(4)]
         assert losses[-1] < losses[0]
         return model, optimizer, 0
 

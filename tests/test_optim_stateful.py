@@ -267,6 +267,7 @@ class Training(RuleBasedStateMachine):
 
     @rule(set_to_none=st.booleans())
     def zero_grad(self, set_to_none: bool) -> None:
+        set_to_none |= self.optimizer.step_in_backward  # which keeps no gradient's memory
         self.optimizer.zero_grad(set_to_none=set_to_none)
         for _, q in self._pairs():
             if q.grad is not None:
