@@ -48,7 +48,12 @@ c10::weak_intrusive_ptr<TensorImpl, c10::UndefinedTensorImpl> weak(const at::Ten
   return c10::weak_intrusive_ptr<TensorImpl, c10::UndefinedTensorImpl>(tensor.getIntrusivePtr());
 }
 
-uint32_t version_of(const at::Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
+uint32_t version_of(const TensorImpl* tensor) {
+  const auto& counter = tensor->version_counter();
+  return counter.enabled() ? counter.current_version() : 0;
+}
+
+uint32_t version_of(const at::Tensor& tensor) { return version_of(tensor.unsafeGetTensorImpl()); }
 
 int64_t bytes_of(const at::Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); }
 
@@ -174,6 +179,8 @@ class GradientHook : public PostAccumulateGradHook {
   int32_t group_ = 0;
   Py_ssize_t position_ = 0;
   bool deferred_ = false;  // left to step()
+  bool shared_ = false;    // others may write to its storage
+  uint32_t version_ = 0;   // of the parameter, when its gradient had been applied
 };
 
 BackwardStep::BackwardStep(
@@ -316,6 +323,7 @@ void BackwardStep::find_places(const py::list& param_groups) {
   struct Extent {
     const char* begin;
     const char* end;
+    const c10::StorageImpl* storage;
     GradientHook* hook;
   };
   std::vector<Extent> extents;
@@ -335,6 +343,7 @@ void BackwardStep::find_places(const py::list& param_groups) {
     hook->group_ = group;
     hook->position_ = position;
     hook->deferred_ = false;
+    hook->shared_ = false;
     if (!param.requires_grad() || param.layout() != c10::kStrided) {
       return;
     }
@@ -347,13 +356,19 @@ void BackwardStep::find_places(const py::list& param_groups) {
         last += (param.size(dim) - 1) * param.stride(dim);
       }
       const auto size = static_cast<int64_t>(param.element_size());
-      extents.push_back({data + param.storage_offset() * size, data + (last + 1) * size, hook});
+      extents.push_back(
+          {data + param.storage_offset() * size, data + (last + 1) * size, param.storage().unsafeGetStorageImpl(),
+           hook});
     }
   });
   // Parameters that share memory are stepped one after the other too, in the order of the lists.
   std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
   size_t furthest = 0;
   for (size_t i = 1; i < extents.size(); ++i) {
+    if (extents[i].storage == extents[i - 1].storage) {
+      extents[i].hook->shared_ = true;
+      extents[i - 1].hook->shared_ = true;
+    }
     if (extents[i].begin < extents[furthest].end) {
       extents[i].hook->deferred_ = true;
       extents[furthest].hook->deferred_ = true;
@@ -573,6 +588,7 @@ void BackwardStep::apply_in(const py::object& optimizer, std::vector<Arrived>& d
         hook != nullptr && hook->owner_.get() == this && meta->requires_grad_) {
       applied_ += hook->applied_ == iteration_ ? 0 : 1;
       hook->applied_ = iteration_;
+      hook->version_ = version_of(hook->param_);
     }
   }
   if (instead.defined()) {
@@ -619,6 +635,11 @@ void BackwardStep::check_applied(const py::list& param_groups) const {
         " was set between backward and step(), and backward has applied the one it made. Set gradients with "
         "step_in_backward=False, or before backward. zero_grad() gives this iteration up; what has been applied "
         "stays so.");
+    TORCH_CHECK(
+        hook->shared_ || version_of(param) == hook->version_, kStep, ": ", place(group, position),
+        " was written to between backward and step(), and backward has applied its gradient: before, where an "
+        "ordinary step comes after. Write to parameters after step(), or use step_in_backward=False. zero_grad() "
+        "gives this iteration up; what has been applied stays so.");
     TORCH_CHECK(
         hook->group_ == group, kStep, ": ", place(group, position), " was in param_groups[", hook->group_,
         "] when backward applied its gradient. Change groups after step(); undo it to make this step.");
