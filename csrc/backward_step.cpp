@@ -154,8 +154,7 @@ class GradientHook : public PostAccumulateGradHook {
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {
     TORCH_CHECK(
         owner_->closed_, kBackward,
-        ": compiled autograd traces backward and cannot trace a step in it. Use one of the "
-        "two.");
+        ": compiled autograd traces backward and cannot trace a step in it. Use one of the two.");
   }
 
   // This kind of hook on `param`, or null.
@@ -426,8 +425,7 @@ void BackwardStep::arrive(GradientHook& hook, const at::Tensor& param) {
   if (c10::GradMode::is_enabled()) {
     refuse(
         "got a gradient that is itself differentiable (create_graph=True); applying it would change what the "
-        "second "
-        "backward needs. Use step_in_backward=False for double backward.");
+        "second backward needs. Use step_in_backward=False for double backward.");
   }
   if (grad.layout() != c10::kStrided) {
     refuse(
@@ -439,8 +437,7 @@ void BackwardStep::arrive(GradientHook& hook, const at::Tensor& param) {
       accumulator != nullptr && !accumulator->post_hooks().empty()) {
     refuse(
         "has a hook on its AccumulateGrad, as DistributedDataParallel puts there to reduce gradients after they "
-        "have "
-        "been accumulated. A step in backward would apply them before. Use step_in_backward=False.");
+        "have been accumulated. A step in backward would apply them before. Use step_in_backward=False.");
   }
   hook.fired_ = iteration_;
   fired_ = true;
@@ -627,8 +624,8 @@ void BackwardStep::check_applied(const py::list& param_groups) const {
     ++found;
     TORCH_CHECK(
         param.requires_grad(), kStep, ": ", place(group, position),
-        " was frozen between backward and step(), and backward has applied its "
-        "gradient. Freeze before backward or after step(); unfreeze it to make this step.");
+        " was frozen between backward and step(), and backward has applied its gradient. Freeze before backward "
+        "or after step(); unfreeze it to make this step.");
     TORCH_CHECK(
         !meta->grad_.defined() || (placeholder_ && placeholder_->is(meta->grad_)), kStep, ": the gradient of ",
         place(group, position),
@@ -638,8 +635,8 @@ void BackwardStep::check_applied(const py::list& param_groups) const {
     TORCH_CHECK(
         hook->shared_ || version_of(param) == hook->version_, kStep, ": ", place(group, position),
         " was written to between backward and step(), and backward has applied its gradient: before, where an "
-        "ordinary step comes after. Write to parameters after step(), or use step_in_backward=False. zero_grad() "
-        "gives this iteration up; what has been applied stays so.");
+        "ordinary step comes after. Write to parameters after step(), or use step_in_backward=False. "
+        "zero_grad() gives this iteration up; what has been applied stays so.");
     TORCH_CHECK(
         hook->group_ == group, kStep, ": ", place(group, position), " was in param_groups[", hook->group_,
         "] when backward applied its gradient. Change groups after step(); undo it to make this step.");
@@ -647,8 +644,7 @@ void BackwardStep::check_applied(const py::list& param_groups) const {
   TORCH_CHECK(
       found == applied_, kStep, ": backward has applied the gradients of ", applied_, " parameters, and ", found,
       " of these are in param_groups now. Edit the lists after step(); undo it to make this step. zero_grad() "
-      "gives "
-      "it up; what has been applied stays so.");
+      "gives it up; what has been applied stays so.");
 }
 
 void BackwardStep::check_step(
@@ -665,8 +661,8 @@ void BackwardStep::check_step(
         "Use bfloat16 without a scaler, or step_in_backward=False.");
     TORCH_CHECK(
         refusal_.empty(), kStep,
-        ": the last backward was refused, so there is no step to make. Call zero_grad() to go "
-        "on; what had been applied stays so. The reason was: ",
+        ": the last backward was refused, so there is no step to make. Call zero_grad() to go on; what had been "
+        "applied stays so. The reason was: ",
         refusal_);
     const auto check = [&](const Arrived& arrived) {
       PyObject* const object = param_at(param_groups, arrived.group, arrived.position);
@@ -679,10 +675,9 @@ void BackwardStep::check_step(
           !taken && arrived.is(grad) && version_of(grad) == arrived.version, kStep, ": the gradient of ",
           place(arrived.group, arrived.position), " was ", taken ? "taken away" : "changed",
           " between backward and step(). With step_in_backward most gradients have been applied by then, so "
-          "nothing "
-          "can be done to all of them: no clip_grad_norm_, no GradScaler.unscale_, no model.zero_grad(). Use "
-          "clip_value= to clip by value, or step_in_backward=False. zero_grad() gives this iteration up; what "
-          "has been applied stays so.");
+          "nothing can be done to all of them: no clip_grad_norm_, no GradScaler.unscale_, no "
+          "model.zero_grad(). Use clip_value= to clip by value, or step_in_backward=False. zero_grad() gives "
+          "this iteration up; what has been applied stays so.");
     };
     std::for_each(pending_.begin(), pending_.end(), check);
     if (placeholder_) {
@@ -738,8 +733,7 @@ void BackwardStep::check_zero_grad(bool set_to_none) {
   TORCH_CHECK_VALUE(
       set_to_none,
       "FrozenAwareSGD.zero_grad: set_to_none=False keeps the memory of all gradients, and step_in_backward lets "
-      "go "
-      "of it. Leave set_to_none at True.");
+      "go of it. Leave set_to_none at True.");
   const std::lock_guard lock(mutex_);
   TORCH_CHECK(
       !fired_ || may_discard_,
@@ -752,8 +746,8 @@ void BackwardStep::check_between_steps(const std::string& function) {
   const std::lock_guard lock(mutex_);
   TORCH_CHECK(
       !fired_, "FrozenAwareSGD.", function,
-      ": backward has made a part of a step (step_in_backward=True), so the state is neither that before the step "
-      "nor that after it. Call step() first",
+      ": backward has made a part of a step (step_in_backward=True), so the state is neither that before the "
+      "step nor that after it. Call step() first",
       may_discard_ ? ", or zero_grad() to give the step up." : ".");
 }
 

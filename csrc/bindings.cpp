@@ -12,9 +12,9 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "sgd_step", &torch_freeze::sgd_step, "param_groups"_a, "state"_a, "grad_scale"_a = py::none(),
       "found_inf"_a = py::none(), "done"_a = py::none(), "unless_observed"_a = false,
-      "One SGD step over live param groups and state. Returns None; or, where something is left to stock's form,\n"
-      "does nothing and returns it as [(group index, [parameter, ...]), ...], to be passed as `done` once "
-      "updated.");
+      "One SGD step over live param groups and state. Returns None; or, where something is left to stock's "
+      "form,\ndoes nothing and returns it as [(group index, [parameter, ...]), ...], to be passed as `done` "
+      "once updated.");
   module.def(
       "zero_grad", &torch_freeze::zero_grad, "param_groups"_a, "set_to_none"_a = true,
       "Sets the gradient of every parameter to None, or to zero.");

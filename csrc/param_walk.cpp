@@ -431,6 +431,16 @@ C10_ALWAYS_INLINE void ParamWalk::push(
   if (C10_UNLIKELY(!has_memory)) {
     raise_no_memory(slot, grad, use);
   }
+  // Memory from elsewhere (a file's, another library's) can start anywhere; the kernels read whole elements.
+  const auto misaligned = [](const char* data, const TensorImpl* tensor) {
+    return (reinterpret_cast<uintptr_t>(data) & (tensor->dtype().itemsize() - 1)) != 0;
+  };
+  if (C10_UNLIKELY(
+          misaligned(param_data, slot.param) || misaligned(grad_data, grad) ||
+          (momentum != nullptr && misaligned(momentum, slot.buffer)))) {
+    rest_.emplace_back(use.index, py::reinterpret_borrow<py::object>(slot.object));
+    return;
+  }
   auto& batch = batch_for(device_of_plain(slot.param), param_type, grad_type, use);
   // A state of one entry holds the buffer alone, so it has no mark.
   const bool stale =
@@ -812,8 +822,9 @@ void ParamWalk::emit_with_own_buffer(const Slot& slot, const GroupUse& use) {
   const size_t had_rest = rest_.size();
   push(fitting, copy.defined() ? copy.unsafeGetTensorImpl() : slot.grad, use, type, type);
   TORCH_CHECK_VALUE(
-      rest_.size() == had_rest, function_, ": momentum_buffer of ", place(use, slot.index),
-      " shares the memory of its parameter or gradient. Delete it from the optimizer's state.");
+      rest_.size() == had_rest, function_, ": ", place(use, slot.index),
+      ", its gradient or its momentum_buffer lies in memory that is not aligned to its elements, or the buffer "
+      "shares memory with the others; momentum_dtype is not for these. Clone them.");
   if (buffer.defined()) {
     if (fresh_.size() == had_fresh) {
       const auto& batch = batch_for(device_of_plain(param), type, type, use);
@@ -924,8 +935,10 @@ void ParamWalk::make_fresh_buffers(bool overlap) {
         fresh.replaced = py::reinterpret_borrow<py::object>(PyDict_GetItem(fresh.state, buffer_key_));
       }
       const auto buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(fresh.buffer));
-      auto entry = fresh.state != nullptr ? py::reinterpret_borrow<py::object>(fresh.state) : py::dict();
-      if (PyDict_SetItem(entry.ptr(), buffer_key_, buffer.ptr()) != 0 ||
+      // Not py::dict(), which has no word for a want of memory.
+      const auto entry = fresh.state != nullptr ? py::reinterpret_borrow<py::object>(fresh.state)
+                                                : py::reinterpret_steal<py::object>(PyDict_New());
+      if (!buffer || !entry || PyDict_SetItem(entry.ptr(), buffer_key_, buffer.ptr()) != 0 ||
           (fresh.state == nullptr && PyDict_SetItem(state_, fresh.param, entry.ptr()) != 0)) {
         throw py::error_already_set();
       }

@@ -447,8 +447,8 @@ void check_same(const UsedGroup& before, const UsedGroup& now, size_t index) {
   TORCH_CHECK(
       changed == nullptr, kStep, ": ", changed, " of param_groups[", index,
       "] was changed while a step was under way: with step_in_backward, backward has applied a part of the "
-      "gradients "
-      "with what it was before. Change it after step() or before backward(); set it back to make this step.");
+      "gradients with what it was before. Change it after step() or before backward(); set it back to make this "
+      "step.");
 }
 
 void check_number_of_groups(const py::list& param_groups, const UsedGroups& used) {
@@ -524,9 +524,9 @@ py::object step(
       use.momentum_type = reader.momentum_type();
       TORCH_CHECK_VALUE(
           use.momentum_type == c10::ScalarType::Undefined || !use.stock_form, kStep, ": param_groups[", i,
-          "] has a momentum_dtype and asks for stock's own form (foreach, fused=False, differentiable, or a mode "
-          "that "
-          "wants to see every operator), which has none. Set momentum_dtype to None, or foreach and fused.");
+          "] has a momentum_dtype and asks for stock's own form (foreach, fused=False, differentiable, or a "
+          "mode that wants to see every operator), which has none. Set momentum_dtype to None, or foreach and "
+          "fused.");
       work.rounds_stochastically |= use.momentum_type != c10::ScalarType::Undefined;
       if (selection == nullptr && use.momentum_type != c10::ScalarType::Undefined) {
         work.seeds.emplace_back(
@@ -560,8 +560,7 @@ py::object step(
   if (work.walk.has_fresh()) {
     refuse_capture(
         "momentum buffers are missing, and would start anew at every replay. Make a step before the capture, so "
-        "that "
-        "they are there.");
+        "that they are there.");
   }
   if (work.rounds_stochastically) {
     refuse_capture("every replay would round momentum with the same random bits. Use momentum_dtype=None.");
