@@ -408,13 +408,16 @@ C10_ALWAYS_INLINE void ParamWalk::push(
     const Slot& slot, TensorImpl* grad, const GroupUse& use, c10::ScalarType param_type,
     c10::ScalarType grad_type) {
   const auto itemsize = static_cast<int64_t>(c10::elementSize(param_type));
+  const auto grad_itemsize =
+      grad_type == param_type ? itemsize : static_cast<int64_t>(c10::elementSize(grad_type));
+  const auto momentum_itemsize =
+      C10_LIKELY(!has_own_buffer_type(use)) ? itemsize : static_cast<int64_t>(c10::elementSize(use.momentum_type));
   bool has_memory = true;
   char* const param_data = data_of(slot.param, itemsize, has_memory);
-  char* const grad_data = data_of(
-      grad, grad_type == param_type ? itemsize : static_cast<int64_t>(c10::elementSize(grad_type)), has_memory);
+  char* const grad_data = data_of(grad, grad_itemsize, has_memory);
   char* momentum = nullptr;
   if (slot.buffer != nullptr) {
-    momentum = data_of(slot.buffer, static_cast<int64_t>(slot.buffer->dtype().itemsize()), has_memory);
+    momentum = data_of(slot.buffer, momentum_itemsize, has_memory);
     prefetch(momentum, 1);
     // A buffer that nothing else refers to cannot be another parameter's too.
     const auto& storage = slot.buffer->unsafe_storage();
@@ -432,12 +435,12 @@ C10_ALWAYS_INLINE void ParamWalk::push(
     raise_no_memory(slot, grad, use);
   }
   // Memory from elsewhere (a file's, another library's) can start anywhere; the kernels read whole elements.
-  const auto misaligned = [](const char* data, const TensorImpl* tensor) {
-    return (reinterpret_cast<uintptr_t>(data) & (tensor->dtype().itemsize() - 1)) != 0;
+  const auto misalignment = [](const char* data, int64_t size) {
+    return reinterpret_cast<uintptr_t>(data) & static_cast<uintptr_t>(size - 1);
   };
   if (C10_UNLIKELY(
-          misaligned(param_data, slot.param) || misaligned(grad_data, grad) ||
-          (momentum != nullptr && misaligned(momentum, slot.buffer)))) {
+          (misalignment(param_data, itemsize) | misalignment(grad_data, grad_itemsize) |
+           misalignment(momentum, momentum_itemsize)) != 0)) {
     rest_.emplace_back(use.index, py::reinterpret_borrow<py::object>(slot.object));
     return;
   }

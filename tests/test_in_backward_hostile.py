@@ -835,7 +835,7 @@ def threads(make: Make) -> Any:
     for thread in running:
         thread.start()
     for thread in running:
-        thread.join(15)
+        thread.join(120)
     return [answers[i] for i in range(4)]
 
 
@@ -847,7 +847,7 @@ def other_thread(make: Make) -> Any:
         optimizer.zero_grad()
         thread = threading.Thread(target=loss_of(model, step).backward)
         thread.start()
-        thread.join(15)
+        thread.join(120)
         optimizer.step()
     return result(model, optimizer)
 
