@@ -244,7 +244,8 @@ class FrozenAwareSGD(torch.optim.SGD):
 
         What backward has not applied stays in ``.grad``; from here on the optimizer steps in
         `step` alone. Does nothing to an optimizer made without ``step_in_backward``. An optimizer
-        that is garbage-collected closes itself.
+        that is garbage-collected closes itself. Not to be called while another thread runs
+        backward through these parameters.
         """
         if self._in_backward is not None:
             self._in_backward.close()
