@@ -7,7 +7,7 @@ stock is given each contestant's own gradients, and has to arrive at the same we
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from contestants import Hyper
 from memory_contestants import MemoryContestant, Trainer
 from models import require
 from torch import Tensor, nn
+
+EXACT = 1e-6
+"""What another order of operations explains in float32."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def tolerance(contestant: MemoryContestant, dtype: torch.dtype) -> float:
         return 2**-5
     if contestant.precision == "bfloat16" or dtype == torch.bfloat16:
         return 2**-6
-    return 1e-6
+    return EXACT
 
 
 @dataclass(frozen=True)
@@ -50,31 +53,43 @@ class _Change:
     trains: frozenset[int]
 
 
+def _largest(values: Tensor) -> float:
+    found = torch.linalg.vector_norm(values, float("inf")).item() if values.numel() else 0.0
+    return found if found == found else float("inf")
+
+
+def _writer(
+    numpy: Any, entries: list[dict[int, Any] | _Change], place: int
+) -> Callable[[Tensor], None]:
+    """A hook that holds no parameter: what holds its parameter, nothing would ever free."""
+
+    def arrived(p: Tensor) -> None:
+        grad, page = p.grad, entries[-1]
+        if grad is not None and isinstance(page, dict):
+            raw = grad.view(torch.int16) if grad.dtype == torch.bfloat16 else grad
+            page[place] = numpy.array(raw.detach().cpu().numpy(), order="K", copy=True)
+
+    return arrived
+
+
 class Journal:
     """Every gradient of a run, written down where torch's allocators do not count it.
 
     Made before the optimizer, so that its hooks run before the optimizer's.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, every: int = 1) -> None:
+        """Write down the gradients of ``every`` so manieth parameter alone."""
         self._numpy = require("numpy", "numpy", "the memory suite")
         self._parameters = list(model.parameters())
+        self._written = range(0, len(self._parameters), every)
         self._entries: list[dict[int, Any] | _Change] = []
-        self._hooks = []
-        for place, p in enumerate(self._parameters):
+        for place in self._written:
+            p = self._parameters[place]
             trained = p.requires_grad
             p.requires_grad_(True)  # a frozen parameter takes no hook; it keeps it when frozen
-            self._hooks.append(p.register_post_accumulate_grad_hook(self._writer(place)))
+            p.register_post_accumulate_grad_hook(_writer(self._numpy, self._entries, place))
             p.requires_grad_(trained)
-
-    def _writer(self, place: int) -> Any:
-        def arrived(p: Tensor) -> None:
-            grad, page = p.grad, self._entries[-1]
-            if grad is not None and isinstance(page, dict):
-                raw = grad.view(torch.int16) if grad.dtype == torch.bfloat16 else grad
-                page[place] = self._numpy.array(raw.detach().cpu().numpy(), order="K", copy=True)
-
-        return arrived
 
     def begin_iteration(self) -> None:
         """Gradients that arrive from here on belong to another iteration."""
@@ -102,13 +117,12 @@ class Journal:
             contestant: says what becomes of a momentum when the frozen set changes.
             hyper: what stock is to use.
         """
-        for hook in self._hooks:
-            hook.remove()  # else parameter and hook hold each other for ever
         mine = {id(p) for p in owned}
         equal = True
         gaps, scales = [0.0, 0.0], [0.0, 0.0]
-        for place, (p, first) in enumerate(zip(self._parameters, start, strict=True)):
-            shadow = nn.Parameter(first.detach().clone())
+        for place in self._written:
+            p = self._parameters[place]
+            shadow = nn.Parameter(start[place].detach().clone())
             stock = torch.optim.SGD(
                 [shadow], hyper.lr, hyper.momentum, weight_decay=hyper.weight_decay, foreach=False
             )
@@ -125,10 +139,8 @@ class Journal:
             for kind, (a, b) in enumerate(pairs):
                 if a.dtype != b.dtype or not torch.equal(a, b):
                     equal = False
-                    gap = (a.float() - b.float()).abs().max().item()
-                    gaps[kind] = max(gaps[kind], gap if gap == gap else float("inf"))
-                if b.numel():
-                    scales[kind] = max(scales[kind], b.abs().max().item())
+                    gaps[kind] = max(gaps[kind], _largest(a - b))
+                scales[kind] = max(scales[kind], _largest(b))
         gap = max(g / s if s else g for g, s in zip(gaps, scales, strict=True))
         return Agreement(equal, gap, tolerance(contestant, start[0].dtype))
 

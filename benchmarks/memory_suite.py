@@ -25,7 +25,6 @@ from memory_contestants import (
     WITHOUT_MOMENTUM,
     MemoryContestant,
     Trainer,
-    UnableError,
 )
 from memory_measure import (
     GradientProbe,
@@ -35,6 +34,7 @@ from memory_measure import (
     peak_rss,
     record,
     require_memory,
+    trim,
 )
 from models import MODELS, ModelSpec, freeze_share
 from suites import Setting
@@ -44,11 +44,14 @@ MEMORY_MODELS = ("resnet50", "vit_b_16", "bert_base", "decoder_1b")
 QUICK_MEMORY_MODELS = ("mobilenet_v3_small",)
 
 _PHASES = ("zero_grad", "forward", "backward", "step")
-_COPIES = 7
-"""Of the weights: the first ones and those trained, gradients, momentum, temporaries, and what the
-results are held against."""
-_SHARED = ("torchvision", "transformers", "bitsandbytes", "lomo_optim")
-"""Packages that children need not load anew."""
+_COPIES = 6
+"""Of the weights: the first ones and those trained, gradients, momentum, temporaries, and what
+malloc loses in gaps."""
+_ITERATIONS = 2
+_WRITTEN_OF_LARGE = 4
+"""Of a model that is large for a CPU, one in so many parameters is held against stock."""
+_SHARED = ("torchvision", "transformers")
+"""Packages of models, that children need not load anew; a contestant's is part of its cost."""
 _PERIODS = 4
 """Before the first block's turn comes again."""
 _PER_PERIOD = 2
@@ -97,6 +100,7 @@ CASES = (
 _ON_LARGE = ("1", "4")
 """The cases of a model that is large for a CPU."""
 _TIMED_CASES = ("1", "2")
+_RSS_CASES = ("1", "4")
 
 
 @dataclass(frozen=True)
@@ -241,14 +245,21 @@ class Subject:
     def __init__(self, key: str, device: torch.device) -> None:
         self.key, self.device = key, device
         self.spec = MODELS[key]
+        self.written = written(key, device)
         torch.manual_seed(0)
         self.model = self.spec.build().to(device).train()
 
     def copy(self) -> tuple[nn.Module, Callable[[], Tensor]]:
         """The model with its first weights, and the loss of the same batch for everyone."""
+        trim()
         model = copy.deepcopy(self.model)
         torch.manual_seed(1)
         return model, self.spec.make_loss(model, self.device)
+
+
+def written(key: str, device: torch.device) -> int:
+    """One in how many parameters is held against stock."""
+    return _WRITTEN_OF_LARGE if MODELS[key].large and device.type == "cpu" else 1
 
 
 def size_of_model(key: str) -> int:
@@ -268,7 +279,8 @@ def require_memory_for(key: str, device: torch.device) -> None:
         models.MissingPackageError: the package the model comes from is not installed.
         models.NotEnoughMemoryError: the device has too little memory to give.
     """
-    require_memory(_COPIES * size_of_model(key) + 10**9, device, key)
+    copies = _COPIES + _ITERATIONS / written(key, device)
+    require_memory(int(copies * size_of_model(key)) + 2 * 10**9, device, key)
 
 
 def iterate(
@@ -380,8 +392,9 @@ def _judge(
                 raise
             outcome.unavailable[contestant.label] = _first_line(error)
             continue
-        if contestant.cyclic:
-            gc.collect()
+        finally:
+            if contestant.cyclic:
+                gc.collect()
         if agreement.holds:
             yield contestant, agreement, found
         else:
@@ -396,7 +409,7 @@ def run_case(subject: Subject, case: Case, share: float | str) -> CaseOutcome:
         model, loss = subject.copy()
         handed = case.prepare(model, subject.spec, share)
         probe = GradientProbe(model.parameters())
-        journal = Journal(model) if write else None
+        journal = Journal(model, subject.written) if write else None
         base = _allocated(device)
         kept: list[Trainer] = []
         peaks: list[int | None] = []
@@ -404,7 +417,7 @@ def run_case(subject: Subject, case: Case, share: float | str) -> CaseOutcome:
         def run() -> None:
             trainer = contestant.make(model, handed, case.hyper)
             kept.append(trainer)
-            for index in range(2):
+            for index in range(_ITERATIONS):
                 probe.restart()
                 peaks.append(iterate(trainer, loss, index, device, journal))
 
@@ -454,7 +467,7 @@ def _train_for_rss(
     handed = case.prepare(model, spec, share)
     before = peak_rss()
     trainer = contestant.make(model, handed, case.hyper)
-    for index in range(2):
+    for index in range(_ITERATIONS):
         iterate(trainer, loss, index, cpu)
     return before, peak_rss()
 
@@ -498,7 +511,7 @@ def run_freeze(subject: Subject, share: float | str) -> FreezeOutcome:
 
     def train(contestant: MemoryContestant, write: bool) -> Trained[tuple[Held, Held, int, int]]:
         model, loss = subject.copy()
-        journal = Journal(model) if write else None
+        journal = Journal(model, subject.written) if write else None
         base = _allocated(device)
         freeze_share(model.named_parameters(), share, subject.spec.head)
         frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -573,7 +586,7 @@ def run_rotation(subject: Subject) -> RotationOutcome:
         contestant: MemoryContestant, write: bool
     ) -> Trained[tuple[list[int], list[int], list[int]]]:
         model, loss = subject.copy()
-        journal = Journal(model) if write else None
+        journal = Journal(model, subject.written) if write else None
         base = _allocated(device)
         parameters = list(model.parameters())
         blocks = blocks_by_turns(model, subject.spec)
@@ -642,8 +655,10 @@ def run_times(subject: Subject, case: Case, share: float | str, setting: Setting
     for contestant in TIMED:
         try:
             turns[contestant.key] = make(contestant)
-        except UnableError as error:
-            outcome.unavailable[contestant.label] = str(error)
+        except RuntimeError as error:
+            if contestant == OURS:
+                raise
+            outcome.unavailable[contestant.label] = _first_line(error)
         else:
             outcome.labels[contestant.key] = contestant.label
     outcome.samples = interleave(turns, setting.budget, setting.rng)
@@ -663,14 +678,14 @@ def run_memory(
     device = setting.device
     for key in keys:
         subject = Subject(key, device)
-        large = subject.spec.large and device.type == "cpu"
+        large = subject.written > 1
         for case in CASES:
             if large and case.key not in _ON_LARGE:
                 continue
             setting.progress(f"{subject.spec.title}: {case.title.partition(':')[0]}")
             with _one_thread():
                 outcome = run_case(subject, case, share)
-            if device.type == "cpu" and not large and not quick:
+            if device.type == "cpu" and case.key in _RSS_CASES and not (large or quick):
                 add_rss(outcome, share)
             yield outcome
         if large:
@@ -693,6 +708,6 @@ def parts(keys: Iterable[str], device: torch.device) -> int:
     """How often the suite tells its progress."""
     found = 0
     for key in keys:
-        large = MODELS[key].large and device.type == "cpu"
+        large = written(key, device) > 1
         found += len(_ON_LARGE) if large else len(CASES) + 2 + len(_TIMED_CASES)
     return found

@@ -387,6 +387,21 @@ class TestAgreement:
     def test_a_parameter_that_was_not_handed_over_must_not_move(self) -> None:
         assert not checked(stock, owned=slice(1)).holds
 
+    def test_of_a_large_model_some_parameters_are_checked(self) -> None:
+        model = two_layers()
+        start = [p.detach().clone() for p in model.parameters()]
+        journal = Journal(model, every=2)
+        trainer = contestants.Plain(stock(model, foreach=False))
+        journal.begin_iteration()
+        backward(model)
+        trainer.step()
+        arguments = start, list(model.parameters()), trainer, contestants.FUSED, HYPER
+        assert journal.check(*arguments).bit_equal
+        model[1].weight.data.add_(1)
+        assert journal.check(*arguments).bit_equal
+        model[0].weight.data.add_(1)
+        assert not journal.check(*arguments).holds
+
     def test_weights_that_are_no_number_do_not_agree(self) -> None:
         assert not checked(lambda model: stock(model, lr=float("inf"))).holds
 
@@ -542,6 +557,13 @@ class TestCaseOnTiny:
             assert alive() == 1
             return model, loss
 
+        def fail(model: nn.Module, parameters: list[nn.Parameter], hyper: Hyper) -> Any:
+            raise RuntimeError("not today")
+
+        failing = MemoryContestant("failing", "failing", fail)
+        for name in ("WITH_MOMENTUM", "WITHOUT_MOMENTUM", "CHANGING"):
+            everyone = (failing, *getattr(memory_suite, name))
+            monkeypatch.setattr(memory_suite, name, everyone)
         monkeypatch.setattr(Subject, "copy", count)
         gc.collect()
         gc.disable()
@@ -824,9 +846,23 @@ class TestReport:
         assert timed.times_ordinary("ours/in backward").median == times
         assert status_of(outcomes, "time in backward") == status
 
-    def test_the_summary_says_where_a_result_is_not_stocks_to_the_bit(self) -> None:
-        text = " ".join(memory_summary(made_up()))
-        assert "Not every bit of stock's result: FrozenAwareSGD on" in text
+    @pytest.mark.parametrize(
+        ("agreement", "told"),
+        [
+            pytest.param(Agreement(False, 1e-7, 1e-6), True, id="float32, another bit"),
+            pytest.param(Agreement(True, 0.0, 1e-6), False, id="float32, every bit"),
+            pytest.param(Agreement(False, 4e-3, 2**-6), False, id="bfloat16"),
+        ],
+    )
+    def test_the_summary_says_where_a_result_is_not_stocks_to_the_bit(
+        self, agreement: Agreement, told: bool
+    ) -> None:
+        outcomes = made_up()
+        first = outcomes[0]
+        assert isinstance(first, CaseOutcome)
+        first.rows[0].agreement = agreement
+        text = " ".join(memory_summary(outcomes))
+        assert ("Not every bit of stock's result: FrozenAwareSGD on" in text) is told
 
 
 class TestCommand:
@@ -865,7 +901,7 @@ class TestCommand:
             compare.main(list(self.ARGUMENTS))
         assert ended.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert "tiny needs 1.0 GB of memory and this machine has 0.0 GB to give" in line
+        assert "tiny needs 2.0 GB of memory and this machine has 0.0 GB to give" in line
 
 
 @pytest.mark.gpu
@@ -873,5 +909,8 @@ class TestCommand:
 def test_the_timeline_of_a_gpu_has_its_allocators_own_peak() -> None:
     outcome = memory_suite.run_case(Subject("tiny", torch.device("cuda")), CASES[0], 50)
     for row in outcome.rows:
+        drawn = max(size for _, size in row.figures.curve)
         assert row.figures.rss is None
-        assert row.figures.peak == max(size for _, size in row.figures.curve)
+        # What another stream still reads is the allocator's for longer than it is the program's.
+        assert drawn <= row.figures.peak
+        assert drawn == row.figures.peak or row.contestant.in_backward
