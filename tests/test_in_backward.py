@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import optim_cases as cases
@@ -17,6 +17,15 @@ from torch.nn.functional import cross_entropy, relu
 
 KIB = 1 / 1024
 """Of a bucket, in MiB."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Where the processor is shared, small models mostly wait for the other threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Net(nn.Module):
