@@ -180,8 +180,7 @@ def test_a_bad_gradient_in_the_middle_stops_the_whole_step(middle: int) -> None:
 @contextlib.contextmanager
 def _address_space_of(more: int) -> Iterator[None]:
     """No more than `more` bytes of further address space."""
-    with open("/proc/self/statm") as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
+    now = _addresses()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (now + more, hard))
     try:
@@ -193,13 +192,31 @@ def _address_space_of(more: int) -> Iterator[None]:
 LARGE = 10 << 20
 
 
+def _addresses() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+def _what_malloc_has_lying_about() -> list[torch.Tensor]:
+    """Blocks of that size that it can give without asking the system, so that it has none left."""
+    taken: list[torch.Tensor] = []
+    while True:
+        before = _addresses()
+        block = torch.empty(LARGE)
+        if _addresses() > before:
+            return taken
+        taken.append(block)
+
+
 def _out_of_memory(fits: int) -> None:
-    """Of four buffers of 40 MiB each, `fits` can be made, one more if malloc kept as much."""
+    """Of four buffers of 40 MiB each, `fits` can be made, one more where the margin allows."""
     gc.collect()
     pair = Pair([3, 3, LARGE, 5, LARGE, LARGE, LARGE], frozen=2)
+    taken = _what_malloc_has_lying_about()
     raised = pair.step_with(_address_space_of(fits * (40 << 20) + (20 << 20)))
     assert isinstance(raised, RuntimeError | MemoryError), f"not out of memory: {raised!r}"
     assert not pair.optimizer.state, "buffers were kept of a step that was not taken"
+    del taken
     pair.step()
 
 
