@@ -180,6 +180,7 @@ class GradientHook : public PostAccumulateGradHook {
   bool deferred_ = false;  // left to step()
   bool shared_ = false;    // others may write to its storage
   uint32_t version_ = 0;   // of the parameter, when its gradient had been applied
+  uint32_t before_ = 0;    // likewise, before the update under way
 };
 
 BackwardStep::BackwardStep(
@@ -544,14 +545,28 @@ void BackwardStep::apply_in(const py::object& optimizer, std::vector<Arrived>& d
   }
   clip(metas);
   UsedGroups used;
+  // Tensors made of views of one tensor count their versions together, whatever memory they have by now: what this
+  // update adds to the versions of others is no write of a user's.
+  const auto for_each_applied = [&](auto&& visit) {
+    for (auto* const hook : hooks_) {
+      if (hook->applied_ == iteration_) {
+        visit(*hook, version_of(hook->param_));
+      }
+    }
+  };
   {
     const std::lock_guard lock(mutex_);
     used = used_;
+    for_each_applied([](GradientHook& hook, uint32_t version) { hook.before_ = version; });
   }
   py::object rest = sgd_step_part(param_groups, state, selection, used, std::nullopt);
   if (!rest.is_none()) {
     optimizer.attr("_step_rest")(rest, py::none(), py::none());
     sgd_step_part(param_groups, state, selection, used, py::cast<py::list>(rest));
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    for_each_applied([](GradientHook& hook, uint32_t version) { hook.version_ += version - hook.before_; });
   }
   // The memory of a gradient goes back to the stream it came from, which must not use it before it has been read;
   // and the next forward pass waits for that stream alone.

@@ -183,6 +183,17 @@ def test_every_option_gives_the_same(options: dict[str, Any]) -> None:
     assert_same(train(rolling, step_in_backward=True, bucket_mb=2 * KIB, **options), ordinary)
 
 
+def test_versions_that_are_counted_together_are_no_write() -> None:
+    """Parameters that were views of one tensor; the first has memory of its own by now."""
+    flat = torch.zeros(2)
+    first, second = (nn.Parameter(flat[i : i + 1]) for i in range(2))
+    first.data = first.data.double()
+    optimizer = FrozenAwareSGD([first, second], 0.1, step_in_backward=True, bucket_mb=0)
+    (first.sum() + second.sum().double()).backward()
+    optimizer.step()
+    assert float(first.detach()) == -0.1 and torch.equal(flat, torch.tensor([0.0, -0.1]))
+
+
 def test_it_trains_at_all() -> None:
     before = dict(network().named_parameters())
     after = train(nothing, step_in_backward=True)[0].named_parameters()
