@@ -39,6 +39,9 @@ def run(function: Callable[[], Any], seconds: int = 120) -> Any:
             faulthandler.disable()  # pytest's prints the parent's stack
             signal.alarm(seconds)
             torch.set_num_threads(1)
+            # torch makes its autograd engine anew after a fork, at its first use and without a
+            # lock: threads that reach it together free what the others are using.
+            torch.ones((), requires_grad=True).square().backward()
             try:
                 answer = pickle.dumps((True, function()))
             except BaseException as error:
