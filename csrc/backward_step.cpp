@@ -434,8 +434,7 @@ void BackwardStep::arrive(GradientHook& hook, const at::Tensor& param) {
             "got a gradient of layout ", grad.layout(),
             "; steps in backward take dense ones. Use sparse=False, or step_in_backward=False."));
   }
-  if (const auto accumulator = torch::autograd::impl::try_get_grad_accumulator(param);
-      accumulator != nullptr && !accumulator->post_hooks().empty()) {
+  if (has_accumulator_hook(param)) {
     refuse(
         "has a hook on its AccumulateGrad, as DistributedDataParallel puts there to reduce gradients after they "
         "have been accumulated. A step in backward would apply them before. Use step_in_backward=False.");
@@ -789,6 +788,11 @@ void BackwardStep::clip(const std::vector<AutogradMeta*>& metas) const {
 int64_t BackwardStep::bucket_bytes() {
   const std::lock_guard lock(mutex_);
   return bucket_;
+}
+
+bool has_accumulator_hook(const at::Tensor& param) {
+  const auto accumulator = torch::autograd::impl::try_get_grad_accumulator(param);
+  return accumulator != nullptr && !accumulator->post_hooks().empty();
 }
 
 void bind_backward_step(py::module_& module) {

@@ -103,6 +103,10 @@ class BackwardStep : public std::enable_shared_from_this<BackwardStep> {
   std::optional<Arrived> placeholder_;  // stands for gradients that have all been applied
 };
 
+// Whether a C++ hook hangs on the parameter's gradient accumulator, as DistributedDataParallel's reducer puts
+// there.
+bool has_accumulator_hook(const at::Tensor& param);
+
 void bind_backward_step(pybind11::module_& module);
 
 }  // namespace torch_freeze

@@ -19,6 +19,10 @@ PYBIND11_MODULE(_C, module) {
       "zero_grad", &torch_freeze::zero_grad, "param_groups"_a, "set_to_none"_a = true,
       "Sets the gradient of every parameter to None, or to zero.");
   module.def("is_observed", &torch_freeze::is_observed, "Whether a profiler wants to hear of each step.");
+  module.def(
+      "has_accumulator_hook", &torch_freeze::has_accumulator_hook, "param"_a,
+      "Whether a C++ hook hangs on the parameter's gradient accumulator, as the one of "
+      "DistributedDataParallel's reducer.");
   torch_freeze::bind_backward_step(module);
   torch_freeze::bind_kernel_on_host(module);
 }

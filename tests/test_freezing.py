@@ -21,7 +21,15 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_freeze
-from torch_freeze import FrozenAwareSGD, freeze, freeze_except, frozen, unfreeze
+from torch_freeze import (
+    FreezeSchedule,
+    FrozenAwareSGD,
+    audit,
+    freeze,
+    freeze_except,
+    frozen,
+    unfreeze,
+)
 from torch_freeze._hold import held_by
 from torch_freeze._select import Tree
 
@@ -869,6 +877,58 @@ def test_row_16_ddp_freezing_a_wrapped_model_warns_of_what_then_happens(
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             unfreeze(ddp, "stem")
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_row_16_ddp_that_looks_for_unused_parameters_may_be_frozen(
+    net: Net, tmp_path: Path, static: bool
+) -> None:
+    with one_process(tmp_path):
+        ddp = DistributedDataParallel(net, find_unused_parameters=True, static_graph=static)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            freeze(ddp, "stem")
+            with frozen(ddp, "head"):
+                pass
+            unfreeze(ddp, "stem")
+            schedule = FreezeSchedule(ddp, {0: ["stem"], 1: []})
+            for _ in range(3):
+                schedule.step()
+                if not static:
+                    ddp(batch()).sum().backward()
+        told = [str(warning.message) for warning in caught if "unused" in str(warning.message)]
+        # A graph said to be static is one whose gradients are all waited for.
+        assert [message.split(":")[0] for message in told] == (
+            ["freeze", "frozen", "FreezeSchedule"] if static else []
+        )
+        assert not audit(ddp)
+
+
+def test_row_16_a_parameter_ddp_never_averages_is_found(net: Net, tmp_path: Path) -> None:
+    with one_process(tmp_path):
+        freeze(net, "stem")
+        ddp = DistributedDataParallel(net, find_unused_parameters=True)
+        assert not audit(ddp)
+        with pytest.warns(UserWarning, match=r"unfreeze: stem\.weight \(and 1 more\) was frozen"):
+            unfreeze(ddp)
+        found = [f for f in audit(ddp) if f.kind == "not reduced"]
+        assert [f.parameter for f in found] == ["stem.weight", "stem.bias"]
+        assert {f.level for f in found} == {"error"}
+        ddp = DistributedDataParallel(ddp.module)  # the mend
+        assert not audit(ddp)
+
+
+def test_row_16_what_ddp_was_told_to_ignore_is_no_matter(net: Net, tmp_path: Path) -> None:
+    with one_process(tmp_path):
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            net, ["stem.weight", "stem.bias"]
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            ddp = DistributedDataParallel(net)
+            freeze(ddp, "stem")
+            unfreeze(ddp, "stem")
+        assert not audit(ddp)
 
 
 def test_row_16_freezing_before_wrapping_works_without_a_warning(net: Net, tmp_path: Path) -> None:

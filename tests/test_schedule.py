@@ -346,6 +346,7 @@ def test_every_timeline_fits_120_columns(kind: str) -> None:
     lines = str(schedule).splitlines()
     assert max(map(len, lines)) <= 120 and len(lines) > 2
     assert type(schedule).__name__ in repr(schedule)
+    assert not lines[0].startswith("_")  # a name the documentation has
 
 
 # --- state ---------------------------------------------------------------------------------------
@@ -373,6 +374,14 @@ def test_row_8_a_resumed_schedule_goes_on_as_the_uninterrupted_one(kind: str, at
     assert trains(fresh) == trains(model) and resumed.last == schedule.last
     assert held_by(fresh[1]) is None or held_by(model[1]) is not None
     assert run(resumed, fresh, 8 - at) == run(schedule, model, 8 - at)
+
+
+def test_the_state_of_another_kind_of_schedule_is_refused_with_the_mend() -> None:
+    state = gradual_unfreeze(make(), ["0", "1"]).state_dict()
+    with pytest.raises(
+        ValueError, match=r"no 'k'.*not one that a RotationSchedule saved.*built as the one"
+    ):
+        rotate(make(), "*", k=1, every=1).load_state_dict(state)
 
 
 def test_the_state_restores_what_the_schedule_does_not_manage() -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ._ddp import not_reduced
 from ._hold import held_by, is_norm
 from ._select import ModuleEntry, ParamEntry, Tree, check_model
 from .report import _size, as_optimizers, state_bytes, tensor_bytes
@@ -54,12 +55,13 @@ def audit(
     parameters got no gradient. Nothing is changed.
 
     Kinds, by level. error: "unowned" (trainable, in no optimizer), "two groups" (steps twice),
-    "hold overridden" (a held norm put in train mode by a direct write), "stale gradient" (frozen
-    with a gradient, in an optimizer). warning: "stale gradient" (in none), "no gradient",
-    "norm trains" (norm of a frozen layer in train mode), "tied half" (tied parameters whose names
-    lie in a frozen and in a trainable module), "all frozen", "foreign" (in the optimizer, not in
-    the model). info: "tied", "never stepped", "momentum of frozen", "frozen unowned" (left out of
-    the optimizer, so cannot train later).
+    "not reduced" (trainable, but frozen when DistributedDataParallel wrapped it), "hold overridden"
+    (a held norm put in train mode by a direct write), "stale gradient" (frozen with a gradient, in
+    an optimizer). warning: "stale gradient" (in none), "no gradient", "norm trains" (norm of a
+    frozen layer in train mode), "tied half" (tied parameters whose names lie in a frozen and in a
+    trainable module), "all frozen", "foreign" (in the optimizer, not in the model). info: "tied",
+    "never stepped", "momentum of frozen", "frozen unowned" (left out of the optimizer, so cannot
+    train later).
 
     Args:
         model: the model, DDP-wrapped or compiled ones too.
@@ -85,6 +87,7 @@ never used or cleared. Pass it to the optimizer, or freeze it.
     tree = Tree(model)
     optimizers = as_optimizers(optimizer, "audit")
     findings = [*_gradients(tree, optimizers), *_norms(tree), *_tied(tree), *_everything(tree)]
+    findings += _reduced(tree)
     if optimizers is not None:
         findings += [*_owners(tree, optimizers), *_momentum(tree, optimizers)]
     return sorted(findings, key=lambda finding: _ORDER[finding.level])
@@ -227,6 +230,19 @@ class _Surroundings:
             if flags:
                 return flags.pop() if len(flags) == 1 else None
         return None
+
+
+def _reduced(tree: Tree) -> Iterator[Finding]:
+    trainable = [entry for entry in tree.params.values() if entry.parameter.requires_grad]
+    for entry in not_reduced(tree, trainable):
+        yield Finding(
+            "error",
+            entry.name,
+            "is trainable but was frozen when DistributedDataParallel wrapped the model: its "
+            "gradient is never averaged, and the processes drift apart.",
+            "Wrap anew: model = DistributedDataParallel(model.module).",
+            "not reduced",
+        )
 
 
 def _everything(tree: Tree) -> Iterator[Finding]:

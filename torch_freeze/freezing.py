@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from . import _hold
+from . import _ddp, _hold
 from ._select import (
     ModuleEntry,
     ParamEntry,
@@ -59,8 +59,8 @@ def freeze(
         TypeError: `model` is not a module, or a selector is of no known kind.
 
     Warns:
-        UserWarning: the model is DDP-wrapped already and its frozen set changes; DDP fixes which
-            gradients it reduces when it wraps.
+        UserWarning: DistributedDataParallel has wrapped the model already and cannot follow: it
+            fixes which gradients it reduces, and waits for, when it wraps.
 
     Note:
         A tied parameter is one tensor: named by any of its names it is frozen under all of them,
@@ -122,8 +122,7 @@ def unfreeze(model: nn.Module, *what: Selector, exclude: Selector = ()) -> Freez
     tree = Tree(model)
     selection, excluded = _resolve(tree, what, exclude, "unfreeze")
     changed, released = thaw(tree, selection, excluded, "unfreeze")
-    if changed:
-        _warn_ddp(tree, "unfreeze", stacklevel=3)
+    _warn_ddp(tree, "unfreeze", thawed=changed, stacklevel=3)
     return _call_report(tree, "unfreeze", selection, changed, released=released)
 
 
@@ -199,8 +198,7 @@ def frozen(
     norms = [entry.module for entry in _norms(tree) if _touches(entry, selection)]
     were_held = [norm for norm in norms if _hold.held_by(norm) is not None]
     changed, held = chill(tree, selection, excluded, hold_norm)
-    if changed:
-        _warn_ddp(tree, "frozen", stacklevel=4)
+    _warn_ddp(tree, "frozen", chilled=changed, stacklevel=4)
     try:
         yield _call_report(tree, "frozen", selection, changed, held=held)
     finally:
@@ -225,8 +223,7 @@ def _freeze(
     tree = Tree(model)
     selection, excluded = _resolve(tree, what, exclude, caller)
     changed, held = chill(tree, selection, excluded, hold_norm)
-    if changed:
-        _warn_ddp(tree, caller, stacklevel=4)
+    _warn_ddp(tree, caller, chilled=changed, stacklevel=4)
     return _call_report(tree, caller, selection, changed, held=held)
 
 
@@ -407,28 +404,44 @@ def _half_named(tree: Tree, selection: Selection, state: str) -> tuple[str, ...]
     return tuple(notes)
 
 
-def _warn_ddp(tree: Tree, caller: str, stacklevel: int) -> None:
+def _warn_ddp(
+    tree: Tree,
+    caller: str,
+    stacklevel: int,
+    *,
+    thawed: Iterable[ParamEntry] = (),
+    chilled: Iterable[ParamEntry] = (),
+) -> None:
+    """Warn where DistributedDataParallel, which has wrapped by now, cannot follow."""
     if not tree.ddp:
         return
-    if caller == "unfreeze":
-        does = (
-            "A parameter that was frozen when DDP wrapped the model is not in its buckets: its "
-            "gradient is never averaged, and the processes drift apart without an error."
-        )
-    else:
-        does = (
-            "A parameter that was trainable then is still waited for in backward, and the next "
-            "forward raises 'Expected to have finished reduction in the prior iteration' unless "
-            "DDP was made with find_unused_parameters=True."
-        )
-    warnings.warn(
-        f"{caller}: the model is already wrapped in DistributedDataParallel, which fixes the "
-        f"gradients it reduces when it wraps. {does} Freeze first and wrap then; to change the "
-        "frozen set later, drop this wrapper and wrap its module anew: "
-        "model = DistributedDataParallel(model.module).",
-        UserWarning,
-        stacklevel=stacklevel,
+    wrap_anew = (
+        "drop this wrapper and wrap its module anew, model = DistributedDataParallel(model.module)"
     )
+    for entries, does, mend in (
+        (
+            _ddp.not_reduced(tree, thawed),
+            "frozen when DistributedDataParallel wrapped the model: no gradient of it is ever "
+            "averaged, and the processes drift apart without an error.",
+            f"After unfreezing, {wrap_anew}; or wrap with everything trainable and freeze then, "
+            "under find_unused_parameters=True.",
+        ),
+        (
+            _ddp.waited_for(tree, chilled),
+            "trainable when DistributedDataParallel wrapped the model: it is still waited for in "
+            "backward, and the next forward raises 'Expected to have finished reduction in the "
+            "prior iteration'.",
+            "Freeze before wrapping, or wrap with find_unused_parameters=True and no static graph; "
+            f"to go on, {wrap_anew}.",
+        ),
+    ):
+        if entries:
+            more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
+            warnings.warn(
+                f"{caller}: {entries[0].name}{more} was {does} {mend}",
+                UserWarning,
+                stacklevel=stacklevel,
+            )
 
 
 def set_frozen(
@@ -439,6 +452,5 @@ def set_frozen(
     subtract(rest, frozen_set)
     thawed, released = thaw(tree, rest, frozen_set, caller)
     chilled, held = chill(tree, frozen_set, rest, hold_norm)
-    if thawed or chilled:
-        _warn_ddp(tree, "unfreeze" if thawed else caller, stacklevel=4)
+    _warn_ddp(tree, caller, thawed=thawed, chilled=chilled, stacklevel=4)
     return bool(thawed or chilled or held or released)

@@ -142,7 +142,11 @@ class FreezeSchedule:
         own = {"unit": self.unit, **self._settings()}
         missing = [key for key in (*own, "last", "frozen", "held") if key not in state]
         if missing:
-            raise ValueError(f"load_state_dict: the state has no {', '.join(map(repr, missing))}.")
+            raise ValueError(
+                f"load_state_dict: the state has no {', '.join(map(repr, missing))}, so it is not "
+                f"one that a {type(self).__name__} saved; load it into a schedule built as the one "
+                "that saved it."
+            )
         for key, value in own.items():
             if state[key] != value:
                 raise ValueError(
@@ -271,7 +275,7 @@ def gradual_unfreeze(
     listed = _groups(model, groups, "gradual_unfreeze")
     count = len(listed)
     entries = {every * i: listed[: count - 1 - i] for i in range(count)}
-    return _GroupSchedule(model, entries, listed, unit, hold_norm)
+    return GradualUnfreezeSchedule(model, entries, listed, unit, hold_norm)
 
 
 def freeze_out(
@@ -422,6 +426,10 @@ class _GroupSchedule(FreezeSchedule):
 
     def _managed(self, tree: Tree) -> Selection:
         return select(tree, flatten(self._groups), "step")
+
+
+class GradualUnfreezeSchedule(_GroupSchedule):
+    """One group more trains every few units. Made by `gradual_unfreeze`."""
 
 
 class FreezeOutSchedule(_GroupSchedule):
