@@ -18,7 +18,7 @@ comma := ,
 # Its package has no __main__ to run with -m.
 clang_format = $(PY) -c 'import clang_format; clang_format.clang_format()'
 
-.PHONY: help compare test sanitize build lint format typecheck gpu docs clean
+.PHONY: help compare test sanitize build lint format typecheck gpu memory docs clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -66,7 +66,11 @@ gpu: build ## GPU tests, compute-sanitizer and benchmark; results go to $OUT or 
 	  "$$sanitizer" --tool $$tool --error-exitcode 1 $(PY) benchmarks/sanitize.py || exit 1; \
 	done
 	mkdir -p $(RESULTS)
-	$(PY) benchmarks/compare.py --device cuda --json $(RESULTS)/cuda.json --plot $(RESULTS)/cuda.png $(ARGS)
+	$(PY) benchmarks/compare.py --device cuda --suite synthetic,models,digits,targets --results $(RESULTS) $(ARGS)
+
+memory: build ## compare what training takes of memory; results go to $OUT or benchmarks/results
+	mkdir -p $(RESULTS)
+	$(PY) benchmarks/compare.py --suite memory --results $(RESULTS) $(ARGS)
 
 docs: $(call need,docs) ## build the site from docs/ and the docstrings, into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict

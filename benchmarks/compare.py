@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from digits import DigitsOutcome, run_digits
-from machine import company, describe, granted_share, headline
+from machine import company, describe, granted_share, headline, slug
 from measure import Budget
 from memory_plot import save_memory
 from memory_report import memory_legend, memory_table, memory_targets
@@ -33,11 +33,12 @@ from models import ALL_MODELS, MODELS, MissingPackageError, NotEnoughMemoryError
 from plots import save
 from suites import Outcome, Setting, run_models, run_synthetic
 from tables import digits_table, legend, outcome_table, targets_table
-from targets import MODELS as TARGET_MODELS
-from targets import Reached, run_targets
+from targets import Reached, networks, run_targets
+from targets import parts as target_parts
 from verdict import unequal, verdict
 
 SUITES = ("synthetic", "models", "digits", "targets", "memory")
+TARGET_OF = {"cpu": "a CPU of 2 cores", "cuda": "a GPU"}
 DEFAULT_SUITES = ("synthetic", "models", "digits")
 
 
@@ -117,6 +118,13 @@ def _output(text: str) -> Path:
     return path
 
 
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.absolute()}")
+    return path
+
+
 def make_parser() -> Parser:
     """The command line's options."""
     parser = Parser(
@@ -152,6 +160,13 @@ def make_parser() -> Parser:
     add("--compiled", action="store_true", help="also a stock step through torch.compile")
     add("--json", type=_output, metavar="FILE", help="write all samples, the machine and versions")
     add("--plot", type=_output, metavar="FILE", help="write a PNG picture")
+    add("--markdown", type=_output, metavar="FILE", help="write what is printed, and the machine")
+    add(
+        "--results",
+        type=_folder,
+        metavar="FOLDER",
+        help="write all three into it, named after the GPU or the CPU",
+    )
     return parser
 
 
@@ -230,16 +245,35 @@ def _write_json(path: Path, found: dict[str, Any]) -> None:
     path.write_text(json.dumps(found, indent=1, default=str) + "\n")
 
 
+def _write_markdown(
+    path: Path, described: dict[str, Any], shown: Sequence[str], summary: str
+) -> None:
+    facts = {key: value for key, value in described.items() if not isinstance(value, (dict, list))}
+    facts |= {key: value for key, value in described["versions"].items() if value is not None}
+    path.write_text(
+        "\n\n".join(
+            [
+                f"# {headline(described)}",
+                f"`{' '.join(['python', *sys.argv])}`",
+                "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items())]),
+                *(f"```\n{text}\n```" for text in shown),
+                "## Verdict",
+                summary.partition("\n")[2] + "\n",
+            ]
+        )
+    )
+
+
 _BAR = "{percentage:3.0f}% |{bar:30}| {elapsed}{postfix}"
 
 
-def _parts(suites: Sequence[str], networks: int, target_models: int, memory: int) -> int:
+def _parts(suites: Sequence[str], workloads: int, targets: int, memory: int) -> int:
     """How often the suites will tell their progress."""
     told = {
         "synthetic": 3 * 2,
-        "models": 3 * networks,
+        "models": 3 * workloads,
         "digits": 2,
-        "targets": 3 * 2 + 2 * target_models + bool(target_models),
+        "targets": targets,
         "memory": memory,
     }
     return sum(told[suite] for suite in suites)
@@ -256,7 +290,7 @@ def run(options: argparse.Namespace) -> int:
     device = choose_device(options.device)
     tqdm = require("tqdm", "tqdm", "the progress bar").tqdm
     require("tabulate", "tabulate", "the tables")
-    if options.plot:
+    if options.plot or options.results:
         require("matplotlib", "matplotlib", "--plot")
     suites, models, shares, budget = plan(options)
     suites = list(usable(suites, _needs_of_suite, explicit=options.suite is not None))
@@ -264,7 +298,7 @@ def run(options: argparse.Namespace) -> int:
         models = list(usable(models, _needs_of_model, explicit=options.models is not None))
     target_models: list[str] = []
     if "targets" in suites:
-        target_models = list(usable(TARGET_MODELS, _needs_of_model, explicit=False))
+        target_models = list(usable(networks(device), _needs_of_model, explicit=False))
     memory_models, memory_share = _memory_plan(options)
     if "memory" in suites:
         memory_models = list(
@@ -278,13 +312,22 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
 
     described = describe(device)
+    if options.results:
+        stem = slug(described) + ("_memory" if suites == ["memory"] else "")
+        for kind, suffix in (("json", "json"), ("markdown", "md"), ("plot", "png")):
+            if getattr(options, kind) is None:
+                setattr(options, kind, options.results / f"{stem}.{suffix}")
     shares_of_time = [granted_share()]
     outcomes: list[Outcome] = []
     digits: DigitsOutcome | None = None
     targets: list[Reached] = []
     memory: list[MemoryOutcome] = []
+    shown: list[str] = []
     total = _parts(
-        suites, len(models) * len(shares), len(target_models), parts(memory_models, device)
+        suites,
+        len(models) * len(shares),
+        target_parts(target_models, device),
+        parts(memory_models, device),
     )
     # disable=None: no bar where stderr is no terminal.
     with tqdm(total=total, disable=None, leave=False, bar_format=_BAR) as bar:
@@ -296,6 +339,7 @@ def run(options: argparse.Namespace) -> int:
         setting = Setting(device, budget, options.compiled, random.Random(0), progress)
 
         def show(text: str) -> None:
+            shown.append(text)
             tqdm.write(text + "\n", file=sys.stdout)
 
         show(headline(described))
@@ -313,7 +357,10 @@ def run(options: argparse.Namespace) -> int:
         if "targets" in suites:
             measured, targets = run_targets(setting, models=target_models)
             outcomes += measured
-            show(targets_table(targets))
+            if device.type == "cuda":
+                for outcome in measured:
+                    show(outcome_table(outcome))
+            show(targets_table(targets, f"speed to reach on {TARGET_OF[device.type]}"))
         if "memory" in suites:
             for found in run_memory(memory_models, memory_share, setting, quick=options.quick):
                 memory.append(found)
@@ -322,9 +369,11 @@ def run(options: argparse.Namespace) -> int:
             show(targets_table(reached, "memory to reach"))
             targets += reached
     if outcomes or digits:
-        print(legend(device.type, outcomes, trained=digits is not None))
+        shown.append(legend(device.type, outcomes, trained=digits is not None))
+        print(shown[-1])
     if memory:
-        print(memory_legend(device.type))
+        shown.append(memory_legend(device.type))
+        print(shown[-1])
     shares_of_time.append(granted_share())
     described["share of its threads' time"] = shares_of_time
     summary = verdict(outcomes, digits, targets, memory=memory, warning=company(shares_of_time))
@@ -346,6 +395,8 @@ def run(options: argparse.Namespace) -> int:
                 "verdict": summary.splitlines(),
             },
         )
+    if options.markdown:
+        _write_markdown(options.markdown, described, shown, summary)
     if options.plot and outcomes:
         save(options.plot, outcomes, headline(described))
     if options.plot and memory:

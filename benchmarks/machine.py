@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -93,6 +94,12 @@ def describe(device: torch.device) -> dict[str, Any]:
         described["gpu memory"] = properties.total_memory
         described["driver"] = driver_version()
     return described
+
+
+def slug(described: dict[str, Any]) -> str:
+    """What a file of this machine's figures is called: the GPU's name, or else the CPU's."""
+    name = str(described.get("gpu") or described["cpu"]).lower()
+    return re.sub(r"[^a-z0-9]+", "_", name).strip("_")
 
 
 def headline(described: dict[str, Any]) -> str:

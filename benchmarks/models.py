@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from contestants import Groups, Hyper
@@ -107,16 +107,21 @@ def _classify(
     return make
 
 
-def _classify_tokens(model: nn.Module, device: torch.device) -> Callable[[], Tensor]:
-    shape = (32, 128) if device.type == "cuda" else (2, 32)
-    tokens = torch.randint(1000, 30000, shape, device=device)
-    labels = torch.randint(2, shape[:1], device=device)
+def _classify_tokens(
+    on_cpu: tuple[int, int], on_cuda: tuple[int, int]
+) -> Callable[[nn.Module, torch.device], Callable[[], Tensor]]:
+    def make(model: nn.Module, device: torch.device) -> Callable[[], Tensor]:
+        shape = on_cuda if device.type == "cuda" else on_cpu
+        tokens = torch.randint(1000, 30000, shape, device=device)
+        labels = torch.randint(2, shape[:1], device=device)
 
-    def loss() -> Tensor:
-        value: Tensor = model(input_ids=tokens, labels=labels).loss
-        return value
+        def loss() -> Tensor:
+            value: Tensor = model(input_ids=tokens, labels=labels).loss
+            return value
 
-    return loss
+        return loss
+
+    return make
 
 
 def _predict_tokens(model: nn.Module, device: torch.device) -> Callable[[], Tensor]:
@@ -165,7 +170,7 @@ MODELS: dict[str, ModelSpec] = {
         "classifier.",
         "transformers",
         _bert,
-        _classify_tokens,
+        _classify_tokens((2, 32), (32, 128)),
         "2 texts of 32 tokens (32 of 128 on a GPU)",
         r"bert\.encoder\.layer\.\d+\.",
     ),
@@ -179,6 +184,24 @@ MODELS: dict[str, ModelSpec] = {
         r"model\.layers\.\d+\.",
         large=True,
     ),
+    "resnet18_batch_8": ModelSpec(
+        "ResNet-18 at batch 8",
+        "fc.",
+        "torchvision",
+        _vision("resnet18"),
+        _classify(_IMAGE, 1000, 8, 8),
+        "8 images of 224x224",
+        r"layer\d+\.",
+    ),
+    "bert_base_batch_4": ModelSpec(
+        "BERT-base at batch 4",
+        "classifier.",
+        "transformers",
+        _bert,
+        _classify_tokens((4, 128), (4, 128)),
+        "4 texts of 128 tokens",
+        r"bert\.encoder\.layer\.\d+\.",
+    ),
     "tiny": ModelSpec(
         "three linear layers",
         "3.",
@@ -189,7 +212,8 @@ MODELS: dict[str, ModelSpec] = {
         r"\d+\.",
     ),
 }
-"""``tiny`` needs no further package: it tries the script itself and is run only when named."""
+"""Those that are not in ``ALL_MODELS`` are run when named, by a suite or an option. ``tiny`` needs
+no further package: it tries the script itself."""
 
 ALL_MODELS = ("resnet50", "vit_b_16", "mobilenet_v3_small", "bert_base")
 
@@ -236,6 +260,10 @@ class Workload:
     model: nn.Module | None = None
     loss: Callable[[], Tensor] | None = None
     batch: str = ""
+    bandwidth: bool = False
+    """Whether it is large enough to be held against what the memory can do."""
+    shifted_gradients: bool = False
+    """Whether gradients begin one element after where they would, as in a flat buffer."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -261,7 +289,11 @@ class Workload:
     def fill_gradients(self) -> None:
         """Give each trainable parameter a random gradient and each frozen one none."""
         for p in self.parameters:
-            p.grad = torch.randn_like(p).mul_(1e-2) if p.requires_grad else None
+            if not p.requires_grad:
+                p.grad = None
+                continue
+            p.grad = _shifted(p) if self.shifted_gradients else torch.empty_like(p)
+            p.grad.normal_(std=1e-2)
 
 
 @dataclass
@@ -293,6 +325,7 @@ class LoadedModel:
             model=self.model,
             loss=self.spec.make_loss(self.model, self.device),
             batch=self.spec.batch,
+            bandwidth=True,
         )
 
 
@@ -324,11 +357,58 @@ def mostly_frozen(device: torch.device, frozen: int = 998) -> Workload:
     )
 
 
-def many_groups(device: torch.device) -> Workload:
-    """50 param groups, as layer-wise learning rates make them."""
+def many_groups(device: torch.device, groups: int = 50, tensors: int = 10) -> Workload:
+    """Many param groups, as layer-wise learning rates make them."""
     return Workload(
-        "groups50",
-        "50 param groups of 10 tensors of 64 elements",
-        [_parameters(10, 64, device) for _ in range(50)],
+        f"groups{groups}",
+        f"{groups} param groups of {tensors} tensor{'s' if tensors > 1 else ''} of 64 elements",
+        [_parameters(tensors, 64, device) for _ in range(groups)],
         Hyper(momentum=0.9),
+    )
+
+
+def _shifted(like: Tensor) -> Tensor:
+    """Memory of that shape that begins one element after where it would."""
+    room = torch.empty(like.numel() + 1, dtype=like.dtype, device=like.device)
+    return room[1:].view(like.shape)
+
+
+Place = Literal["aligned", "odd sizes", "gradients shifted", "parameters shifted"]
+
+
+def flat_set(
+    device: torch.device,
+    elements: int,
+    tensors: int,
+    dtype: torch.dtype = torch.float32,
+    place: Place = "aligned",
+) -> Workload:
+    """Equal tensors with momentum and decay: what a step costs in arithmetic and memory traffic.
+
+    Args:
+        device: where they lie.
+        elements: of all tensors together.
+        tensors: how many.
+        dtype: of parameters, gradients and momentum.
+        place: how they lie. Those of odd sizes have one element more; gradients lie one element
+            off where they are views into a flat buffer, as DistributedDataParallel's, and
+            parameters where a library keeps them in one.
+    """
+    size = elements // tensors + (place == "odd sizes")
+    parameters = []
+    for _ in range(tensors):
+        values = torch.empty(size, dtype=dtype, device=device)
+        if place == "parameters shifted":
+            values = _shifted(values)
+        parameters.append(nn.Parameter(values.normal_()))
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    count = f"{elements / 1e6:g} M" if elements >= 100_000 else f"{elements:,}"
+    return Workload(
+        f"flat/{name}/{elements}/{place}",
+        f"{count} elements in {tensors} {name} tensors"
+        + ("" if place == "aligned" else f"; {place}"),
+        [parameters],
+        Hyper(lr=0.1, momentum=0.9, weight_decay=1e-4),  # a rate at which bfloat16 moves
+        bandwidth=True,
+        shifted_gradients=place == "gradients shifted",
     )

@@ -91,8 +91,9 @@ class Outcome:
     """Contestants this torch cannot run here, and what it said."""
     passes: dict[str, tuple[int, list[float]]] = field(default_factory=dict)
     """Bytes and samples of the reference passes."""
-    trainable_alone: list[float] = field(default_factory=list)
-    """FrozenAwareSGD without the frozen parameters, warm, in the same rounds."""
+    beside: dict[str, list[float]] = field(default_factory=dict)
+    """FrozenAwareSGD's samples on a like workload without what makes this one special, by measure,
+    in the same rounds."""
 
     def row(self, key: str) -> Row | None:
         """The row of a contestant, e.g. ``"filter/fused"``; None if it did not run."""
@@ -111,6 +112,11 @@ class Outcome:
     def stock(self, kind: str) -> Row | None:
         """Stock of one kind on the trainable parameters: filtered, if anything is frozen."""
         return self.row(f"filter/{kind}") or self.row(f"all/{kind}")
+
+    def times_beside(self, measure: str) -> Summary | None:
+        """How many times as long FrozenAwareSGD takes here as on the like workload."""
+        taken, reference = self.ours.samples.get(measure), self.beside.get(measure)
+        return ratio(taken, reference) if taken and reference else None
 
     @property
     def pass_name(self) -> str:
@@ -139,7 +145,7 @@ def run_workload(
     setting: Setting,
     measures: Sequence[str],
     *,
-    alone: Workload | None = None,
+    beside: Workload | None = None,
 ) -> Outcome:
     """Check that everyone computes the same, then measure everyone in interleaved turns.
 
@@ -152,8 +158,8 @@ def run_workload(
         setting: device, time budget and the like.
         measures: which of ``MEASURES`` to take. ``"device"`` is skipped on a CPU, which has no time
             of its own beside the host's.
-        alone: the trainable parameters without the frozen ones; FrozenAwareSGD is timed on these
-            too, in the same rounds.
+        beside: the same without what makes it special, such as the trainable parameters without
+            the frozen ones; FrozenAwareSGD is timed on these too, in the same rounds.
     """
     parameters = workload.parameters
     outcome = Outcome(
@@ -178,7 +184,7 @@ def run_workload(
         _measure_iterations(outcome, workload, entries, setting)
     setting.progress(f"{workload.title}: steps")
     workload.fill_gradients()
-    _measure_steps(outcome, workload, entries, setting, measures, alone)
+    _measure_steps(outcome, workload, entries, setting, measures, beside)
     return outcome
 
 
@@ -218,7 +224,7 @@ def _measure_steps(
     entries: Sequence[Entry],
     setting: Setting,
     measures: Sequence[str],
-    alone: Workload | None,
+    beside: Workload | None,
 ) -> None:
     device = setting.device
     makers: dict[str, Callable[[Entry], Turn]] = {}
@@ -231,8 +237,12 @@ def _measure_steps(
         flushed = torch.empty(FLUSHED_BYTES // 4, device=device)
         makers["device"] = lambda entry: device_turn(entry.stepper, device, flushed)
     passes: dict[str, Pass] = {}
-    if workload.model is not None:
+    if workload.bandwidth:
         passes = reference_passes(workload, device)
+    likewise: Entry | None = None
+    if beside is not None:
+        beside.fill_gradients()
+        likewise = OURS.build(beside.groups, beside.hyper)
     for measure, make in makers.items():
         turns = {entry.contestant.key: make(entry) for entry in entries}
         extra: dict[str, Turn] = {}
@@ -244,15 +254,15 @@ def _measure_steps(
                     if measure == "device"
                     else warm_turn(stepper, device)
                 )
-        if measure == "warm" and alone is not None:
-            alone.fill_gradients()
-            extra["alone"] = make(OURS.build(alone.groups, alone.hyper))
+        if likewise is not None:
+            extra["beside"] = make(likewise)
         samples = interleave(turns | extra, setting.budget, setting.rng)
         for row in outcome.rows:
             row.samples[measure] = samples[row.contestant.key]
         if measure == outcome.pass_measure:
             outcome.passes = {n: (p.size, samples[n]) for n, p in passes.items()}
-        outcome.trainable_alone = samples.get("alone", outcome.trainable_alone)
+        if likewise is not None:
+            outcome.beside[measure] = samples["beside"]
 
 
 def run_synthetic(setting: Setting) -> Iterator[Outcome]:
@@ -265,7 +275,7 @@ def run_synthetic(setting: Setting) -> Iterator[Outcome]:
         mostly_frozen(device),
         setting,
         measures,
-        alone=mostly_frozen(device, frozen=0),
+        beside=mostly_frozen(device, frozen=0),
     )
     yield run_workload("synthetic", many_groups(device), setting, measures)
 

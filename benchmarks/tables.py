@@ -201,9 +201,7 @@ def digits_table(outcome: DigitsOutcome) -> str:
     return "\n".join([title, render(headers, rows)])
 
 
-def targets_table(
-    lines: Sequence[Reached], heading: str = "speed to reach on a CPU of 2 cores"
-) -> str:
+def targets_table(lines: Sequence[Reached], heading: str) -> str:
     """Every target with the figure of this run."""
     headers = [heading, "measured", "target", ""]
     rows = [[line.case, line.figure, line.target, line.status] for line in lines]

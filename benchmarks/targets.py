@@ -1,17 +1,18 @@
-"""The speed the project set itself on a CPU of two cores, and what this run reached."""
+"""The speed the project set itself on a CPU of two cores and on a GPU, and what a run reached."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal, Protocol
 
 import torch
 from contestants import OURS
-from measure import allocations, held_bytes
-from models import LoadedModel
-from suites import Outcome, Setting, run_models, run_synthetic
+from measure import allocations, held_bytes, launches
+from models import MODELS as NETWORKS
+from models import LoadedModel, Place, Workload, flat_set, many_groups
+from suites import Outcome, Setting, run_models, run_synthetic, run_workload
 from units import duration, multiple
 
 Status = Literal["reached", "missed", "not measured", "no target"]
@@ -79,7 +80,7 @@ class FrozenCost:
         outcome = found.get(self.workload)
         if outcome is None:
             return Reached(self.case, "-", target, "not measured")
-        added = median(outcome.ours.samples["warm"]) - median(outcome.trainable_alone)
+        added = median(outcome.ours.samples["warm"]) - median(outcome.beside["warm"])
         cost = added / outcome.frozen_tensors
         return Reached(self.case, f"{cost:.2f} ns", target, status(cost <= self.most))
 
@@ -108,6 +109,70 @@ class Bandwidth:
         )
 
 
+@dataclass(frozen=True)
+class HostTime:
+    """A step is to return within ``most`` microseconds, the GPU idle."""
+
+    case: str
+    workload: str
+    most: float
+
+    def line(self, found: Mapping[str, Outcome]) -> Reached:
+        """The median with its spread."""
+        target = f"<= {self.most:g} us"
+        outcome = found.get(self.workload)
+        time = outcome.ours.time("warm") if outcome else None
+        if time is None:
+            return Reached(self.case, "-", target, "not measured")
+        figure = f"{duration(time.median)} [{duration(time.low)}-{duration(time.high)}]"
+        return Reached(self.case, figure, target, status(time.median <= 1e3 * self.most))
+
+
+@dataclass(frozen=True)
+class AsFast:
+    """The GPU is to take at most ``most`` times as long as for the workload measured beside."""
+
+    case: str
+    workload: str
+    most: float
+    measure: str = "device"
+
+    def line(self, found: Mapping[str, Outcome]) -> Reached:
+        """The ratio of the medians, with the spread of the ratios in the rounds."""
+        target = f"<= {self.most:g}x"
+        outcome = found.get(self.workload)
+        times = outcome.times_beside(self.measure) if outcome else None
+        if times is None:
+            return Reached(self.case, "-", target, "not measured")
+        figure = f"{times.median:.2f}x [{multiple(times.low)}-{multiple(times.high)}]"
+        return Reached(self.case, figure, target, status(times.median <= self.most))
+
+
+@dataclass(frozen=True)
+class Told:
+    """A whole iteration against the fastest stock form: told, whatever it is."""
+
+    case: str
+    workload: str
+
+    def line(self, found: Mapping[str, Outcome]) -> Reached:
+        """FrozenAwareSGD's time, and who of the others comes closest."""
+        outcome = found.get(self.workload)
+        ours = outcome.ours.time("iteration") if outcome else None
+        others = {
+            row.contestant.key: times
+            for row in (outcome.rows if outcome else ())
+            if row.contestant != OURS
+            and (times := outcome and outcome.times_ours(row, "iteration"))
+        }
+        if ours is None or not others:
+            return Reached(self.case, "-", "-", "not measured")
+        key, times = min(others.items(), key=lambda other: other[1].median)
+        spread = f"{multiple(times.low)}-{multiple(times.high)}"
+        figure = f"{duration(ours.median)}; {key}: {times.median:.2f}x [{spread}]"
+        return Reached(self.case, figure, "-", "no target")
+
+
 _TINY = "161 one-element parameters"
 _FROZEN = "1000 parameters, 998 frozen"
 _MOBILENET = "mobilenet_v3_small/0"
@@ -130,6 +195,87 @@ TARGETS: tuple[Target, ...] = (
     Faster("50 groups of 10 small tensors, warm", "groups50", "all/fused", 40),
 )
 MODELS = ("resnet50", "vit_b_16", "mobilenet_v3_small")
+
+_LARGE = 64_000_000
+_SMALL = (100_000, 1_000_000, 3_000_000)
+_PLACED = 20_000_000
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PLACES: tuple[Place, ...] = ("odd sizes", "gradients shifted", "parameters shifted")
+ON_CUDA = ("resnet50", "resnet18_batch_8", "bert_base_batch_4")
+"""The networks of the GPU's table; the last two for whole iterations."""
+
+
+def _cuda_targets() -> Iterator[Target]:
+    for name in _DTYPES:
+        key, case = f"flat/{name}/{_LARGE}/aligned", f"{_LARGE / 1e6:g} M {name} elements"
+        yield Bandwidth(f"{case}, bandwidth", key, 95)
+        yield Faster(case, key, "all/fused", 1.0, "device")
+        yield Faster(case, key, "all/foreach", 2, "device")
+    for elements in _SMALL:
+        case = f"{elements / 1e6:g} M fp32 elements in 20 tensors"
+        yield Faster(case, f"flat/fp32/{elements}/aligned", "all/fused", 1.8, "device")
+    for name in _DTYPES:
+        for place in _PLACES:
+            key, case = f"flat/{name}/{_PLACED}/{place}", f"{_PLACED / 1e6:g} M {name}, {place}"
+            yield AsFast(f"{case}, vs aligned", key, 1.05)
+            yield Faster(case, key, "all/fused", 1.5, "device")
+    yield HostTime("ResNet-50, host", "resnet50/0", 15)
+    yield Faster("ResNet-50, host", "resnet50/0", "all/fused", 8)
+    yield Faster("ResNet-50, host", "resnet50/0", "all/default", 25)
+    yield HostTime("ResNet-50, all but the head frozen, host", "resnet50/head", 6)
+    yield Faster("ResNet-50, all but the head frozen, host", "resnet50/head", "filter/fused", 4)
+    yield Faster("161 groups, host", "groups161", "all/fused", 30)
+    for model in ON_CUDA[1:]:
+        for share, what in (("0", "nothing"), ("50", "half")):
+            case = f"{NETWORKS[model].title}, {what} frozen, iteration"
+            yield Told(case, f"{model}/{share}")
+
+
+CUDA_TARGETS = tuple(_cuda_targets())
+
+
+def cuda_outcomes(
+    setting: Setting, models: Sequence[str] = ON_CUDA, scale: float = 1.0
+) -> Iterator[Outcome]:
+    """Measure every case of the GPU's table; ``scale`` makes the flat sets smaller for a trial.
+
+    Cases of a network that is not in ``models`` are left out.
+    """
+    device, measures = setting.device, ("warm", "device")
+
+    def flat(dtype: torch.dtype, elements: int, tensors: int, place: Place = "aligned") -> Workload:
+        made = flat_set(device, int(elements * scale), tensors, dtype, place)
+        return replace(made, key=made.key.replace(f"{int(elements * scale)}", f"{elements}"))
+
+    for dtype in _DTYPES.values():
+        yield run_workload("targets", flat(dtype, _LARGE, 32), setting, measures)
+    for elements in _SMALL:
+        yield run_workload("targets", flat(torch.float32, elements, 20), setting, measures)
+    for dtype in _DTYPES.values():
+        for place in _PLACES:
+            yield run_workload(
+                "targets",
+                flat(dtype, _PLACED, 20, place),
+                setting,
+                measures,
+                beside=flat(dtype, _PLACED, 20),
+            )
+    yield run_workload("targets", many_groups(device, 161, 1), setting, measures)
+    if "resnet50" in models:
+        yield from run_models(["resnet50"], [0.0, "head"], setting, measures)
+    small = [model for model in models if model != "resnet50"]
+    yield from run_models(small, [0.0, 50.0], setting, ("iteration",))
+
+
+def launch_line(setting: Setting) -> Reached:
+    """Count the kernels of a steady step over 161 groups."""
+    workload = many_groups(setting.device, 161, 1)
+    entry = OURS.build(workload.groups, workload.hyper)
+    workload.fill_gradients()
+    for _ in range(3):
+        entry.stepper.step()
+    count = launches(entry.stepper.step, setting.device)
+    return Reached("161 groups, launches", f"{count}", "1", status(count == 1))
 
 
 def memory_lines(model: str, setting: Setting) -> list[Reached]:
@@ -164,26 +310,42 @@ def memory_lines(model: str, setting: Setting) -> list[Reached]:
     ]
 
 
-def run_targets(
-    setting: Setting, *, models: Sequence[str] = MODELS
-) -> tuple[list[Outcome], list[Reached]]:
-    """Measure every case of the speed table.
+def networks(device: torch.device) -> tuple[str, ...]:
+    """The networks of a device's table."""
+    return ON_CUDA if device.type == "cuda" else MODELS
 
-    Cases of a network that is not in ``models`` are reported as not measured. On a GPU everything
-    is measured too, but nothing was set to be reached there.
+
+def parts(models: Sequence[str], device: torch.device) -> int:
+    """How often `run_targets` tells its progress."""
+    if device.type != "cuda":
+        return 3 * 2 + 2 * len(models) + bool(models)
+    flat = len(_DTYPES) * (1 + len(_PLACES)) + len(_SMALL) + 1
+    return 2 * flat + sum(2 * (2 if m == "resnet50" else 3) for m in models) + 1 + bool(models)
+
+
+def run_targets(
+    setting: Setting, *, models: Sequence[str] | None = None
+) -> tuple[list[Outcome], list[Reached]]:
+    """Measure every case of the device's speed table.
+
+    Cases of a network that is not in ``models`` (default: all of the table's) are reported as not
+    measured.
     """
-    outcomes = [
-        *run_synthetic(setting),
-        *run_models(models, [0.0], setting, ("warm", "cold", "device")),
-    ]
+    on_gpu = setting.device.type == "cuda"
+    models = networks(setting.device) if models is None else models
+    if on_gpu:
+        outcomes = list(cuda_outcomes(setting, models))
+    else:
+        outcomes = [*run_synthetic(setting), *run_models(models, [0.0], setting, ("warm", "cold"))]
     outcomes = [replace(outcome, suite="targets") for outcome in outcomes]
     found = {outcome.key: outcome for outcome in outcomes}
-    lines = [target.line(found) for target in TARGETS]
+    lines = [target.line(found) for target in (CUDA_TARGETS if on_gpu else TARGETS)]
+    if on_gpu:
+        setting.progress("targets: launches")
+        lines.append(launch_line(setting))
     if models:
         setting.progress("targets: memory")
         lines += memory_lines(models[0], setting)
     else:
         lines.append(Reached("memory", "-", "0", "not measured"))
-    if setting.device.type == "cuda":
-        lines = [replace(line, target="-", status="no target") for line in lines]
     return outcomes, lines

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import pickle
+import resource
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,3 +64,27 @@ def run(function: Callable[[], Any], seconds: int = 120) -> Any:
     if not came_back:
         raise AssertionError(value)
     return value
+
+
+@contextlib.contextmanager
+def memory_for(blocks: int, numel: int) -> Iterator[None]:
+    """No memory but for so many float32 tensors of a size that is large, and for small things.
+
+    What malloc has lying about, which may be much in a process long used, is taken too.
+    """
+    size = 4 * numel
+    with open("/proc/self/statm") as statm:
+        now = int(statm.read().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + blocks * size + size // 2, hard))
+    taken: list[torch.Tensor] = []
+    try:
+        with contextlib.suppress(RuntimeError):
+            while True:
+                taken.append(torch.empty(numel))
+        assert len(taken) >= blocks
+        del taken[len(taken) - blocks :]
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        taken.clear()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import random
+import re
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -90,7 +92,7 @@ def outcome(
         batch="2 images" if suite == "models" else "",
         rows=rows,
         passes={"read-modify-write": (20_000, [1e3] * rounds), "copy": (8_000, [1e3] * rounds)},
-        trainable_alone=[1_000.0, 1_200.0],
+        beside={"warm": [1_000.0, 1_200.0]},
     )
 
 
@@ -319,8 +321,34 @@ class TestWorkloads:
         found = {o.key: o for o in suites.run_synthetic(setting(1))}
         counts = {key: (o.tensors, o.frozen_tensors) for key, o in found.items()}
         assert counts == {"tiny161": (161, 0), "frozen998": (1000, 998), "groups50": (500, 0)}
-        assert len(found["frozen998"].trainable_alone) == 1
+        assert len(found["frozen998"].beside["warm"]) == 1
         assert all(row.equality.holds for o in found.values() for row in o.rows)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("place", "parameters", "gradients", "size"),
+        [
+            pytest.param("aligned", 0, 0, 50, id="aligned"),
+            pytest.param("odd sizes", 0, 0, 51, id="odd sizes"),
+            pytest.param("gradients shifted", 0, 1, 50, id="gradients"),
+            pytest.param("parameters shifted", 1, 0, 50, id="parameters"),
+        ],
+    )
+    def test_a_flat_set_lies_as_it_says(
+        self, dtype: torch.dtype, place: models.Place, parameters: int, gradients: int, size: int
+    ) -> None:
+        workload = models.flat_set(CPU, 1000, 20, dtype, place)
+        workload.fill_gradients()
+        assert len(workload.parameters) == 20
+        for p in workload.parameters:
+            assert p.grad is not None
+            assert (p.dtype, p.grad.dtype, p.numel()) == (dtype, dtype, size)
+            assert p.data_ptr() % 64 == parameters * p.element_size()
+            assert p.grad.data_ptr() % 64 == gradients * p.element_size()
+            for tensor in (p.detach(), p.grad):
+                twin = measure._twin(tensor)
+                assert torch.equal(twin, tensor)
+                assert (twin.data_ptr() - tensor.data_ptr()) % 64 == 0
 
     def test_a_stock_form_this_torch_lacks_is_named_and_left_out(
         self, monkeypatch: pytest.MonkeyPatch
@@ -375,7 +403,7 @@ class TestTables:
         lines = [target.line({"frozen998": found}) for target in targets.TARGETS]
         lines += targets.memory_lines("tiny", setting())
         assert any(line.status == "missed" for line in lines)
-        assert max(map(len, targets_table(lines).splitlines())) <= 120
+        assert max(map(len, targets_table(lines, "to reach").splitlines())) <= 120
 
     @pytest.mark.parametrize("device", ["cpu", "cuda"])
     def test_legend_and_verdict_fit_120_columns(self, device: str) -> None:
@@ -511,7 +539,74 @@ class TestTargets:
         assert line.status == status
 
     def test_a_case_without_its_model_is_not_measured(self) -> None:
-        assert {t.line({}).status for t in targets.TARGETS} == {"not measured"}
+        every = (*targets.TARGETS, *targets.CUDA_TARGETS)
+        assert {t.line({}).status for t in every} == {"not measured"}
+
+    @pytest.mark.parametrize(
+        ("ours", "status"),
+        [pytest.param(6000, "reached", id="at"), pytest.param(6001, "missed", id="above")],
+    )
+    def test_host_time_is_held_against_microseconds(self, ours: float, status: str) -> None:
+        line = targets.HostTime("case", "made-up", 6).line({"made-up": outcome(measured(ours))})
+        assert line.status == status
+
+    @pytest.mark.parametrize(
+        ("beside", "figure", "status"),
+        [
+            pytest.param(100, "1.00x", "reached", id="the same"),
+            pytest.param(80, "1.25x", "missed", id="slower than the like"),
+        ],
+    )
+    def test_a_workload_is_held_against_the_one_beside(
+        self, beside: float, figure: str, status: str
+    ) -> None:
+        found = outcome(measured(1) | {"ours": {"warm": [1.0], "device": [100.0]}})
+        found.beside["device"] = [beside]
+        line = targets.AsFast("case", "made-up", 1.05).line({"made-up": found})
+        assert line.figure.startswith(figure)
+        assert line.status == status
+
+    def test_an_iteration_is_told_against_who_comes_closest(self) -> None:
+        samples = {
+            "ours": {"warm": [1.0], "iteration": [2e6]},
+            "all/default": {"warm": [1.0], "iteration": [5e6]},
+            "filter/fused": {"warm": [1.0], "iteration": [3e6]},
+        }
+        line = targets.Told("case", "made-up").line({"made-up": outcome(samples)})
+        assert line.figure.startswith("2 ms; filter/fused: 1.50x")
+        assert line.status == "no target"
+
+    def test_every_case_of_the_gpus_table_is_measured(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Tried on the CPU, on small sets; the networks are stood in for by their keys."""
+
+        def stand_in(
+            keys: list[str], shares: list[float | str], *rest: object
+        ) -> Iterator[Outcome]:
+            for key in keys:
+                for share in shares:
+                    name = share if share == "head" else f"{share:g}"
+                    yield dataclasses.replace(outcome(measured(1)), key=f"{key}/{name}")
+
+        monkeypatch.setattr(targets, "run_models", stand_in)
+        told: list[str] = []
+        found = {
+            o.key: o
+            for o in targets.cuda_outcomes(
+                dataclasses.replace(setting(1), progress=told.append), scale=2e-4
+            )
+        }
+        assert {target.workload for target in targets.CUDA_TARGETS} == set(found)
+        flat = {key: o for key, o in found.items() if "/" not in key or key.startswith("flat")}
+        # The GPU's device has one line more for launches, one for memory, and the networks'.
+        assert targets.parts([], torch.device("cuda")) == len(told) + 1 == 2 * len(flat) + 1
+        for key, of in flat.items():
+            # torch 2.13's fused bfloat16 step begins with whatever momentum lies in memory.
+            judged = [row for row in of.rows if "bf16" not in key or row.contestant.kind != "fused"]
+            assert all(row.equality.holds for row in judged), key
+            aligned = key.endswith("aligned") or key == "groups161"
+            assert bool(of.beside) != aligned, key
 
     def test_a_step_allocates_nothing_and_leaves_no_frozen_gradients(self) -> None:
         lines = targets.memory_lines("tiny", setting())
@@ -546,6 +641,23 @@ class TestCommand:
         assert width > 600
         assert height > 200
 
+    def test_results_are_named_after_the_machine(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert compare.main([*self.ARGUMENTS, "--results", str(tmp_path)]) == 0
+        name = machine.slug(machine.describe(CPU))
+        assert re.fullmatch("[a-z0-9_]+", name)
+        assert {f.name for f in tmp_path.iterdir()} == {
+            f"{name}.{s}" for s in ("json", "md", "png")
+        }
+        text = (tmp_path / f"{name}.md").read_text()
+        assert f"| torch | {torch.__version__} |" in text
+        printed = capsys.readouterr().out
+        blocks = re.findall(r"^```\n(.*?)\n```$", text, re.DOTALL | re.MULTILINE)
+        assert len(blocks) > 2
+        assert all(block in printed for block in blocks)
+        assert text.rpartition("## Verdict\n\n")[2].strip() in printed
+
     def test_a_wrong_result_ends_with_status_1(self, monkeypatch: pytest.MonkeyPatch) -> None:
         wrong = Equality(False, 1.0, 1.0)
         monkeypatch.setattr(suites, "check_equality", lambda *given: wrong)
@@ -567,6 +679,7 @@ class TestCommand:
             pytest.param(
                 ["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at", id="folder"
             ),
+            pytest.param(["--results", "/nowhere"], "there is no folder /nowhere", id="results"),
         ],
     )
     def test_what_cannot_be_done_is_said_in_one_line(
@@ -624,7 +737,7 @@ class TestCommand:
 @pytest.mark.skipif(
     importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed"
 )
-@pytest.mark.parametrize("name", ["resnet50", "vit_b_16", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", ["resnet50", "vit_b_16", "mobilenet_v3_small", "resnet18_batch_8"])
 def test_the_head_of_a_network_is_its_last_layer(name: str) -> None:
     spec = models.MODELS[name]
     with torch.device("meta"):
@@ -644,6 +757,7 @@ def test_a_gpu_has_time_of_its_own_and_the_same_results() -> None:
     assert found.share_of_pass(found.ours) is not None
     assert found.ours.memory is not None
     assert found.ours.memory.step_allocations == 0
+    assert targets.launch_line(setting(1, device)).status == "reached"
 
 
 def test_the_reference_is_stock_without_foreach() -> None:

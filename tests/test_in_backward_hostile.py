@@ -14,7 +14,6 @@ import gc
 import io
 import pickle
 import re
-import resource
 import subprocess
 import sys
 import threading
@@ -1215,23 +1214,13 @@ def no_memory(make: Make) -> Any:
     p = nn.Parameter(torch.ones(1 << 25))
     q = nn.Parameter(torch.ones(5))
     optimizer = make([p, q])
-    with open("/proc/self/statm") as statm:
-        used = int(statm.read().split()[0]) * resource.getpagesize()
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), limits[1]))
-    taken = []
     try:
-        with contextlib.suppress(RuntimeError):
-            while True:  # what malloc has lying about too, which may be much in a process long used
-                taken.append(torch.empty_like(p))
-        taken.pop()  # enough for the gradient alone
-        ((p * 2).sum() + q.sum()).backward()
-        optimizer.step()
+        with apart.memory_for(1, p.numel()):  # the gradient
+            ((p * 2).sum() + q.sum()).backward()
+            optimizer.step()
     except RuntimeError as error:
         assert bool((p == 1).all())
         assert p not in optimizer.state
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-        taken.clear()
         optimizer.zero_grad()
         ((p * 2).sum() + q.sum()).backward()
         optimizer.step()
