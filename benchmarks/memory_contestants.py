@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -403,3 +403,21 @@ CHANGING = (
 )
 """Everyone for whom the frozen set may change while it trains."""
 TIMED = (OURS, IN_BACKWARD, IN_BACKWARD_AT_ONCE, DEFAULT, FUSED, HOOKS)
+_BUCKETS_ON_GPU = (4, 16, 64, 256)
+"""MiB, from well within a GPU's L2 cache to well beyond it."""
+
+
+def timed(device: str) -> tuple[MemoryContestant, ...]:
+    """Whose iterations are timed; on a GPU with several buckets, to choose the usual one by."""
+    if device != "cuda":
+        return TIMED
+    buckets = (
+        replace(
+            IN_BACKWARD,
+            key=f"ours/in backward, {size} MiB",
+            label=f"FrozenAwareSGD in bw., {size} MiB",
+            make=_ours(step_in_backward=True, bucket_mb=float(size)),
+        )
+        for size in _BUCKETS_ON_GPU
+    )
+    return (*TIMED, *buckets)

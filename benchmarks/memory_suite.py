@@ -20,11 +20,11 @@ from memory_check import Agreement, Journal
 from memory_contestants import (
     CHANGING,
     OURS,
-    TIMED,
     WITH_MOMENTUM,
     WITHOUT_MOMENTUM,
     MemoryContestant,
     Trainer,
+    timed,
 )
 from memory_measure import (
     GradientProbe,
@@ -652,7 +652,7 @@ def run_times(subject: Subject, case: Case, share: float | str, setting: Setting
         return turn
 
     turns: dict[str, Turn] = {}
-    for contestant in TIMED:
+    for contestant in timed(device.type):
         try:
             turns[contestant.key] = make(contestant)
         except RuntimeError as error:

@@ -787,7 +787,7 @@ void BackwardStep::clip(const std::vector<AutogradMeta*>& metas) const {
 
 int64_t BackwardStep::bucket_bytes() {
   const std::lock_guard lock(mutex_);
-  return bucket_;
+  return fixed_bucket_.value_or(bucket_);
 }
 
 bool has_accumulator_hook(const at::Tensor& param) {

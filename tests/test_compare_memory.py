@@ -761,7 +761,7 @@ def made_up(
     ]
     after = Held(0, 0, GIGABYTES)
     every = contestants.CHANGING
-    samples = {c.key: [1.1e8, 2.3e8, 1.2e9] for c in contestants.TIMED}
+    samples = {c.key: [1.1e8, 2.3e8, 1.2e9] for c in contestants.timed("cuda")}
     return [
         *cases,
         FreezeOutcome(
@@ -778,10 +778,23 @@ def made_up(
             **name,
             title=title + CASES[1].title.format("all but the head"),
             samples=samples,
-            labels={c.key: c.label for c in contestants.TIMED},
+            labels={c.key: c.label for c in contestants.timed("cuda")},
             unavailable={"LOMO": "no " * 100},
         ),
     ]
+
+
+def test_a_gpus_iterations_are_timed_with_several_buckets_too() -> None:
+    on_cpu, on_cuda = contestants.timed("cpu"), contestants.timed("cuda")
+    assert on_cuda[: len(on_cpu)] == on_cpu
+    parameters = [nn.Parameter(torch.ones(3))]
+    sizes = []
+    for contestant in on_cuda[len(on_cpu) :]:
+        trainer = contestant.make(nn.Module(), parameters, Hyper())
+        assert contestant.label.endswith(f"{trainer.bucket() >> 20} MiB")
+        sizes.append(trainer.bucket())
+        trainer.close()
+    assert sizes == sorted(set(sizes)) and len(sizes) >= 3
 
 
 def status_of(outcomes: list[memory_suite.MemoryOutcome], words: str) -> str:

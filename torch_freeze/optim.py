@@ -234,8 +234,8 @@ class FrozenAwareSGD(torch.optim.SGD):
     def bucket_bytes(self) -> int:
         """Bytes of gradients that are collected before they are applied in backward.
 
-        The size that ``bucket_mb`` gave, or else the automatic one of the last backward; 0 before
-        any, and where nothing is stepped in backward.
+        The size that ``bucket_mb`` gave, or else the automatic one of the last backward, 0 before
+        any; and 0 where nothing is stepped in backward.
         """
         return 0 if self._in_backward is None else int(self._in_backward.bucket_bytes)
 
