@@ -10,7 +10,6 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -844,95 +843,97 @@ def test_a_module_called_module_keeps_its_name() -> None:
     assert freeze(model, "module").changed == ("module.weight", "module.bias")
 
 
-@contextmanager
+@pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone, which outlives the test's DistributedDataParallel.
+
+    A reducer that lets go of the group last joins its threads with Python's lock held, which one of
+    them may be waiting for.
+    """
     dist = torch.distributed
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("torch was built without gloo")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def test_row_16_ddp_freezing_a_wrapped_model_warns_of_what_then_happens(
-    net: Net, tmp_path: Path
+    net: Net, one_process: None
 ) -> None:
-    with one_process(tmp_path):
-        ddp = DistributedDataParallel(net)
-        with pytest.warns(UserWarning, match=r"Expected to have finished reduction.*wrap") as seen:
-            freeze(ddp, "stem")
-        assert seen[0].filename == __file__
+    ddp = DistributedDataParallel(net)
+    with pytest.warns(UserWarning, match=r"Expected to have finished reduction.*wrap") as seen:
+        freeze(ddp, "stem")
+    assert seen[0].filename == __file__
+    ddp(batch()).sum().backward()
+    with pytest.raises(RuntimeError, match="Expected to have finished reduction"):
+        ddp(batch())
+    # The mend the warning names.
+    ddp = DistributedDataParallel(ddp.module)
+    for _ in range(2):
         ddp(batch()).sum().backward()
-        with pytest.raises(RuntimeError, match="Expected to have finished reduction"):
-            ddp(batch())
-        # The mend the warning names.
-        ddp = DistributedDataParallel(ddp.module)
-        for _ in range(2):
-            ddp(batch()).sum().backward()
-        assert net.stem.weight.grad is None
-        with pytest.warns(UserWarning, match="processes drift apart"):
-            unfreeze(ddp, "module.stem")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            unfreeze(ddp, "stem")
+    assert net.stem.weight.grad is None
+    with pytest.warns(UserWarning, match="processes drift apart"):
+        unfreeze(ddp, "module.stem")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unfreeze(ddp, "stem")
 
 
 @pytest.mark.parametrize("static", [False, True])
 def test_row_16_ddp_that_looks_for_unused_parameters_may_be_frozen(
-    net: Net, tmp_path: Path, static: bool
+    net: Net, one_process: None, static: bool
 ) -> None:
-    with one_process(tmp_path):
-        ddp = DistributedDataParallel(net, find_unused_parameters=True, static_graph=static)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            freeze(ddp, "stem")
-            with frozen(ddp, "head"):
-                pass
-            unfreeze(ddp, "stem")
-            schedule = FreezeSchedule(ddp, {0: ["stem"], 1: []})
-            for _ in range(3):
-                schedule.step()
-                if not static:
-                    ddp(batch()).sum().backward()
-        told = [str(warning.message) for warning in caught if "unused" in str(warning.message)]
-        # A graph said to be static is one whose gradients are all waited for.
-        assert [message.split(":")[0] for message in told] == (
-            ["freeze", "frozen", "FreezeSchedule"] if static else []
-        )
-        assert not audit(ddp)
+    ddp = DistributedDataParallel(net, find_unused_parameters=True, static_graph=static)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        freeze(ddp, "stem")
+        with frozen(ddp, "head"):
+            pass
+        unfreeze(ddp, "stem")
+        schedule = FreezeSchedule(ddp, {0: ["stem"], 1: []})
+        for _ in range(3):
+            schedule.step()
+            if not static:
+                ddp(batch()).sum().backward()
+    told = [str(warning.message) for warning in caught if "unused" in str(warning.message)]
+    # A graph said to be static is one whose gradients are all waited for.
+    assert [message.split(":")[0] for message in told] == (
+        ["freeze", "frozen", "FreezeSchedule"] if static else []
+    )
+    assert not audit(ddp)
 
 
-def test_row_16_a_parameter_ddp_never_averages_is_found(net: Net, tmp_path: Path) -> None:
-    with one_process(tmp_path):
-        freeze(net, "stem")
-        ddp = DistributedDataParallel(net, find_unused_parameters=True)
-        assert not audit(ddp)
-        with pytest.warns(UserWarning, match=r"unfreeze: stem\.weight \(and 1 more\) was frozen"):
-            unfreeze(ddp)
-        found = [f for f in audit(ddp) if f.kind == "not reduced"]
-        assert [f.parameter for f in found] == ["stem.weight", "stem.bias"]
-        assert {f.level for f in found} == {"error"}
-        ddp = DistributedDataParallel(ddp.module)  # the mend
-        assert not audit(ddp)
+def test_row_16_a_parameter_ddp_never_averages_is_found(net: Net, one_process: None) -> None:
+    freeze(net, "stem")
+    ddp = DistributedDataParallel(net, find_unused_parameters=True)
+    assert not audit(ddp)
+    with pytest.warns(UserWarning, match=r"unfreeze: stem\.weight \(and 1 more\) was frozen"):
+        unfreeze(ddp)
+    found = [f for f in audit(ddp) if f.kind == "not reduced"]
+    assert [f.parameter for f in found] == ["stem.weight", "stem.bias"]
+    assert {f.level for f in found} == {"error"}
+    ddp = DistributedDataParallel(ddp.module)  # the mend
+    assert not audit(ddp)
 
 
-def test_row_16_what_ddp_was_told_to_ignore_is_no_matter(net: Net, tmp_path: Path) -> None:
-    with one_process(tmp_path):
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            net, ["stem.weight", "stem.bias"]
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            ddp = DistributedDataParallel(net)
-            freeze(ddp, "stem")
-            unfreeze(ddp, "stem")
-        assert not audit(ddp)
+def test_row_16_what_ddp_was_told_to_ignore_is_no_matter(net: Net, one_process: None) -> None:
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        net, ["stem.weight", "stem.bias"]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        ddp = DistributedDataParallel(net)
+        freeze(ddp, "stem")
+        unfreeze(ddp, "stem")
+    assert not audit(ddp)
 
 
-def test_row_16_freezing_before_wrapping_works_without_a_warning(net: Net, tmp_path: Path) -> None:
-    with one_process(tmp_path), warnings.catch_warnings():
+def test_row_16_freezing_before_wrapping_works_without_a_warning(
+    net: Net, one_process: None
+) -> None:
+    with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         freeze(net, "stem", "layers.0")
         ddp: Any = DistributedDataParallel(net)
@@ -944,24 +945,23 @@ def test_row_16_freezing_before_wrapping_works_without_a_warning(net: Net, tmp_p
         assert not any(name.startswith(("stem", "layers.0")) for name in moved)
 
 
-def test_row_17_fsdp2_takes_mixed_requires_grad(net: Net, tmp_path: Path) -> None:
+def test_row_17_fsdp2_takes_mixed_requires_grad(net: Net, one_process: None) -> None:
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     if not hasattr(fsdp, "fully_shard"):
         pytest.skip("this torch has no fully_shard")
-    with one_process(tmp_path):
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        freeze(net, "stem", "layers.0")
-        for layer in net.layers:
-            fsdp.fully_shard(layer, mesh=mesh)
-        fsdp.fully_shard(net, mesh=mesh)
-        for tuned in ({"layers.1", "head"}, {"head"}):
-            freeze_except(net, *tuned)
-            net(batch()).sum().backward()
-            got = {n for n, p in net.named_parameters() if p.grad is not None}
-            assert got == trains(net) == names(net, *tuned)
-        unfreeze(net, "layers.0")
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    freeze(net, "stem", "layers.0")
+    for layer in net.layers:
+        fsdp.fully_shard(layer, mesh=mesh)
+    fsdp.fully_shard(net, mesh=mesh)
+    for tuned in ({"layers.1", "head"}, {"head"}):
+        freeze_except(net, *tuned)
         net(batch()).sum().backward()
-        assert net.layers[0].conv.weight.grad is not None
+        got = {n for n, p in net.named_parameters() if p.grad is not None}
+        assert got == trains(net) == names(net, *tuned)
+    unfreeze(net, "layers.0")
+    net(batch()).sum().backward()
+    assert net.layers[0].conv.weight.grad is not None
 
 
 def test_a_shared_walk_sees_every_module_once() -> None:
