@@ -16,7 +16,7 @@ PYBIND11_MODULE(_C, module) {
       "form,\ndoes nothing and returns it as [(group index, [parameter, ...]), ...], to be passed as `done` "
       "once updated.");
   module.def(
-      "zero_grad", &torch_freeze::zero_grad, "param_groups"_a, "set_to_none"_a = true,
+      "zero_grad", &torch_freeze::zero_grad, "param_groups"_a, "state"_a, "set_to_none"_a = true,
       "Sets the gradient of every parameter to None, or to zero.");
   module.def("is_observed", &torch_freeze::is_observed, "Whether a profiler wants to hear of each step.");
   module.def(

@@ -628,8 +628,9 @@ void check_unchanged(const py::list& param_groups, const UsedGroups& used) {
   }
 }
 
-void zero_grad(const py::list& param_groups, bool set_to_none) {
+void zero_grad(const py::list& param_groups, const py::dict& state, bool set_to_none) {
   std::vector<at::Tensor> dropped;
+  std::vector<py::list> momentum_not_kept;
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups.ptr()); ++g) {
     const auto group = py::reinterpret_borrow<py::dict>(PyList_GET_ITEM(param_groups.ptr(), g));
     const auto params = py::cast<py::list>(group["params"]);
@@ -655,6 +656,17 @@ void zero_grad(const py::list& param_groups, bool set_to_none) {
         }
         grad.zero_();
       }
+    }
+    PyObject* const policy = PyDict_GetItemWithError(group.ptr(), extra_keys()[kFrozenMomentum]);
+    if (policy != nullptr && PyUnicode_Check(policy) && PyUnicode_CompareWithASCIIString(policy, "drop") == 0) {
+      momentum_not_kept.push_back(params);
+    }
+  }
+  if (!momentum_not_kept.empty()) {
+    ParamWalk walk{"FrozenAwareSGD.zero_grad", intern("momentum_buffer")};
+    walk.reset(state.ptr());
+    for (const auto& params : momentum_not_kept) {
+      walk.drop_frozen(params.ptr());
     }
   }
 }

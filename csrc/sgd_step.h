@@ -47,8 +47,9 @@ pybind11::object sgd_step_part(
 // Throws where a group's hyper-parameters are not those of `used` any more.
 void check_unchanged(const pybind11::list& param_groups, const UsedGroups& used);
 
-// `.grad = None`, or zero where `set_to_none` is false, for every parameter.
-void zero_grad(const pybind11::list& param_groups, bool set_to_none);
+// `.grad = None`, or zero where `set_to_none` is false, for every parameter. Where a group's frozen_momentum is
+// "drop", lets go of what is frozen too: before a forward pass, rather than after the backward that follows.
+void zero_grad(const pybind11::list& param_groups, const pybind11::dict& state, bool set_to_none);
 
 // Whether a profiler or another observer wants to hear of each step.
 bool is_observed();

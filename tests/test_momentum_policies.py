@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 from collections.abc import Iterator
@@ -84,6 +85,40 @@ def test_drop_frees_the_memory_at_the_next_step() -> None:
     for optimizer, _ in pairs(MOMENTUM["momentum"], frozen_momentum="drop"):
         frozen = [p for p in params_of(optimizer) if not p.requires_grad]
         assert frozen and not [p for p in frozen if p in optimizer.state]
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["ordinary", "in backward"])
+@pytest.mark.parametrize("profiled", [False, True], ids=["", "under a profiler"])
+def test_drop_frees_the_memory_before_the_next_forward_pass(
+    in_backward: bool, profiled: bool
+) -> None:
+    """zero_grad() does, so that the old momentum never lies beside new activations."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+    optimizer = FrozenAwareSGD(
+        [{"params": params[:2], "frozen_momentum": "drop"}, {"params": params[2:]}],
+        0.1,
+        0.9,
+        dampening=0.5,
+        step_in_backward=in_backward,
+    )
+
+    def train() -> None:
+        torch.stack(params).sum().backward()
+        optimizer.step()
+
+    train()
+    for p in params[1:]:
+        p.requires_grad_(False)
+    profiler = torch.profiler.profile() if profiled else contextlib.nullcontext()
+    with profiler:
+        optimizer.zero_grad()
+    assert [p in optimizer.state for p in params] == [True, False, True]
+    for p in params[1:]:
+        p.requires_grad_(True)
+    train()
+    momentum = [optimizer.state[p]["momentum_buffer"][0].item() for p in params]
+    # Anew, and so undamped: 1; the others 0.9 * 1 + 0.5 * 1.
+    assert momentum == pytest.approx([1.4, 1.0, 1.4])
 
 
 def test_reset_keeps_the_memory() -> None:

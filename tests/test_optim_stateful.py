@@ -64,7 +64,7 @@ BUCKETS = st.sampled_from((None, None, 0, 1e-4, 1))
 
 
 class Reference(cases.Reference):
-    """And what becomes of the momentum of whatever is frozen at a step."""
+    """And what becomes of the momentum of whatever is frozen at a step, or at zero_grad()."""
 
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
@@ -77,11 +77,14 @@ class Reference(cases.Reference):
         return loss
 
     def settle(self) -> None:
+        self.let_go("reset", "drop")
+
+    def let_go(self, *policies: str) -> None:
         for group in self.param_groups:
             policy = group.get("frozen_momentum", "keep")
             for p in group["params"]:
                 state = self.state.get(p)
-                if p.requires_grad or state is None or policy == "keep":
+                if p.requires_grad or state is None or policy not in policies:
                     continue
                 if policy == "reset" and state.get("momentum_buffer") is not None:
                     state["momentum_stale"] = True
@@ -272,6 +275,7 @@ class Training(RuleBasedStateMachine):
         for _, q in self._pairs():
             if q.grad is not None:
                 q.grad = None if set_to_none else torch.zeros_like(q.grad)
+        self.reference.let_go("drop")
 
     @rule(place=PLACES)
     def freeze_or_unfreeze_one(self, place: int) -> None:

@@ -71,7 +71,7 @@ class FrozenAwareSGD(torch.optim.SGD):
             [-clip_value, clip_value], as `torch.nn.utils.clip_grad_value_` does.
         frozen_momentum: what becomes of a frozen parameter's momentum: ``"keep"``, as stock does;
             ``"reset"``, it begins anew once unfrozen; ``"drop"``, the same, and its memory is freed
-            at the next step after freezing. Also per param group.
+            at the next `zero_grad` or `step` after freezing. Also per param group.
         momentum_dtype: None for each parameter's own dtype, or `torch.bfloat16`, stored with
             stochastic rounding: off by less than 2**-7 of the value at each store, right on
             average. For float32 and bfloat16 parameters. Also per param group.
@@ -406,6 +406,8 @@ class FrozenAwareSGD(torch.optim.SGD):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, the frozen ones' included.
 
+        With ``frozen_momentum="drop"`` the momentum of what is frozen is let go of, too.
+
         Args:
             set_to_none: set each ``.grad`` to None, which frees its memory; False fills it with
                 zeros instead.
@@ -420,9 +422,9 @@ class FrozenAwareSGD(torch.optim.SGD):
             with torch.autograd.profiler.record_function(
                 f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"
             ):
-                _C.zero_grad(self.param_groups, set_to_none)
+                _C.zero_grad(self.param_groups, self.state, set_to_none)
         else:
-            _C.zero_grad(self.param_groups, set_to_none)
+            _C.zero_grad(self.param_groups, self.state, set_to_none)
 
 
 @functools.cache
