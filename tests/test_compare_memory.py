@@ -355,13 +355,24 @@ def stock(model: nn.Sequential, **options: Any) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), **chosen)
 
 
+def fused_bfloat16_is_right() -> bool:
+    p = nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
+    p.grad = torch.ones_like(p)
+    torch.optim.SGD([p], 1.0, fused=True).step()
+    return bool((p == -1).all())
+
+
 class TestAgreement:
     """Stock is given a contestant's gradients and has to arrive where it did."""
 
     @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_every_form_of_stock_agrees(self, options: dict[str, bool], dtype: torch.dtype) -> None:
-        assert checked(lambda model: stock(model, **options), dtype=dtype).holds
+        agreement = checked(lambda model: stock(model, **options), dtype=dtype)
+        # torch 2.13's is wrong, which the check has to find:
+        # https://github.com/pytorch/pytorch/issues/191763
+        right = dtype == torch.float32 or not options.get("fused") or fused_bfloat16_is_right()
+        assert agreement.holds == right
 
     def test_stock_itself_agrees_to_the_bit(self) -> None:
         assert checked(lambda model: stock(model, foreach=False)) == Agreement(True, 0.0, 1e-6)
