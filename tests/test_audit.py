@@ -51,6 +51,16 @@ def _stale() -> tuple[nn.Module, Any]:
     return model, stock(model.parameters())
 
 
+def _stale_in_ours() -> tuple[nn.Module, Any]:
+    model, _ = _stale()
+    return model, FrozenAwareSGD(model.parameters(), lr=0.1)
+
+
+def _stale_in_ours_and_in_stock() -> tuple[nn.Module, Any]:
+    model, optimizer = _stale_in_ours()
+    return model, [optimizer, stock([model.get_parameter("0.weight")])]
+
+
 def _stale_elsewhere() -> tuple[nn.Module, Any]:
     model, _ = _stale()
     return model, stock([p for p in model.parameters() if p.requires_grad])
@@ -168,6 +178,33 @@ def row_6_momentum_of_frozen() -> tuple[nn.Module, Any]:
     return model, optimizer
 
 
+def _momentum_by_policy(policy: str | None) -> Case:
+    def case() -> tuple[nn.Module, Any]:
+        model = make()
+        make_one: Any = stock if policy is None else FrozenAwareSGD
+        options = {} if policy is None else {"lr": 0.1, "frozen_momentum": policy}
+        optimizer = make_one(model.parameters(), momentum=0.9, **options)
+        back(model)
+        optimizer.step()
+        freeze(model, "0")
+        return model, optimizer
+
+    return case
+
+
+def _momentum_of_one_group_dropped() -> tuple[nn.Module, Any]:
+    model = make()
+    groups = [
+        {"params": list(model[0].parameters()), "frozen_momentum": "drop"},
+        {"params": [*model[1].parameters(), *model[2].parameters()]},
+    ]
+    optimizer = FrozenAwareSGD(groups, lr=0.1, momentum=0.9)
+    back(model)
+    optimizer.step()
+    freeze(model, "0")
+    return model, optimizer
+
+
 def row_5_frozen_unowned() -> tuple[nn.Module, Any]:
     model = make()
     freeze(model, "0", "1")
@@ -185,6 +222,20 @@ FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
     ),
     "row_3 a frozen parameter with a gradient in the optimizer": (
         _stale,
+        "error",
+        "stale gradient",
+        ["0.weight"],
+        "may still move it",
+    ),
+    "row_3 a frozen parameter with a gradient in an optimizer that will not move it": (
+        _stale_in_ours,
+        "warning",
+        "stale gradient",
+        ["0.weight"],
+        "a gradient of 48 B, which the next step frees; clip_grad_norm_ counts it",
+    ),
+    "row_3 a frozen parameter with a gradient in two optimizers, one of them stock": (
+        _stale_in_ours_and_in_stock,
         "error",
         "stale gradient",
         ["0.weight"],
@@ -310,6 +361,41 @@ FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
         [""],
         "64 B of momentum (64 bytes) for 2 frozen parameters",
     ),
+    "momentum held by stock": (
+        _momentum_by_policy(None),
+        "info",
+        "momentum of frozen",
+        [""],
+        "It resumes from there when they are unfrozen; delete optimizer.state[p]",
+    ),
+    "momentum that is kept": (
+        _momentum_by_policy("keep"),
+        "info",
+        "momentum of frozen",
+        [""],
+        "It resumes from there when they are unfrozen; frozen_momentum='drop' frees it",
+    ),
+    "momentum that begins anew": (
+        _momentum_by_policy("reset"),
+        "info",
+        "momentum of frozen",
+        [""],
+        "It begins anew when they are unfrozen",
+    ),
+    "momentum that is dropped": (
+        _momentum_by_policy("drop"),
+        "info",
+        "momentum of frozen",
+        [""],
+        "The next zero_grad() or step() frees it",
+    ),
+    "momentum that one param group drops": (
+        _momentum_of_one_group_dropped,
+        "info",
+        "momentum of frozen",
+        [""],
+        "The next zero_grad() or step() frees it",
+    ),
     "row_5 frozen parameters the filter left out": (
         row_5_frozen_unowned,
         "info",
@@ -355,6 +441,27 @@ def test_audit_is_silent_on_a_healthy_model(case: str) -> None:
     assert audit(model, optimizer) == []
     optimizer.zero_grad()
     assert audit(model, optimizer) == []
+
+
+def test_gradients_applied_in_backward_are_not_missed() -> None:
+    model = make()
+    optimizer = FrozenAwareSGD(
+        model.parameters(), lr=0.1, momentum=0.9, step_in_backward=True, bucket_mb=0
+    )
+    freeze(model, "0")
+    for _ in range(2):
+        optimizer.zero_grad()
+        back(model)
+        assert any(p.grad is None for p in model[1:].parameters())
+        assert audit(model, optimizer) == []
+        optimizer.step()
+        assert audit(model, optimizer) == []
+    # Of parameters that others step, a missing gradient is told as ever.
+    model.register_parameter("spare", nn.Parameter(torch.ones(2)))
+    optimizer.zero_grad()
+    back(model)
+    found = audit(model, [optimizer, stock([model.spare])])
+    assert [(f.kind, f.parameter) for f in found] == [("no gradient", "spare")]
 
 
 def test_each_mend_works() -> None:

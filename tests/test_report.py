@@ -137,6 +137,17 @@ def test_sparse_gradients_count_what_they_store() -> None:
     assert report(model).total.gradient_bytes == 2 * 8 + 2 * 4 * 4
 
 
+def test_a_gradient_applied_in_backward_counts_what_stands_for_it() -> None:
+    model = three()
+    optimizer = FrozenAwareSGD(model.parameters(), lr=0.1, step_in_backward=True, bucket_mb=0)
+    model(torch.randn(2, 3)).sum().backward()
+    there = [p.grad for p in model.parameters() if p.grad is not None]
+    assert any(0 in grad.stride() for grad in there), "nothing stands for a gradient"
+    held = {grad.untyped_storage().data_ptr(): grad.untyped_storage().nbytes() for grad in there}
+    assert report(model, optimizer).total.gradient_bytes == sum(held.values()) < 4 * 53
+    optimizer.step()
+
+
 # --- depth ----------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from ._ddp import not_reduced
 from ._hold import held_by, is_norm
 from ._select import ModuleEntry, ParamEntry, Tree, check_model
+from .optim import FrozenAwareSGD
 from .report import _size, as_optimizers, state_bytes, tensor_bytes
 
 Level = Literal["error", "warning", "info"]
@@ -52,16 +53,17 @@ def audit(
     """Look for what silently goes wrong when parts of a model are frozen.
 
     Call it after `backward()` and before `zero_grad()`: that is when it can tell which trainable
-    parameters got no gradient. Nothing is changed.
+    parameters got no gradient. (Not of those that an optimizer steps in backward: their gradients
+    are gone by then.) Nothing is changed.
 
     Kinds, by level. error: "unowned" (trainable, in no optimizer), "two groups" (steps twice),
     "not reduced" (trainable, but frozen when DistributedDataParallel wrapped it), "hold overridden"
     (a held norm put in train mode by a direct write), "stale gradient" (frozen with a gradient, in
-    an optimizer). warning: "stale gradient" (in none), "no gradient", "norm trains" (norm of a
-    frozen layer in train mode), "tied half" (tied parameters whose names lie in a frozen and in a
-    trainable module), "all frozen", "foreign" (in the optimizer, not in the model). info: "tied",
-    "never stepped", "momentum of frozen", "frozen unowned" (left out of the optimizer, so cannot
-    train later).
+    an optimizer other than FrozenAwareSGD). warning: "stale gradient" (elsewhere), "no gradient",
+    "norm trains" (norm of a frozen layer in train mode), "tied half" (tied parameters whose names
+    lie in a frozen and in a trainable module), "all frozen", "foreign" (in the optimizer, not in
+    the model). info: "tied", "never stepped", "momentum of frozen", "frozen unowned" (left out of
+    the optimizer, so cannot train later).
 
     Args:
         model: the model, DDP-wrapped or compiled ones too.
@@ -93,7 +95,13 @@ never used or cleared. Pass it to the optimizer, or freeze it.
     return sorted(findings, key=lambda finding: _ORDER[finding.level])
 
 
-def _owned(optimizers: list[torch.optim.Optimizer] | None) -> dict[int, int]:
+def _frozen_aware(optimizer: torch.optim.Optimizer) -> FrozenAwareSGD | None:
+    """The FrozenAwareSGD that `optimizer` is, or that Accelerate has wrapped."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, FrozenAwareSGD) else None
+
+
+def _owned(optimizers: Iterable[torch.optim.Optimizer] | None) -> dict[int, int]:
     """How often each parameter, by identity, stands in the optimizers' groups."""
     times: dict[int, int] = {}
     for optimizer in optimizers or ():
@@ -105,24 +113,33 @@ def _owned(optimizers: list[torch.optim.Optimizer] | None) -> dict[int, int]:
 
 def _gradients(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> Iterator[Finding]:
     owned = _owned(optimizers)
+    aware = [own for optimizer in optimizers or () if (own := _frozen_aware(optimizer))]
+    by_others = _owned(o for o in optimizers or () if _frozen_aware(o) is None)
+    by_ours = _owned(aware)
+    applied = _owned(optimizer for optimizer in aware if optimizer.step_in_backward)
     entries = list(tree.params.values())
     trainable = [entry for entry in entries if entry.parameter.requires_grad]
     for entry in entries:
         grad = entry.parameter.grad
         if entry.parameter.requires_grad or grad is None:
             continue
-        where = "in the optimizer, which may still move it" if id(entry.parameter) in owned else ""
+        at_risk = id(entry.parameter) in by_others
+        where = ""
+        if at_risk:
+            where = " and is in the optimizer, which may still move it"
+        elif id(entry.parameter) in by_ours and id(entry.parameter) not in applied:
+            where = ", which the next step frees"
         yield Finding(
-            "error" if where else "warning",
+            "error" if at_risk else "warning",
             entry.name,
-            f"is frozen but holds a gradient of {_size(tensor_bytes(grad))}"
-            f"{' and is ' + where if where else ''}; clip_grad_norm_ counts it.",
+            f"is frozen but holds a gradient of {_size(tensor_bytes(grad))}{where}; "
+            "clip_grad_norm_ counts it.",
             "Set its grad to None, or freeze it with torch_freeze.freeze, which does.",
             "stale gradient",
         )
     if any(entry.parameter.grad is not None for entry in trainable):
         for entry in trainable:
-            if entry.parameter.grad is None:
+            if entry.parameter.grad is None and id(entry.parameter) not in applied:
                 yield Finding(
                     "warning",
                     entry.name,
@@ -301,19 +318,34 @@ def _owners(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Fin
         )
 
 
+# What becomes of the momentum of what is frozen, by the policy of its param group.
+_BECOMES = {
+    None: "It resumes from there when they are unfrozen; delete optimizer.state[p] to free it.",
+    "keep": "It resumes from there when they are unfrozen; frozen_momentum='drop' frees it.",
+    "reset": "It begins anew when they are unfrozen; frozen_momentum='drop' frees it, too.",
+    "drop": "The next zero_grad() or step() frees it.",
+}
+
+
 def _momentum(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Finding]:
-    held = [
-        size
-        for entry in tree.params.values()
-        if not entry.parameter.requires_grad
-        and (size := sum(state_bytes(o, entry.parameter) for o in optimizers))
-    ]
-    if held:
+    policies: dict[int, str | None] = {}
+    for optimizer in optimizers:
+        aware = _frozen_aware(optimizer) is not None
+        for group in optimizer.param_groups:
+            policy = group.get("frozen_momentum", "keep") if aware else None
+            policies.update((id(parameter), policy) for parameter in group["params"])
+    held: dict[str | None, list[int]] = {}
+    for key, entry in tree.params.items():
+        if entry.parameter.requires_grad:
+            continue
+        if size := sum(state_bytes(optimizer, entry.parameter) for optimizer in optimizers):
+            held.setdefault(policies.get(key), []).append(size)
+    for policy, sizes in held.items():
         yield Finding(
             "info",
             "",
-            f"The optimizer keeps {_size(sum(held))} of momentum ({sum(held)} bytes) for "
-            f"{len(held)} frozen parameters.",
-            "It resumes from there when they are unfrozen; delete optimizer.state[p] to free it.",
+            f"The optimizer keeps {_size(sum(sizes))} of momentum ({sum(sizes)} bytes) for "
+            f"{len(sizes)} frozen parameters.",
+            _BECOMES[policy],
             "momentum of frozen",
         )

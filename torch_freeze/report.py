@@ -23,8 +23,10 @@ _MAX_ROWS = 40
 class Row:
     """One module's line: counts are of elements, sizes in bytes, all over its whole subtree.
 
-    A tied parameter is counted once, where it is first registered. `momentum_bytes` is every
-    tensor the optimizer keeps for the parameters, and None when no optimizer was given.
+    A tied parameter is counted once, where it is first registered. `gradient_bytes` is what the
+    gradients take at the moment: with `step_in_backward` what is not applied yet.
+    `momentum_bytes` is every tensor the optimizer keeps for the parameters, and None when no
+    optimizer was given.
     """
 
     name: str
@@ -342,10 +344,14 @@ def _sum_up(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> dict[
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Bytes a tensor's values take, of a sparse one those it stores."""
+    """Bytes a tensor's values take, of a sparse or expanded one those it stores."""
     if tensor.layout is torch.sparse_coo:
         return sum(t.numel() * t.element_size() for t in (tensor._indices(), tensor._values()))
-    return tensor.numel() * tensor.element_size()
+    size = tensor.numel() * tensor.element_size()
+    if tensor.layout is torch.strided and 0 in tensor.stride():
+        # What stands for a gradient that was applied in backward is one element, expanded.
+        return min(size, tensor.untyped_storage().nbytes())
+    return size
 
 
 def state_bytes(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> int:
