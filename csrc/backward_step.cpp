@@ -9,6 +9,7 @@
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -197,6 +198,13 @@ BackwardStep::~BackwardStep() {
   }
 }
 
+void BackwardStep::check_free(const GradientHook* hook, int32_t group, Py_ssize_t position) {
+  TORCH_CHECK(
+      hook == nullptr || hook->owner_->closed_, kBackward, ": ", place(group, position),
+      " is already stepped in backward by another optimizer, which is still alive (as one whose learning-rate "
+      "scheduler is). Call its close() first.");
+}
+
 void BackwardStep::attach(const py::list& param_groups) {
   if (closed_) {
     return;
@@ -209,9 +217,7 @@ void BackwardStep::attach(const py::list& param_groups) {
     if (hook != nullptr && hook->owner_.get() == this) {
       return;
     }
-    TORCH_CHECK(
-        hook == nullptr || hook->owner_->closed_, kBackward, ": ", place(group, position),
-        " is already stepped in backward by another optimizer. Call its close() first.");
+    check_free(hook, group, position);
     const bool sharded = param.key_set().has(c10::DispatchKey::Python) ||
                          PyObject_HasAttrString(object, "_fsdp_flattened") != 0 ||
                          PyObject_HasAttrString(object, "_is_flat_param") != 0;
@@ -298,6 +304,7 @@ void BackwardStep::begin_iteration() {
   pending_.clear();
   pending_bytes_ = 0;
   task_ = -1;
+  unfinished_ = 0;
   applied_ = 0;
   used_.clear();
   placeholder_.reset();
@@ -382,6 +389,24 @@ void BackwardStep::find_places(const py::list& param_groups) {
   begun_ = true;
 }
 
+// Of the caller: the mutex, within a backward that has not been noted yet. Only one that ends well calls back.
+void BackwardStep::note_backward() {
+  ++unfinished_;
+  torch::autograd::Engine::get_default_engine().queue_callback([step = weak_from_this(), iteration = iteration_] {
+    if (const auto self = step.lock()) {
+      const std::lock_guard lock(self->mutex_);
+      if (self->iteration_ == iteration) {
+        --self->unfinished_;
+      }
+    }
+  });
+}
+
+// Of the caller: the mutex. Whether the last backward ended by an error, this or somebody else's.
+bool BackwardStep::has_failed() const {
+  return unfinished_ != 0 && torch::autograd::get_current_graph_task_id() == -1;
+}
+
 void BackwardStep::arrive(GradientHook& hook, const at::Tensor& param) {
   AutogradMeta* const meta = meta_of(param);
   const at::Tensor& grad = meta->grad_;
@@ -407,7 +432,9 @@ void BackwardStep::arrive(GradientHook& hook, const at::Tensor& param) {
     refuse(
         "got a gradient for the second time since the last step(), and the first one may have been applied. One "
         "backward() makes one step: no gradient accumulation, no second backward over a retained graph, no "
-        "reentrant checkpointing of a module that is used twice. Use step_in_backward=False for these.");
+        "reentrant checkpointing of a module that is used twice. Use step_in_backward=False for these. If another "
+        "optimizer has taken this parameter over, call close() of the one that steps in backward, which is still "
+        "alive.");
   }
   // Backwards are numbered as they begin, so one of a higher number is another, or a part of the one that is under
   // way. Another's forward pass may have read parameters between the two: with what has been applied, or without.
@@ -419,10 +446,15 @@ void BackwardStep::arrive(GradientHook& hook, const at::Tensor& param) {
     if (!part) {
       refuse(
           "got a gradient from a second backward() since the last step(), and the first one's may have been "
-          "applied. Add the losses up and call backward() once, or use step_in_backward=False.");
+          "applied. Add the losses up and call backward() once, or use step_in_backward=False. If another "
+          "optimizer has taken this parameter over, call close() of the one that steps in backward, which is "
+          "still alive.");
     }
   }
-  task_ = std::max(task_, task);
+  if (task > task_) {
+    task_ = task;
+    note_backward();
+  }
   if (c10::GradMode::is_enabled()) {
     refuse(
         "got a gradient that is itself differentiable (create_graph=True); applying it would change what the "
@@ -750,7 +782,7 @@ void BackwardStep::check_zero_grad(bool set_to_none) {
       "go of it. Leave set_to_none at True.");
   const std::lock_guard lock(mutex_);
   TORCH_CHECK(
-      !fired_ || may_discard_,
+      !fired_ || may_discard_ || has_failed(),
       "FrozenAwareSGD.zero_grad: gradients are to be discarded that backward has applied in part "
       "(step_in_backward=True). Call step() first: it makes the rest of the step.");
   begin_iteration();
@@ -762,7 +794,7 @@ void BackwardStep::check_between_steps(const std::string& function) {
       !fired_, "FrozenAwareSGD.", function,
       ": backward has made a part of a step (step_in_backward=True), so the state is neither that before the "
       "step nor that after it. Call step() first",
-      may_discard_ ? ", or zero_grad() to give the step up." : ".");
+      may_discard_ || has_failed() ? ", or zero_grad() to give the step up." : ".");
 }
 
 // Bounds the gradients' elements; NaN stays.
@@ -790,6 +822,13 @@ int64_t BackwardStep::bucket_bytes() {
   return fixed_bucket_.value_or(bucket_);
 }
 
+void BackwardStep::check_free(const py::list& param_groups) {
+  for_each_param(param_groups, [&](PyObject* object, int32_t group, Py_ssize_t position) {
+    const auto* const hook = GradientHook::on(meta_of(THPVariable_Unpack(object)));
+    check_free(hook, group, position);
+  });
+}
+
 bool has_accumulator_hook(const at::Tensor& param) {
   const auto accumulator = torch::autograd::impl::try_get_grad_accumulator(param);
   return accumulator != nullptr && !accumulator->post_hooks().empty();
@@ -808,6 +847,7 @@ void bind_backward_step(py::module_& module) {
       .def("check_zero_grad", &BackwardStep::check_zero_grad, "set_to_none"_a)
       .def("check_between_steps", &BackwardStep::check_between_steps, "function"_a)
       .def("close", &BackwardStep::close)
+      .def_static("check_free", py::overload_cast<const py::list&>(&BackwardStep::check_free), "param_groups"_a)
       .def_property_readonly("bucket_bytes", &BackwardStep::bucket_bytes);
 }
 

@@ -54,6 +54,9 @@ class BackwardStep : public std::enable_shared_from_this<BackwardStep> {
 
   int64_t bucket_bytes();
 
+  // Throws where another optimizer steps one of these parameters in backward.
+  static void check_free(const pybind11::list& param_groups);
+
  private:
   friend class GradientHook;
 
@@ -78,7 +81,10 @@ class BackwardStep : public std::enable_shared_from_this<BackwardStep> {
   void clip(const std::vector<torch::autograd::AutogradMeta*>& metas) const;
   void check_applied(const pybind11::list& param_groups) const;
   at::Tensor take_placeholder();
+  static void check_free(const GradientHook* hook, int32_t group, Py_ssize_t position);
   void begin_iteration();
+  void note_backward();
+  bool has_failed() const;
   void forget(GradientHook* hook);
 
   pybind11::object optimizer_;
@@ -98,6 +104,7 @@ class BackwardStep : public std::enable_shared_from_this<BackwardStep> {
   bool may_discard_ = false;            // something was refused, and zero_grad() is the way out
   std::string refusal_;                 // why the iteration cannot become a step
   int task_ = -1;                       // the last backward that brought a gradient
+  int unfinished_ = 0;                  // backwards that brought a gradient and have not ended well
   int64_t applied_ = 0;                 // how many parameters' gradients have been
   UsedGroups used_;                     // by what has been applied
   std::optional<Arrived> placeholder_;  // stands for gradients that have all been applied

@@ -1025,7 +1025,10 @@ void ParamWalk::drop_frozen(PyObject* params) {
   });
   for (const auto& param : emptied) {
     if (PyDict_DelItem(state_, param.ptr()) != 0) {
-      throw py::error_already_set();
+      if (PyErr_ExceptionMatches(PyExc_KeyError) == 0) {
+        throw py::error_already_set();
+      }
+      PyErr_Clear();  // a parameter that is listed twice: gone already
     }
   }
 }

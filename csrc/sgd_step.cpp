@@ -458,8 +458,9 @@ void check_number_of_groups(const py::list& param_groups, const UsedGroups& used
 }
 
 // What is left to do after a step, one that an overflow withheld included: a GPU does not tell the host of those.
-void settle(StepWork& work) {
-  if (!work.policies.empty() && work.walk.has_idle_state()) {
+// `overlap` is what has_overlap() said: a parameter that is listed twice counts as two that have a state.
+void settle(StepWork& work, bool overlap) {
+  if (!work.policies.empty() && (overlap || work.walk.has_idle_state())) {
     for (const auto& [index, policy] : work.policies) {
       PyObject* const params = work.params[index].first.ptr();
       policy == FrozenMomentum::kReset ? work.walk.mark_frozen(params) : work.walk.drop_frozen(params);
@@ -553,8 +554,9 @@ py::object step(
   // An overflow must leave no trace, a new buffer included. On a GPU asking costs a synchronisation, so it is
   // asked only where there are buffers to be made: never in a steady state.
   if (!found_inf.is_none() && work.walk.has_fresh() && on_device(found_inf, c10::kCPU).item<float>() != 0) {
+    const bool overlap = work.walk.has_overlap();
     work.walk.drop_frozen_grads();
-    settle(work);
+    settle(work, overlap);
     return py::none();
   }
   if (work.walk.has_fresh()) {
@@ -569,7 +571,7 @@ py::object step(
   work.walk.make_fresh_buffers(overlap);
   run(work, grad_scale, found_inf, overlap);
   work.walk.unmark_fresh();
-  settle(work);
+  settle(work, overlap);
   return py::none();
 }
 

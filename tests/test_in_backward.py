@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 from collections.abc import Callable, Iterator
@@ -490,6 +491,82 @@ def test_a_second_optimizer_on_the_same_parameters_is_refused() -> None:
     with pytest.raises(RuntimeError, match="already stepped"):
         second.add_param_group({"params": model.parameters()})
     assert len(second.param_groups) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}], ids=["fused", "stock's form"])
+def test_an_ordinary_optimizer_does_not_take_over_what_is_stepped_in_backward(
+    options: dict[str, Any],
+) -> None:
+    model = network()
+    first: Any = FrozenAwareSGD(model.parameters(), 0.1, step_in_backward=True)
+    scheduler = torch.optim.lr_scheduler.StepLR(first, 1)  # keeps it alive
+    with pytest.raises(RuntimeError, match=r"another optimizer, which is still alive.*close\(\)"):
+        FrozenAwareSGD(model.parameters(), 0.1, **options)
+    second = FrozenAwareSGD(network(1).parameters(), 0.1, **options)
+    with pytest.raises(RuntimeError, match="still alive"):
+        second.add_param_group({"params": model.parameters()})
+    assert len(second.param_groups) == 1
+    scheduler.optimizer.close()
+    second.add_param_group({"params": model.parameters()})
+
+
+def test_a_second_backward_tells_of_stocks_optimizers_too() -> None:
+    model = network()
+    first = FrozenAwareSGD(model.parameters(), 0.1, step_in_backward=True)
+    second = torch.optim.SGD(model.parameters(), 0.1)
+    loss_of(model).backward()
+    second.step()
+    second.zero_grad()
+    with pytest.raises(RuntimeError, match=r"another optimizer has taken .* over, call close\(\)"):
+        loss_of(model).backward()
+    first.close()
+
+
+# -------------------------------------------------------------------------- errors of somebody else
+
+
+@pytest.mark.parametrize("bucket_mb", [0, 4 * KIB, None], ids=["no bucket", "4 KiB", "the usual"])
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt, MemoryError])
+def test_zero_grad_gives_up_a_backward_that_somebody_elses_error_ended(
+    kind: type[BaseException], bucket_mb: float | None
+) -> None:
+    """As a loop has it that leaves a batch out; what had been applied by then stays."""
+    model = network()
+    optimizer = FrozenAwareSGD(
+        model.parameters(), 0.1, 0.9, step_in_backward=True, bucket_mb=bucket_mb
+    )
+    train_once = functools.partial(_iterate, model, optimizer)
+    train_once(0)
+
+    def fail(grad: Tensor) -> None:
+        raise kind("stop here")
+
+    handle = model.wide.weight.register_hook(fail)
+    with pytest.raises(kind, match="stop here"):
+        train_once(1)
+    handle.remove()
+    with pytest.raises(RuntimeError, match=r"step\(\) first, or zero_grad\(\) to give"):
+        optimizer.state_dict()
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    # From here on as one that goes on from the same weights and momentum.
+    twin = copy.deepcopy(model)
+    ordinary = FrozenAwareSGD(twin.parameters(), 0.1, 0.9)
+    ordinary.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for step in range(2, 5):
+        train_once(step)
+        _iterate(twin, ordinary, step)
+    assert_same((model, optimizer, 0), (twin, ordinary, 0))
+    # One that ended well is not given up.
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match=r"Call step\(\) first: it makes the rest"):
+        optimizer.zero_grad()
+
+
+def _iterate(model: Net, optimizer: FrozenAwareSGD, step: int) -> None:
+    optimizer.zero_grad()
+    loss_of(model, step).backward()
+    optimizer.step()
 
 
 # ----------------------------------------------------------------------------------------- refusals

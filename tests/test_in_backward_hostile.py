@@ -961,9 +961,6 @@ for _kind in (RuntimeError, KeyboardInterrupt, MemoryError):
     CASES[f"a {_kind.__name__} within backward, then step()"] = Case(
         functools.partial(_raising, after=_step_and_go_on, kind=_kind)
     )
-    CASES[f"a {_kind.__name__} within backward, then zero_grad()"] = Case(
-        functools.partial(_raising, after=train, kind=_kind), r"Call step\(\) first"
-    )
 
 
 @case("optimizer.zero_grad() within backward", error=r"Call step\(\) first")

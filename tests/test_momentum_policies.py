@@ -160,6 +160,24 @@ def test_each_group_has_its_own() -> None:
         optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("policy", ["reset", "drop"])
+@pytest.mark.parametrize("twice", ["the frozen one", "the trainable one"])
+def test_a_parameter_may_be_listed_twice(twice: str, policy: Any) -> None:
+    frozen, trained = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    listed = [frozen, trained, frozen if twice == "the frozen one" else trained]
+    optimizer = FrozenAwareSGD(listed, 0.1, 0.9, frozen_momentum=policy)
+    for _ in range(2):
+        (frozen.sum() + trained.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        frozen.requires_grad_(False)
+    assert optimizer.state.get(frozen, {}).keys() == (
+        {"momentum_buffer", "momentum_stale"} if policy == "reset" else set()
+    )
+    assert optimizer.state[trained].keys() == {"momentum_buffer"}
+
+
 def test_drop_leaves_other_state_alone() -> None:
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = FrozenAwareSGD([p], 0.1, 0.9, frozen_momentum="drop")

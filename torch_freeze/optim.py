@@ -263,12 +263,14 @@ class FrozenAwareSGD(torch.optim.SGD):
                 param_group.setdefault(name, value)
             _check_momentum_options(param_group)
         super().add_param_group(param_group)
-        if self._in_backward is not None:
-            try:
+        try:
+            if self._in_backward is not None:
                 self._in_backward.attach(self.param_groups)
-            except RuntimeError:
-                self.param_groups.pop()
-                raise
+            else:
+                _C.BackwardStep.check_free(self.param_groups)
+        except RuntimeError:
+            self.param_groups.pop()
+            raise
 
     @overload
     def step(self, closure: None = None) -> None: ...
