@@ -101,9 +101,9 @@ def row_12_norm_trains() -> tuple[nn.Module, Any]:
 
 
 def row_12_bare_norm_trains() -> tuple[nn.Module, Any]:
-    inner = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False))
-    inner.requires_grad_(False)
-    return nn.Sequential(inner, nn.Linear(4, 2)), None
+    model = bare()
+    model[0].requires_grad_(False)
+    return model, None
 
 
 def row_15_norm_told_not_to_track() -> tuple[nn.Module, Any]:
@@ -125,6 +125,37 @@ def _hold_overridden() -> tuple[nn.Module, Any]:
     freeze(model, "1")
     model[1].training = True
     return model, None
+
+
+def _held_but_made_trainable(*frozen: str) -> Case:
+    def case() -> tuple[nn.Module, Any]:
+        model = make()
+        freeze(model, *frozen)
+        for p in model.parameters():
+            p.requires_grad = True
+        return model.train(), stock(model.parameters())
+
+    return case
+
+
+def _held_and_partly_trainable() -> tuple[nn.Module, Any]:
+    model = make()
+    freeze(model, "1")
+    model[1].weight.requires_grad_(True)
+    model[1].training = True
+    return model, None
+
+
+def bare() -> nn.Sequential:
+    """A norm without parameters beside a layer, and another layer."""
+    inner = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False))
+    return nn.Sequential(inner, nn.Linear(4, 2))
+
+
+def _held_without_parameters() -> tuple[nn.Module, Any]:
+    model = bare()
+    freeze(model, "0")
+    return model.requires_grad_(True).train(), None
 
 
 def row_19_tied_half_frozen() -> tuple[nn.Module, Any]:
@@ -304,6 +335,34 @@ FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
         ["1"],
         "Freeze it again",
     ),
+    "a norm frozen along with a layer, then all made trainable by hand": (
+        _held_but_made_trainable("0", "1"),
+        "error",
+        "held but trainable",
+        ["1"],
+        "Call torch_freeze.unfreeze on it",
+    ),
+    "a norm frozen alone, then made trainable by hand": (
+        _held_but_made_trainable("1"),
+        "error",
+        "held but trainable",
+        ["1"],
+        "made trainable without torch_freeze",
+    ),
+    "a held norm of which one parameter was made trainable, and its mode": (
+        _held_and_partly_trainable,
+        "error",
+        "held but trainable",
+        ["1"],
+        "made trainable without torch_freeze",
+    ),
+    "a held norm without parameters, all around it made trainable by hand": (
+        _held_without_parameters,
+        "warning",
+        "held but trainable",
+        ["0.1"],
+        "Fine if it was frozen by itself",
+    ),
     "row_19 a tied parameter half frozen": (
         row_19_tied_half_frozen,
         "warning",
@@ -443,6 +502,40 @@ def test_audit_is_silent_on_a_healthy_model(case: str) -> None:
     assert audit(model, optimizer) == []
 
 
+# name: (what is done, whether all around the norm trains though it is held)
+HOLDS: dict[str, tuple[Callable[[Any], Any], bool]] = {
+    "the norm alone is frozen": (lambda m: freeze(m, nn.BatchNorm1d), True),
+    "the norm and one layer are frozen": (lambda m: freeze(m, nn.BatchNorm1d, "0.0"), False),
+    "one parameter is freed": (lambda m: (freeze(m), unfreeze(m, "0.0.weight")), False),
+    "all is freed": (lambda m: (freeze(m), unfreeze(m)), False),
+    "all is freed one by one": (
+        lambda m: (freeze(m), [unfreeze(m, p) for p in m.parameters()]),
+        False,
+    ),
+    "all but one parameter is freed": (
+        lambda m: (freeze(m), unfreeze(m, exclude="0.2.bias")),
+        False,
+    ),
+    "all but the norm is freed": (
+        lambda m: (freeze(m), unfreeze(m, exclude=nn.BatchNorm1d)),
+        True,
+    ),
+    "all is frozen for a moment": (lambda m: torch_freeze.frozen(m).__enter__(), False),
+}
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["with parameters", "without parameters"])
+@pytest.mark.parametrize("case", HOLDS)
+def test_a_hold_that_freezing_made_is_no_error(case: str, affine: bool) -> None:
+    does, alone = HOLDS[case]
+    norm = nn.BatchNorm1d(4, affine=affine)
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), norm, nn.Linear(4, 4)), nn.Linear(4, 2))
+    does(model)
+    found = [(f.level, f.parameter) for f in audit(model.train()) if f.kind.startswith("held")]
+    # One without parameters shows no more that it was named itself.
+    assert found == ([("warning", "0.1")] if alone and not affine else [])
+
+
 def test_gradients_applied_in_backward_are_not_missed() -> None:
     model = make()
     optimizer = FrozenAwareSGD(
@@ -474,6 +567,11 @@ def test_each_mend_works() -> None:
     model, _ = _hold_overridden()
     freeze(model, "1")
     assert audit(model) == []
+    for held in (_held_but_made_trainable("0", "1"), _held_without_parameters):
+        model, _ = held()
+        (finding,) = audit(model)
+        unfreeze(model, finding.parameter)
+        assert audit(model) == [] and model.get_submodule(finding.parameter).training
     model, _ = row_5_frozen_unowned()
     assert audit(model, FrozenAwareSGD(model.parameters(), lr=0.1)) == []
 

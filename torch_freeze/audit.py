@@ -58,12 +58,14 @@ def audit(
 
     Kinds, by level. error: "unowned" (trainable, in no optimizer), "two groups" (steps twice),
     "not reduced" (trainable, but frozen when DistributedDataParallel wrapped it), "hold overridden"
-    (a held norm put in train mode by a direct write), "stale gradient" (frozen with a gradient, in
-    an optimizer other than FrozenAwareSGD). warning: "stale gradient" (elsewhere), "no gradient",
-    "norm trains" (norm of a frozen layer in train mode), "tied half" (tied parameters whose names
-    lie in a frozen and in a trainable module), "all frozen", "foreign" (in the optimizer, not in
-    the model). info: "tied", "never stepped", "momentum of frozen", "frozen unowned" (left out of
-    the optimizer, so cannot train later).
+    (a held norm put in train mode by a direct write), "held but trainable" (a held norm whose
+    parameters train), "stale gradient" (frozen with a gradient, in an optimizer other than
+    FrozenAwareSGD). warning: "stale gradient" (elsewhere), "held but trainable" (a held norm
+    without parameters, where all around it train), "no gradient", "norm trains" (norm of a frozen
+    layer in train mode), "tied half" (tied parameters whose names lie in a frozen and in a
+    trainable module), "all frozen", "foreign" (in the optimizer, not in the model). info: "tied",
+    "never stepped", "momentum of frozen", "frozen unowned" (left out of the optimizer, so cannot
+    train later).
 
     Args:
         model: the model, DDP-wrapped or compiled ones too.
@@ -165,18 +167,39 @@ def _gradients(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> It
 def _norms(tree: Tree) -> Iterator[Finding]:
     for entry in tree.order:
         module = entry.module
-        if not is_norm(module) or not module.training:
+        if not is_norm(module):
             continue
         name = entry.name or type(module).__name__
+        own = bool(entry.parameters())
+        flags = _flags(tree, entry)
         if held_by(module) is not None:
-            yield Finding(
-                "error",
-                name,
-                "is held but was put in train mode by writing its `training` attribute.",
-                "Freeze it again, and use train() or eval() instead of the attribute.",
-                "hold overridden",
-            )
-        elif _is_frozen(tree, entry):
+            # unfreeze ends a hold as soon as a parameter of the norm's own trains, or all around.
+            if own and any(flags):
+                yield Finding(
+                    "error",
+                    name,
+                    "is held in eval mode though its parameters train: they were made trainable "
+                    "without torch_freeze.",
+                    "Call torch_freeze.unfreeze on it.",
+                    "held but trainable",
+                )
+            elif module.training:
+                yield Finding(
+                    "error",
+                    name,
+                    "is held but was put in train mode by writing its `training` attribute.",
+                    "Freeze it again, and use train() or eval() instead of the attribute.",
+                    "hold overridden",
+                )
+            elif not own and flags and all(flags):
+                yield Finding(
+                    "warning",
+                    name,
+                    "is held in eval mode though all parameters around it train.",
+                    "Fine if it was frozen by itself; else call torch_freeze.unfreeze on it.",
+                    "held but trainable",
+                )
+        elif module.training and flags and not any(flags):
             does = "updates its running statistics and normalises by the batch"
             if getattr(module, "track_running_stats", True) is False:
                 does = "normalises by the batch instead of its running statistics"
@@ -189,13 +212,13 @@ def _norms(tree: Tree) -> Iterator[Finding]:
             )
 
 
-def _is_frozen(tree: Tree, norm: ModuleEntry) -> bool:
-    """Whether the norm's parameters, or those of the module around it, are all frozen."""
+def _flags(tree: Tree, norm: ModuleEntry) -> list[bool]:
+    """Whether the norm's parameters train; where it has none, those of the module around it."""
     for entry in (norm, *tree.above(norm)):
         flags = [param.parameter.requires_grad for param in entry.parameters()]
         if flags:
-            return not any(flags)
-    return False
+            return flags
+    return []
 
 
 def _tied(tree: Tree) -> Iterator[Finding]:
