@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The C++ under the sanitizers: `address` (with undefined behaviour) runs the tests of bad input, faults and all
+# The C++ under the sanitizers: `address` (with undefined behaviour) runs the tests of bad input, faults, hooks and all
 # sizes, `thread` those that step in several threads. The exit status is 0 only if nothing was found.
 #
 #     tests/sanitize.sh [address|thread] [pytest arguments]
@@ -24,7 +24,7 @@ case $kind in
     runtime="libasan.so libubsan.so"
     # Left out: two tables of accesses that the kernel's body would make and does not. They take minutes here.
     tests=(tests/test_hostile.py tests/test_faults.py tests/test_optim_errors.py tests/test_threads.py
-      tests/test_optim_exact.py tests/test_kernel_body.py
+      tests/test_optim_exact.py tests/test_in_backward.py tests/test_momentum_policies.py tests/test_kernel_body.py
       --deselect=tests/test_kernel_body.py::test_every_byte_is_stored_once
       --deselect=tests/test_kernel_body.py::test_all_but_the_ends_moves_in_vectors)
     ;;
