@@ -96,7 +96,10 @@ class FreezeSchedule:
         self._entries = {number: as_selectors(entries[number]) for number in sorted(entries)}
         #: Number of the unit that the last `step()` began; -1 before the first.
         self.last = -1
-        self._resolve_all("FreezeSchedule")
+        tree = Tree(model)
+        for number, wanted in self._entries.items():
+            select(tree, wanted, f"FreezeSchedule, entry {number}")
+        self._plan = self._resolved(tree)
 
     def step(self) -> bool:
         """Begin the next unit: call it at the start of every epoch (or step).
@@ -112,18 +115,17 @@ class FreezeSchedule:
         return set_frozen(tree, frozen, managed, self.hold_norm, type(self).__name__)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and frozen set: plain ints, strings and lists.
+        """Position, frozen set and what the schedule is: plain numbers, strings, lists and dicts.
 
         The names of all frozen parameters and held norms of the model are in it, also of those
         the schedule does not manage.
         """
         tree = Tree(self.model)
         return {
-            "unit": self.unit,
+            **self._settings(),
             "last": self.last,
             "frozen": [e.name for e in tree.params.values() if not e.parameter.requires_grad],
             "held": [e.name for e in tree.order if held_by(e.module) is not None],
-            **self._settings(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -133,26 +135,24 @@ class FreezeSchedule:
         schedule manages it or not. Names do not depend on wrapping (DDP, compile).
 
         Raises:
-            ValueError: a name is not in this model, a key is missing, or the state is of a
-                schedule with other settings. Nothing is changed then.
+            ValueError: a name is not in this model, a key is missing, or the state is of another
+                kind of schedule or of one with other arguments: other units, entries, parameters
+                under an entry, layers. Nothing is changed then.
             TypeError: `state` is not a mapping.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"load_state_dict: expected a mapping, got {type(state).__name__}.")
-        own = {"unit": self.unit, **self._settings()}
-        missing = [key for key in (*own, "last", "frozen", "held") if key not in state]
+        missing = [key for key in ("last", "frozen", "held") if key not in state]
         if missing:
             raise ValueError(
                 f"load_state_dict: the state has no {', '.join(map(repr, missing))}, so it is not "
-                f"one that a {type(self).__name__} saved; load it into a schedule built as the one "
-                "that saved it."
+                "one that a schedule saved."
             )
-        for key, value in own.items():
-            if state[key] != value:
-                raise ValueError(
-                    f"load_state_dict: the state was saved with {key}={state[key]!r}, this "
-                    f"schedule has {key}={value!r}; build it with the same arguments."
-                )
+        if differs := self._difference(state):
+            raise ValueError(
+                f"load_state_dict: the state is of another schedule: {differs}. Load it into one "
+                "built with the same arguments as the one that saved it."
+            )
         _check_int("load_state_dict", "'last'", state["last"], least=-1)
         tree = Tree(self.model)
         frozen = Selection()
@@ -203,25 +203,53 @@ class FreezeSchedule:
             f"entries at {', '.join(map(str, self._timeline()))}>"
         )
 
-    def _resolve_all(self, caller: str) -> None:
-        tree = Tree(self.model)
-        for number, wanted in self._entries.items():
-            select(tree, wanted, f"{caller}, entry {number}")
-
     def _applies(self, number: int) -> bool:
         return number in self._entries
 
     def _frozen_at(self, tree: Tree, number: int) -> Selection:
         """What is frozen at a unit; of the managed parameters."""
         current = max((n for n in self._entries if n <= number), default=None)
-        return select(tree, self._entries[current] if current is not None else (), "step")
+        return Selection() if current is None else self._frozen_by(tree, current)
+
+    def _frozen_by(self, tree: Tree, number: int) -> Selection:
+        """What the entry of this number freezes."""
+        return select(tree, self._entries[number], "step")
 
     def _managed(self, tree: Tree) -> Selection:
         return select(tree, [s for wanted in self._entries.values() for s in wanted], "step")
 
     def _settings(self) -> dict[str, Any]:
-        """Arguments that a saved state must agree with."""
-        return {}
+        """What the schedule is, with which a saved state must agree."""
+        return {
+            "schedule": type(self).__name__,
+            "unit": self.unit,
+            "hold_norm": self.hold_norm,
+            **self._plan,
+        }
+
+    def _resolved(self, tree: Tree) -> dict[str, Any]:
+        """The names that the entries stand for, taken when the schedule is built."""
+        freezes: dict[str, list[int]] = {e.name: [] for e in self._managed(tree).params.values()}
+        for number in self._entries:
+            for entry in self._frozen_at(tree, number).params.values():
+                freezes[entry.name].append(number)
+        return {"entries": list(self._entries), "freezes": freezes}
+
+    def _difference(self, state: Mapping[str, Any]) -> str:
+        """Where a saved state is of another schedule than this; "" where it is of this one."""
+        for key, own in self._settings().items():
+            if key not in state:
+                return f"it has no {key!r}, which a {type(self).__name__} saves"
+            saved = state[key]
+            if saved == own:
+                continue
+            if isinstance(saved, list) and isinstance(own, list):
+                saved, own = dict(enumerate(saved)), dict(enumerate(own))
+            if isinstance(saved, dict) and isinstance(own, dict):
+                at = next(k for k in {**own, **saved} if saved.get(k) != own.get(k))
+                key, saved, own = f"{key}[{at!r}]", saved.get(at), own.get(at)
+            return f"it has {key}={saved!r}, this one {key}={own!r}"
+        return ""
 
     def _timeline(self) -> Iterable[int]:
         return self._entries
@@ -247,7 +275,8 @@ def gradual_unfreeze(
         model: the model.
         groups: layer groups from input to output, each in the terms of `freeze`. The first
             `step()` leaves only the last group trainable, each later one frees one more.
-            Parameters in no group stay as they are.
+            Parameters in no group stay as they are. A tied parameter, or shared module, that has
+            a name in several groups belongs to the last of them and trains as soon as that one.
         every: units between two groups.
         unit: as in FreezeSchedule.
         hold_norm: as in `freeze`.
@@ -273,9 +302,9 @@ def gradual_unfreeze(
     """
     _check_int("gradual_unfreeze", "every", every, least=1)
     listed = _groups(model, groups, "gradual_unfreeze")
-    count = len(listed)
-    entries = {every * i: listed[: count - 1 - i] for i in range(count)}
-    return GradualUnfreezeSchedule(model, entries, listed, unit, hold_norm)
+    last = len(listed) - 1
+    counts = {every * i: last - i for i in range(last + 1)}
+    return GradualUnfreezeSchedule(model, listed, counts, unit, hold_norm)
 
 
 def freeze_out(
@@ -310,7 +339,8 @@ def freeze_out(
     Args:
         model: the model.
         groups: layer groups from input to output, each in the terms of `freeze`. Parameters in no
-            group stay as they are and keep a constant multiplier of 1.
+            group stay as they are and keep a constant multiplier of 1. A tied parameter, or
+            shared module, that has a name in several groups belongs to the last of them.
         total_steps: length of the run, in units.
         t0: share of the run, in (0, 1], after which the first group freezes; before cubing.
         how: "cubic" or "linear".
@@ -411,18 +441,33 @@ def rotate(
 
 
 class _GroupSchedule(FreezeSchedule):
-    """A FreezeSchedule that also manages groups no entry freezes (the last to be freed)."""
+    """A FreezeSchedule that freezes the first few of its groups: {unit number: how many}."""
 
     def __init__(
         self,
         model: nn.Module,
-        entries: Mapping[int, Selector],
         groups: list[list[Selector]],
+        counts: dict[int, int],
         unit: Unit,
         hold_norm: bool,
     ) -> None:
         self._groups = groups
+        self._counts = counts
+        entries = {number: flatten(groups[:count]) for number, count in counts.items()}
         super().__init__(model, entries, unit, hold_norm=hold_norm)
+
+    def _frozen_by(self, tree: Tree, number: int) -> Selection:
+        return self._select(tree, 0, self._counts[number])
+
+    def _select(self, tree: Tree, first: int, end: int) -> Selection:
+        """The groups from `first` to before `end`, less what is tied to something after them."""
+        chosen = select(tree, flatten(self._groups[first:end]), "step")
+        after = select(tree, flatten(self._groups[end:]), "step")
+        # Only what is tied: of groups that name the same name twice the first counts.
+        params = {key: entry for key, entry in after.params.items() if entry.aliases}
+        modules = {key: entry for key, entry in after.modules.items() if entry.aliases}
+        subtract(chosen, Selection(params, modules))
+        return chosen
 
     def _managed(self, tree: Tree) -> Selection:
         return select(tree, flatten(self._groups), "step")
@@ -449,11 +494,11 @@ class FreezeOutSchedule(_GroupSchedule):
         #: Share of the run after which each group is frozen.
         self.shares = shares
         self.scale_lr = scale_lr
-        entries: dict[int, list[Selector]] = {0: []}
+        counts = {0: 0}
         for i, share in enumerate(shares):
             # Rounding noise must not add a step: 0.3 * 10 is more than 3.
-            entries[math.ceil(share * total_steps - 1e-9)] = flatten(groups[: i + 1])
-        super().__init__(model, entries, groups, unit, hold_norm)
+            counts[math.ceil(share * total_steps - 1e-9)] = i + 1
+        super().__init__(model, groups, counts, unit, hold_norm)
 
     def param_groups(self, lr: float, **options: Any) -> list[dict[str, Any]]:
         """Param groups for an optimizer: one per layer group, then one of all other parameters.
@@ -465,8 +510,8 @@ class FreezeOutSchedule(_GroupSchedule):
         tree = Tree(self.model)
         taken: set[int] = set()
         made: list[list[torch.Tensor]] = []
-        for group in self._groups:
-            chosen = select(tree, group, "param_groups").params.values()
+        for i in range(len(self._groups)):
+            chosen = self._select(tree, i, i + 1).params.values()
             made.append([e.parameter for e in chosen if id(e) not in taken])
             taken.update(id(e) for e in chosen)
         rest: list[torch.Tensor] = [e.parameter for e in tree.params.values() if id(e) not in taken]
@@ -485,7 +530,8 @@ class FreezeOutSchedule(_GroupSchedule):
         return made
 
     def _settings(self) -> dict[str, Any]:
-        return {"total_steps": self.total_steps, "shares": list(self.shares)}
+        own = {"total_steps": self.total_steps, "shares": list(self.shares)}
+        return {**super()._settings(), **own}
 
 
 # No slots: LambdaLR saves the __dict__ of a callable in its state_dict.
@@ -540,7 +586,6 @@ class RotationSchedule(FreezeSchedule):
                 f"rotate: {k=} layers are to train at a time, but layers names {len(found)} "
                 f"({named}); each match of the glob is one layer."
             )
-        select(tree, self._always, "rotate")
         super().__init__(model, {0: []}, unit, hold_norm=hold_norm)
 
     @property
@@ -580,7 +625,14 @@ class RotationSchedule(FreezeSchedule):
         return tree.everything()
 
     def _settings(self) -> dict[str, Any]:
-        return {"k": self.k, "every": self.every, "seed": self.seed}
+        return {**super()._settings(), "k": self.k, "every": self.every, "seed": self.seed}
+
+    def _resolved(self, tree: Tree) -> dict[str, Any]:
+        always = select(tree, self._always, "rotate").params.values()
+        return {
+            "layers": [entry.name for entry in self._units(tree)],
+            "always": [entry.name for entry in always],
+        }
 
     def _timeline(self) -> Iterable[int]:
         first = max(self.last, 0) // self.every * self.every

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_freeze._select import Selector, flatten
@@ -21,7 +21,8 @@ class FreezeCallback(pl.Callback):
 
     `configure_optimizers` gives the optimizer all parameters, `self.parameters()`, once; param
     groups never change, so learning-rate schedulers and checkpoints work on. What is frozen is in
-    the Trainer's checkpoints: a resumed run goes on in the middle of the schedule.
+    the Trainer's checkpoints: a resumed run goes on in the middle of the schedule. Resumed with
+    another schedule, it goes on where that one would be, with a warning.
 
     Args:
         *what: what is frozen before training begins, in the terms of `torch_freeze.freeze`;
@@ -119,11 +120,18 @@ class FreezeCallback(pl.Callback):
                     to_find_unused='Give the Trainer strategy="ddp_find_unused_parameters_true".',
                     to_be_dynamic="Give DDPStrategy no static_graph=True.",
                 )
-            if self._loaded is not None:
-                self.schedule.load_state_dict(self._loaded)
-                self._loaded = None
+            loaded, self._loaded = self._loaded, None
+            if loaded is not None and (differs := self.schedule._difference(loaded)):
+                rank_zero_warn(
+                    f"FreezeCallback: the checkpoint's state is of another schedule: {differs}. "
+                    "What was frozen then is not restored; this schedule goes on where it would "
+                    "be by now."
+                )
+                loaded = None
+            if loaded is not None:
+                self.schedule.load_state_dict(loaded)
             elif self.schedule.unit == "step" and pl_module.automatic_optimization:
-                # Resumed from a checkpoint that knows no schedule: the Trainer's count holds.
+                # Resumed from a checkpoint without this schedule: the Trainer's count holds.
                 catch_up(self.schedule, trainer.global_step - 1)
             check_ranks(self.schedule, "FreezeCallback")
         if self._what or (self.schedule is not None and self.schedule.last >= 0):
