@@ -332,7 +332,7 @@ def curve(timeline: Timeline, index: int, points: int = 150) -> list[tuple[float
         levels = timeline.inside(f"{index} {phase}")
         width = max(1, -(-len(levels) // points))
         parts = [levels[i : i + width] for i in range(0, len(levels), width)]
-        found += [(place + i / len(parts), max(part)) for i, part in enumerate(parts)]
+        found += [(round(place + i / len(parts), 3), max(part)) for i, part in enumerate(parts)]
         found.append((place + 1.0, levels[-1]))
     return found
 
