@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -242,7 +243,14 @@ def _without_functions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _write_json(path: Path, found: dict[str, Any]) -> None:
-    path.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    text = json.dumps(found, indent=1, default=str)
+    # Samples in a line, and not each in its own.
+    text = re.sub(r"\[\s+([-+.eE\d,\s]+?)\s+\]", lambda numbers: f"[{_joined(numbers[1])}]", text)
+    path.write_text(text + "\n")
+
+
+def _joined(lines: str) -> str:
+    return " ".join(lines.split())
 
 
 def _write_markdown(

@@ -325,7 +325,7 @@ def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def curve(timeline: Timeline, index: int, points: int = 150) -> list[tuple[float, int]]:
+def curve(timeline: Timeline, index: int, points: int = 80) -> list[tuple[float, int]]:
     """The levels of one iteration, each phase one unit long, thinned out but for the peaks."""
     found: list[tuple[float, int]] = []
     for place, phase in enumerate(("forward", "backward", "step")):
