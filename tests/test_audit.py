@@ -106,6 +106,15 @@ def row_12_bare_norm_trains() -> tuple[nn.Module, Any]:
     return model, None
 
 
+def _spectral_norm_moves(how: Any) -> Case:
+    def case() -> tuple[nn.Module, Any]:
+        model = nn.Sequential(how(nn.Linear(3, 4)), nn.Linear(4, 2))
+        model[0].requires_grad_(False)
+        return model, None
+
+    return case
+
+
 def row_15_norm_told_not_to_track() -> tuple[nn.Module, Any]:
     model, _ = row_12_norm_trains()
     norm: Any = model.get_submodule("1")
@@ -320,6 +329,20 @@ FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
         "norm trains",
         ["1"],
         "normalises by the batch",
+    ),
+    "a spectral norm of a frozen layer in train mode": (
+        _spectral_norm_moves(nn.utils.parametrizations.spectral_norm),
+        "warning",
+        "norm trains",
+        ["0.parametrizations.weight.0"],
+        "the layer's weight changes",
+    ),
+    "a layer with spectral norm by the older hook, frozen, in train mode": (
+        _spectral_norm_moves(nn.utils.spectral_norm),
+        "warning",
+        "norm trains",
+        ["0"],
+        "the layer's weight changes",
     ),
     "row_13 a hold lost by a conversion": (
         row_13_hold_lost_by_conversion,

@@ -178,6 +178,89 @@ def test_parametrized_weights_are_frozen_through_their_module() -> None:
     assert trains(model) == {"1.weight", "1.bias"}
 
 
+# --- spectral norm --------------------------------------------------------------------------------
+
+SPECTRAL: dict[str, Any] = {
+    "the parametrization": nn.utils.parametrizations.spectral_norm,
+    "the older hook": nn.utils.spectral_norm,
+}
+
+
+def spectral(how: str) -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(SPECTRAL[how](nn.Linear(8, 8)), nn.Linear(8, 1))
+
+
+def effective(model: Any) -> torch.Tensor:
+    """The function of the first layer, with its vectors as they are."""
+    with torch.no_grad():
+        modes = [m.training for m in model.modules()]
+        made: torch.Tensor = model[0].eval()(torch.eye(8)).clone()
+        for module, mode in zip(model.modules(), modes, strict=True):
+            module.training = mode
+    return made
+
+
+def steps(model: Any) -> None:
+    optimizer = FrozenAwareSGD(model.parameters(), lr=0.1)
+    for _ in range(5):
+        model.train()
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("how", SPECTRAL)
+def test_a_frozen_layer_with_spectral_norm_stays_the_function_it_was(how: str) -> None:
+    model = spectral(how)
+    freeze(model, "0")
+    before = effective(model)
+    steps(model)
+    assert torch.equal(effective(model), before)
+    twin = copy.deepcopy(model)
+    steps(twin)
+    assert torch.equal(effective(twin), before)
+    unfreeze(model, "0")
+    assert all(m.training for m in model.train().modules())
+    steps(model)
+    assert not torch.equal(effective(model), before)
+
+
+@pytest.mark.parametrize("how", SPECTRAL)
+def test_spectral_norm_goes_on_where_it_is_not_frozen_or_not_to_be_held(how: str) -> None:
+    for act in (lambda m: freeze(m, "0.bias"), lambda m: freeze(m, "0", hold_norm=False)):
+        model = spectral(how)
+        act(model)
+        assert all(m.training for m in model.train().modules())
+
+
+def test_a_discriminator_frozen_for_a_moment_without_a_hold_is_as_with_two_loops() -> None:
+    def train_generator(by_loops: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        generator = nn.Linear(2, 4)
+        critic = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+        optimizer = FrozenAwareSGD(generator.parameters(), lr=0.1, momentum=0.9)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            critic(generator(torch.randn(16, 2))).mean().backward()
+            optimizer.step()
+
+        for _ in range(3):
+            if by_loops:
+                critic.requires_grad_(False)
+                step()
+                critic.requires_grad_(True)
+            else:
+                with frozen(critic, hold_norm=False):
+                    step()
+        return {**generator.state_dict(), **critic.state_dict(prefix="critic.")}
+
+    ours, loops = train_generator(False), train_generator(True)
+    for name, value in loops.items():
+        assert torch.equal(ours[name], value), name
+
+
 # --- row 18: nothing matched ---------------------------------------------------------------------
 
 MISSES: dict[str, tuple[Any, list[str]]] = {

@@ -131,6 +131,17 @@ def test_training_the_rest_passes(content: bool) -> None:
             optimizer.zero_grad()
 
 
+def test_a_frozen_spectral_norm_is_watched() -> None:
+    spectral_norm: Any = nn.utils.parametrizations.spectral_norm
+    model: Any = nn.Sequential(spectral_norm(nn.Linear(3, 4)))
+    freeze(model)
+    with guard(model):
+        model.train()(torch.randn(4, 3))
+    named = r"changed inside the block: 0.parametrizations.weight.0._u \("
+    with pytest.raises(RuntimeError, match=named), guard(model):
+        model[0].parametrizations.weight[0]._u.neg_()
+
+
 def test_equal_values_written_are_a_change_by_version_and_none_by_content() -> None:
     model = make()
     state = model.state_dict()

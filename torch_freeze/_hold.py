@@ -27,6 +27,8 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 
 class HeldTrain:
@@ -53,21 +55,31 @@ class HeldTrain:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether `module` updates running statistics in training.
+    """Whether `module` updates running statistics, or a spectral norm's vectors, in training.
 
     torch's batch and instance norms (SyncBatchNorm, lazy ones and subclasses included) count when
-    they track statistics. Any other module counts when it owns a buffer named `running_…`, the
-    convention third-party norms follow; LayerNorm and GroupNorm have none and never count.
+    they track statistics, and so does spectral norm. Any other module counts when it owns a buffer
+    named `running_…`, the convention third-party norms follow; LayerNorm and GroupNorm have none
+    and never count.
     """
     buffers = module._buffers
     if not buffers:
         return False
     if isinstance(module, _NormBase):
         return buffers.get("running_mean") is not None
+    if is_spectral_norm(module):
+        return True
     for name, buffer in buffers.items():
         if name.startswith("running_") and buffer is not None:
             return True
     return False
+
+
+def is_spectral_norm(module: nn.Module) -> bool:
+    """Whether `module` is torch's spectral norm, or a layer that has it by the older hook."""
+    if isinstance(module, _SpectralNorm):
+        return True
+    return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
 
 
 def held_by(module: nn.Module) -> HeldTrain | None:

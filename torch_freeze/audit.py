@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ._ddp import not_reduced
-from ._hold import held_by, is_norm
+from ._hold import held_by, is_norm, is_spectral_norm
 from ._select import ModuleEntry, ParamEntry, Tree, check_model
 from .optim import FrozenAwareSGD
 from .report import _size, as_optimizers, state_bytes, tensor_bytes
@@ -203,6 +203,8 @@ def _norms(tree: Tree) -> Iterator[Finding]:
             does = "updates its running statistics and normalises by the batch"
             if getattr(module, "track_running_stats", True) is False:
                 does = "normalises by the batch instead of its running statistics"
+            elif is_spectral_norm(module):
+                does = "goes on estimating its divisor, and the layer's weight changes with it"
             yield Finding(
                 "warning",
                 name,

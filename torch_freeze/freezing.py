@@ -67,8 +67,11 @@ def freeze(
         and the report says so. A norm is held when it is named (itself, its class or a module
         around it) or all its parameters are, unless a part of it stays trainable; one with
         `affine=False` also when all parameters of the module around it are. What counts as a
-        batch-norm-like layer: torch's batch and instance norms that track statistics, and any
-        other module owning a buffer named `running_...`.
+        batch-norm-like layer: torch's batch and instance norms that track statistics, its spectral
+        norm (`torch.nn.utils.parametrizations.spectral_norm`, whose vectors and so the effective
+        weight move in train mode; by the older `torch.nn.utils.spectral_norm` the whole layer), and
+        any other module owning a buffer named `running_...`. Other buffers that a module writes to
+        in train mode go on moving: call `eval()` on it.
 
     Example:
         >>> from torch import nn
@@ -170,7 +173,8 @@ def frozen(
         model: the model.
         *what: what to freeze, in the terms of `freeze`. Nothing given: everything.
         exclude: what to leave as it is, in the same terms.
-        hold_norm: as in `freeze`.
+        hold_norm: as in `freeze`. False is what two loops over `requires_grad` do: a GAN's
+            discriminator goes on normalising by the batch while the generator trains.
 
     Yields:
         The FreezeReport of the freeze.

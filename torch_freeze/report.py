@@ -44,7 +44,7 @@ class Row:
 
     @property
     def norm(self) -> str:
-        """State of the batch-norm-like layers: held (frozen), train or eval."""
+        """State of the layers that `freeze` holds, such as batch norms: held, train or eval."""
         counts = (
             (self.norms_held, "held"),
             (self.norms_train, "train"),
