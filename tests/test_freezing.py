@@ -178,6 +178,21 @@ def test_parametrized_weights_are_frozen_through_their_module() -> None:
     assert trains(model) == {"1.weight", "1.bias"}
 
 
+def test_a_parametrized_weight_is_named_by_what_it_is_computed_from() -> None:
+    layer: Any = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    model = nn.Sequential(layer, nn.Linear(2, 1))
+    with pytest.raises(ValueError, match=r"Nearest: '0\.parametrizations\.weight', "):
+        freeze(model, "0.weight")
+    with pytest.raises(ValueError, match=r"computed from: '0\.parametrizations\.weight'\.$"):
+        freeze(model, layer.weight)
+    with pytest.raises(ValueError, match=r"Nearest: 'parametrizations\.weight'"):
+        freeze(layer, "weight")
+    with pytest.raises(ValueError, match=r"or a name\.$"):
+        freeze(nn.Linear(2, 1), layer.weight)
+    freeze(model, "0.parametrizations.weight")
+    assert trains(model) == {"0.bias", "1.weight", "1.bias"}
+
+
 # --- spectral norm --------------------------------------------------------------------------------
 
 SPECTRAL: dict[str, Any] = {

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 
 #: What a user may name: a glob, a regex, a module or parameter of the model, a module class, or a
 #: callable (name, parameter) -> bool; or an iterable of these.
@@ -316,7 +317,7 @@ def _select_one(
             raise ValueError(
                 f"{caller}: the given tensor of shape {list(item.shape)} is not a parameter of "
                 f"this model ({type(tree.root.module).__name__}); pass one of its own parameters "
-                "or a name."
+                f"or a name.{_if_parametrized(tree)}"
             )
         selection.names.update(owned.names)
         selection.add_param(owned)
@@ -354,6 +355,15 @@ def _select_one(
             f"{caller}: cannot select by {type(item).__name__}; give a name or glob, a compiled "
             "regex, a module, a parameter, a module class or a callable (name, parameter) -> bool."
         )
+
+
+def _if_parametrized(tree: Tree) -> str:
+    """What to name in place of a tensor that a parametrization computes, if the model has any."""
+    lists = [e.name for e in tree.order if isinstance(e.module, ParametrizationList)]
+    if not lists:
+        return ""
+    named = ", ".join(map(repr, lists[:3])) + (", ..." if len(lists) > 3 else "")
+    return f" For a parametrized weight name what it is computed from: {named}."
 
 
 def _glob(tree: Tree, pattern: str) -> Callable[[str], bool]:
@@ -426,7 +436,12 @@ def nearest(tree: Tree, text: str) -> list[str]:
             folded[re.sub(r"(?<![^.])\d+(?![^.])", "*", name)] = None
     last = {name.rsplit(".", 1)[-1] for name in folded}
     tail = text.strip(".*")
-    found = [f"*.{tail}"] if tail in last and text != f"*.{tail}" else []
+    # A parametrized weight is no parameter any more; what it is computed from lies here.
+    layer, dot, key = text.rpartition(".")
+    parametrized = f"{layer}{dot}parametrizations.{key}"
+    found = [parametrized] if parametrized in literal else []
+    if tail in last and text != f"*.{tail}":
+        found.append(f"*.{tail}")
     pool = list(folded) if "*" in text else list(literal)
     found += difflib.get_close_matches(text, pool, n=3, cutoff=0.6)
     if len(found) < 2:

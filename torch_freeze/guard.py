@@ -17,12 +17,13 @@ from ._select import ModuleEntry, Tree, check_model, is_lazy
 def guard(model: nn.Module, *, content: bool = False) -> Iterator[None]:
     """Raise, naming them, if a frozen parameter or held statistic changes inside the block.
 
-    What is frozen or held on entry is watched; of buffers those of held norms alone. By default no parameter is copied or read: a change
-    shows in the tensor's version counter, which in-place operations of torch raise, in its
-    address, or in another tensor standing in its place. This also reports a write of equal values.
-    It cannot see writes that keep the version counter: through `.data` or NumPy, and by kernels
-    that do not raise it (torch's `fused=True` optimizers are such). torch's batch norm is one of
-    those, so held statistics, a few numbers per channel, are always compared by value.
+    What is frozen or held on entry is watched; of buffers those of held norms alone. By default no
+    parameter is copied or read: a change shows in the tensor's version counter, which in-place
+    operations of torch raise, in its address, or in another tensor standing in its place. This also
+    reports a write of equal values. It cannot see writes that keep the version counter: through
+    `.data` or NumPy, and by kernels that do not raise it (torch's `fused=True` optimizers are
+    such). torch's batch norm is one of those, so held statistics, a few numbers per channel, are
+    always compared by value.
 
     Args:
         model: the model, DDP-wrapped or compiled ones too.
