@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import re
 import shlex
@@ -122,3 +123,33 @@ def test_the_link_leads_somewhere(target: str) -> None:
 )
 def test_the_page_how_we_know_names_tests_that_exist(test: str) -> None:
     assert "def test_" in (ROOT / test).read_text()
+
+
+RECORDED = ROOT / "benchmarks" / "results" / "cpu_epyc_2_cores_memory.json"
+MEMORY_COLUMNS = {
+    "stock default": "stock/default",
+    "stock fused": "stock/fused",
+    "FrozenAwareSGD": "ours",
+    "in backward": "ours/in backward",
+    "and bfloat16 momentum": "ours/in backward, bf16",
+}
+
+
+def test_the_memory_table_is_the_recorded_one() -> None:
+    peaks = {
+        (outcome["title"].partition(",")[0], outcome["case"]): {
+            row["contestant"]["key"]: row["figures"]["peak"] for row in outcome["rows"]
+        }
+        for outcome in json.loads(RECORDED.read_text())["memory"]
+        if "case" in outcome
+    }
+    table = re.search(r"^\| peak above the model, MB (\|.*\|\n(?:\|.*\|\n)+)", README, re.MULTILINE)
+    assert table is not None
+    header, _, *rows = table[1].splitlines()
+    assert [cell.strip() for cell in header.strip("|").split("|")] == list(MEMORY_COLUMNS)
+    assert len(rows) >= 6
+    for row in rows:
+        name, *cells = [cell.strip() for cell in row.strip("|").split("|")]
+        model, half, _ = name.partition(", half frozen")
+        of_model = peaks[model, "4" if half else "1"]
+        assert cells == [f"{of_model[key] / 1e6:,.0f}" for key in MEMORY_COLUMNS.values()], name
