@@ -245,12 +245,10 @@ def _without_functions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _write_json(path: Path, found: dict[str, Any]) -> None:
     text = json.dumps(found, indent=1, default=str)
     # Samples in a line, and not each in its own.
-    text = re.sub(r"\[\s+([-+.eE\d,\s]+?)\s+\]", lambda numbers: f"[{_joined(numbers[1])}]", text)
+    text = re.sub(
+        r"\[\s+([-+.eE\d,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text
+    )
     path.write_text(text + "\n")
-
-
-def _joined(lines: str) -> str:
-    return " ".join(lines.split())
 
 
 def _write_markdown(

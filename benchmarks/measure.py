@@ -354,6 +354,27 @@ def check_equality(
     )
 
 
+def profiled(
+    run: Callable[[], object],
+    *activities: torch.profiler.ProfilerActivity,
+    profile_memory: bool = False,
+) -> list[Any]:
+    """The profiler's events of one call: the CPU's, and those of further activities.
+
+    Raises:
+        RuntimeError: this torch has no such profiler.
+    """
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, *activities],
+        profile_memory=profile_memory,
+    ) as profile:
+        run()
+    records = profile.profiler
+    if records is None or records.kineto_results is None:
+        raise RuntimeError("this torch was built without the kineto profiler")
+    return list(records.kineto_results.events())
+
+
 @dataclass(frozen=True)
 class Allocations:
     """What torch's allocator did: how often, and how far above what was held before."""
@@ -374,14 +395,7 @@ def allocations(run: Callable[[], object], device: torch.device) -> Allocations:
         count = torch.cuda.memory_stats(device)["allocation.all.allocated"] - before
         return Allocations(count, torch.cuda.max_memory_allocated(device) - held)
     # torch keeps no statistics of the CPU's allocator: the profiler's records of it are exact.
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        run()
-    records_of = profile.profiler
-    if records_of is None or records_of.kineto_results is None:
-        raise RuntimeError("this torch was built without the kineto profiler")
-    records = [e for e in records_of.kineto_results.events() if e.name() == "[memory]"]
+    records = [e for e in profiled(run, profile_memory=True) if e.name() == "[memory]"]
     records.sort(key=lambda e: e.start_ns())
     level = peak = count = 0
     for record in records:
@@ -394,14 +408,13 @@ def allocations(run: Callable[[], object], device: torch.device) -> Allocations:
 def launches(run: Callable[[], object], device: torch.device) -> int:
     """How many kernels one call starts on a GPU."""
     wait_for(device)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+
+    def run_and_wait() -> None:
         run()
         wait_for(device)
-    records_of = profile.profiler
-    if records_of is None or records_of.kineto_results is None:
-        raise RuntimeError("this torch was built without the kineto profiler")
-    names = [e.name() for e in records_of.kineto_results.events() if e.device_type().name == "CUDA"]
+
+    events = profiled(run_and_wait, torch.profiler.ProfilerActivity.CUDA)
+    names = [e.name() for e in events if e.device_type().name == "CUDA"]
     return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from contestants import Hyper
+from measure import TOLERANCES
 from memory_contestants import MemoryContestant, Trainer
 from models import require
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def tolerance(contestant: MemoryContestant, dtype: torch.dtype) -> float:
     if contestant.precision == "8 bit":
         return 2**-5
     if contestant.precision == "bfloat16" or dtype == torch.bfloat16:
-        return 2**-6
+        return TOLERANCES[torch.bfloat16]
     return EXACT
 
 

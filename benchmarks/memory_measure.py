@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import measure  # noqa: F401  # keeps the profiler quiet
 import torch
+from measure import profiled
 from models import NotEnoughMemoryError
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -77,17 +77,10 @@ def record(run: Callable[[], object], device: torch.device) -> Timeline:
     beginning was: what the call is to free must be allocated by the call. What libraries take past
     torch's allocator (oneDNN's scratch space, cuBLAS's handles) is not seen; a process's peak is.
     """
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        run()
-    records = profile.profiler
-    if records is None or records.kineto_results is None:
-        raise RuntimeError("this torch was built without the kineto profiler")
     kind = "CUDA" if device.type == "cuda" else "CPU"
     memory: list[tuple[int, int]] = []
     spans: dict[str, Span] = {}
-    for event in records.kineto_results.events():
+    for event in profiled(run, profile_memory=True):
         name = event.name()
         if name == "[memory]":
             if event.device_type().name == kind:

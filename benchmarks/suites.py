@@ -40,6 +40,8 @@ from models import (
 
 MEASURES = ("warm", "cold", "device", "iteration")
 """Host time of step() with warm and with cold caches, GPU time of it, and a whole iteration."""
+_BESIDE = ("warm", "device")
+"""Those that are taken of a like workload, too."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,16 @@ class Outcome:
         share = ratio(times, taken)
         scale = self.step_bytes / size
         return Summary(share.median * scale, share.low * scale, share.high * scale)
+
+
+def fastest_stock(outcome: Outcome, measure: str) -> tuple[Row, Summary] | None:
+    """The stock form with the least median, and its times over FrozenAwareSGD's."""
+    compared = [
+        (row, times)
+        for row in outcome.rows
+        if row.contestant != OURS and (times := outcome.times_ours(row, measure)) is not None
+    ]
+    return min(compared, key=lambda pair: pair[1].median) if compared else None
 
 
 def run_workload(
@@ -254,14 +266,14 @@ def _measure_steps(
                     if measure == "device"
                     else warm_turn(stepper, device)
                 )
-        if likewise is not None:
+        if likewise is not None and measure in _BESIDE:
             extra["beside"] = make(likewise)
         samples = interleave(turns | extra, setting.budget, setting.rng)
         for row in outcome.rows:
             row.samples[measure] = samples[row.contestant.key]
         if measure == outcome.pass_measure:
             outcome.passes = {n: (p.size, samples[n]) for n, p in passes.items()}
-        if likewise is not None:
+        if "beside" in samples:
             outcome.beside[measure] = samples["beside"]
 
 

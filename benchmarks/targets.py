@@ -8,11 +8,11 @@ from statistics import median
 from typing import Literal, Protocol
 
 import torch
-from contestants import OURS
-from measure import allocations, held_bytes, launches
+from contestants import OURS, Entry
+from measure import Summary, allocations, held_bytes, launches
 from models import MODELS as NETWORKS
 from models import LoadedModel, Place, Workload, flat_set, many_groups
-from suites import Outcome, Setting, run_models, run_synthetic, run_workload
+from suites import Outcome, Setting, fastest_stock, run_models, run_synthetic, run_workload
 from units import duration, multiple
 
 Status = Literal["reached", "missed", "not measured", "no target"]
@@ -41,6 +41,10 @@ def status(reached: bool) -> Status:
     return "reached" if reached else "missed"
 
 
+def _times(times: Summary) -> str:
+    return f"{times.median:.2f}x [{multiple(times.low)}-{multiple(times.high)}]"
+
+
 @dataclass(frozen=True)
 class Faster:
     """FrozenAwareSGD is to be at least ``least`` times as fast as one stock contestant."""
@@ -61,8 +65,7 @@ class Faster:
         ours = outcome.ours.time(self.measure) if outcome else None
         if times is None or ours is None:
             return Reached(case, "-", target, "not measured")
-        spread = f"{multiple(times.low)}-{multiple(times.high)}"
-        figure = f"{times.median:.2f}x [{spread}], {duration(ours.median)}"
+        figure = f"{_times(times)}, {duration(ours.median)}"
         return Reached(case, figure, target, status(times.median >= self.least))
 
 
@@ -144,8 +147,7 @@ class AsFast:
         times = outcome.times_beside(self.measure) if outcome else None
         if times is None:
             return Reached(self.case, "-", target, "not measured")
-        figure = f"{times.median:.2f}x [{multiple(times.low)}-{multiple(times.high)}]"
-        return Reached(self.case, figure, target, status(times.median <= self.most))
+        return Reached(self.case, _times(times), target, status(times.median <= self.most))
 
 
 @dataclass(frozen=True)
@@ -159,17 +161,11 @@ class Told:
         """FrozenAwareSGD's time, and who of the others comes closest."""
         outcome = found.get(self.workload)
         ours = outcome.ours.time("iteration") if outcome else None
-        others = {
-            row.contestant.key: times
-            for row in (outcome.rows if outcome else ())
-            if row.contestant != OURS
-            and (times := outcome and outcome.times_ours(row, "iteration"))
-        }
-        if ours is None or not others:
+        best = fastest_stock(outcome, "iteration") if outcome else None
+        if ours is None or best is None:
             return Reached(self.case, "-", "-", "not measured")
-        key, times = min(others.items(), key=lambda other: other[1].median)
-        spread = f"{multiple(times.low)}-{multiple(times.high)}"
-        figure = f"{duration(ours.median)}; {key}: {times.median:.2f}x [{spread}]"
+        row, times = best
+        figure = f"{duration(ours.median)}; {row.contestant.key}: {_times(times)}"
         return Reached(self.case, figure, "-", "no target")
 
 
@@ -267,13 +263,17 @@ def cuda_outcomes(
     yield from run_models(small, [0.0, 50.0], setting, ("iteration",))
 
 
-def launch_line(setting: Setting) -> Reached:
-    """Count the kernels of a steady step over 161 groups."""
-    workload = many_groups(setting.device, 161, 1)
+def _steady(workload: Workload) -> Entry:
     entry = OURS.build(workload.groups, workload.hyper)
     workload.fill_gradients()
     for _ in range(3):
         entry.stepper.step()
+    return entry
+
+
+def launch_line(setting: Setting) -> Reached:
+    """Count the kernels of a steady step over 161 groups."""
+    entry = _steady(many_groups(setting.device, 161, 1))
     count = launches(entry.stepper.step, setting.device)
     if not count:  # the profiler has no access to the GPU's counters
         return Reached("161 groups, launches", "-", "1", "not measured")
@@ -290,10 +290,7 @@ def memory_lines(model: str, setting: Setting) -> list[Reached]:
         models.MissingPackage: the package the model comes from is not installed.
     """
     workload = LoadedModel(model, setting.device).workload("head")
-    entry = OURS.build(workload.groups, workload.hyper)
-    workload.fill_gradients()
-    for _ in range(3):
-        entry.stepper.step()
+    entry = _steady(workload)
     count = allocations(entry.stepper.step, setting.device).count
     frozen = [p for p in workload.parameters if not p.requires_grad]
     for p in frozen:

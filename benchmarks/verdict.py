@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 from contestants import OURS
 from digits import DigitsOutcome
-from measure import Summary
 from memory_report import memory_summary, memory_unequal
 from memory_suite import MemoryOutcome
-from suites import Outcome, Row
+from suites import Outcome, fastest_stock
 from tables import WIDTH
 from targets import Reached
 from units import duration, multiple
@@ -24,16 +23,6 @@ _NAMES = {
     "device": "step() on the device",
     "iteration": "a whole iteration",
 }
-
-
-def fastest_stock(outcome: Outcome, measure: str) -> tuple[Row, Summary] | None:
-    """The stock form with the least median, and its times over FrozenAwareSGD's."""
-    compared = [
-        (row, times)
-        for row in outcome.rows
-        if row.contestant != OURS and (times := outcome.times_ours(row, measure)) is not None
-    ]
-    return min(compared, key=lambda pair: pair[1].median) if compared else None
 
 
 def unequal(

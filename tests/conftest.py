@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
 import torch
@@ -9,6 +11,15 @@ import torch_freeze
 # Shared machines pause for seconds; how long an example takes says nothing about it.
 hypothesis.settings.register_profile("torch_freeze", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("torch_freeze")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from a second thread, and on a busy machine wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_report_header() -> str:

@@ -27,23 +27,17 @@ import targets
 from contestants import OURS, REFERENCE, Contestant, Hyper, select
 from digits import DigitsOutcome, DigitsRow
 from measure import Allocations, Budget, Equality, Memory, Summary
-from suites import Outcome, Row, Setting
+from suites import Outcome, Row, Setting, fastest_stock
 from tables import digits_table, legend, outcome_table, targets_table
 from units import duration, multiple
-from verdict import fastest_stock, unequal, verdict
+from verdict import unequal, verdict
 
 CPU = torch.device("cpu")
 for package in ("tabulate", "tqdm", "matplotlib"):
     pytest.importorskip(package, reason=f"compare.py needs {package}: pip install {package}")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads that wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def same(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> list[bool]:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "examples"
 
 
 @pytest.fixture(autouse=True)
-def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def examples(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def command(
@@ -162,7 +157,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
     for name in ("ipykernel", "sklearn", "matplotlib"):
         pytest.importorskip(name, reason=f"{name} is not installed")
-    paths = [str(FOLDER), str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(FOLDER), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     monkeypatch.setenv("SEEDS", "1")
     notebook = nbformat.read(FOLDER / "gradual_unfreezing.ipynb", as_version=4)

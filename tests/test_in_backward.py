@@ -6,7 +6,7 @@ import copy
 import functools
 import gc
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import optim_cases as cases
@@ -20,13 +20,7 @@ KIB = 1 / 1024
 """Of a bucket, in MiB."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Where the processor is shared, small models mostly wait for the other threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):

@@ -28,13 +28,10 @@ BATCHES = 3
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def quiet(one_thread: None) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-    torch.set_num_threads(threads)
 
 
 class Net(pl.LightningModule):

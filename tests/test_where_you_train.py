@@ -30,13 +30,10 @@ def run(section: str, **names: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def quiet(one_thread: None) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-    torch.set_num_threads(threads)
 
 
 def test_every_block_of_code_is_run_by_one_of_these_tests() -> None:
