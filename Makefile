@@ -9,7 +9,7 @@ RESULTS := $(or $(OUT),benchmarks/results)
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
-export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(VENV)/bin/python
 endif
@@ -76,7 +76,7 @@ docs: $(call need,docs) ## build the site from docs/ and the docstrings, into si
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 clean: ## remove what was built; the virtual environment stays
-	rm -rf build dist site *.egg-info torch_freeze/_C.*.so torch_freeze/_C.*.json
+	rm -rf build dist site *.egg-info src/*.egg-info src/torch_freeze/_C.*
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The module is compiled against the torch in the environment, so torch comes first.

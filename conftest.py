@@ -7,8 +7,8 @@ from pathlib import Path
 
 # Modules that import an optional package, which pytest would have to import for their docstrings.
 _NEEDS = {
-    "torch_freeze/integrations/lightning.py": ("lightning",),
-    "torch_freeze/integrations/transformers.py": ("transformers", "accelerate"),
+    "src/torch_freeze/integrations/lightning.py": ("lightning",),
+    "src/torch_freeze/integrations/transformers.py": ("transformers", "accelerate"),
 }
 _MISSING = {
     path: [name for name in names if importlib.util.find_spec(name) is None]

@@ -428,13 +428,15 @@ void BackwardStep::arrive(GradientHook& hook, const at::Tensor& param) {
     refusal_ = c10::str(kBackward, ": ", place(hook.group_, hook.position_), " ", why);
     TORCH_CHECK(false, refusal_);
   };
+  static const std::string taken_over =
+      " If another optimizer has taken this parameter over, call close() of the one that steps in backward, which "
+      "is still alive.";
   if (hook.fired_ == iteration_) {
     refuse(
         "got a gradient for the second time since the last step(), and the first one may have been applied. One "
         "backward() makes one step: no gradient accumulation, no second backward over a retained graph, no "
-        "reentrant checkpointing of a module that is used twice. Use step_in_backward=False for these. If another "
-        "optimizer has taken this parameter over, call close() of the one that steps in backward, which is still "
-        "alive.");
+        "reentrant checkpointing of a module that is used twice. Use step_in_backward=False for these." +
+        taken_over);
   }
   // Backwards are numbered as they begin, so one of a higher number is another, or a part of the one that is under
   // way. Another's forward pass may have read parameters between the two: with what has been applied, or without.
@@ -446,9 +448,8 @@ void BackwardStep::arrive(GradientHook& hook, const at::Tensor& param) {
     if (!part) {
       refuse(
           "got a gradient from a second backward() since the last step(), and the first one's may have been "
-          "applied. Add the losses up and call backward() once, or use step_in_backward=False. If another "
-          "optimizer has taken this parameter over, call close() of the one that steps in backward, which is "
-          "still alive.");
+          "applied. Add the losses up and call backward() once, or use step_in_backward=False." +
+          taken_over);
     }
   }
   if (task > task_) {
@@ -822,10 +823,10 @@ int64_t BackwardStep::bucket_bytes() {
   return fixed_bucket_.value_or(bucket_);
 }
 
-void BackwardStep::check_free(const py::list& param_groups) {
+void BackwardStep::check_free(const py::list& param_groups, int32_t first) {
   for_each_param(param_groups, [&](PyObject* object, int32_t group, Py_ssize_t position) {
     const auto* const hook = GradientHook::on(meta_of(THPVariable_Unpack(object)));
-    check_free(hook, group, position);
+    check_free(hook, first + group, position);
   });
 }
 
@@ -847,7 +848,9 @@ void bind_backward_step(py::module_& module) {
       .def("check_zero_grad", &BackwardStep::check_zero_grad, "set_to_none"_a)
       .def("check_between_steps", &BackwardStep::check_between_steps, "function"_a)
       .def("close", &BackwardStep::close)
-      .def_static("check_free", py::overload_cast<const py::list&>(&BackwardStep::check_free), "param_groups"_a)
+      .def_static(
+          "check_free", py::overload_cast<const py::list&, int32_t>(&BackwardStep::check_free), "param_groups"_a,
+          "first"_a)
       .def_property_readonly("bucket_bytes", &BackwardStep::bucket_bytes);
 }
 

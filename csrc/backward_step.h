@@ -54,8 +54,8 @@ class BackwardStep : public std::enable_shared_from_this<BackwardStep> {
 
   int64_t bucket_bytes();
 
-  // Throws where another optimizer steps one of these parameters in backward.
-  static void check_free(const pybind11::list& param_groups);
+  // Throws where another optimizer steps one of these parameters in backward. `first` is the first group's number.
+  static void check_free(const pybind11::list& param_groups, int32_t first);
 
  private:
   friend class GradientHook;

@@ -54,8 +54,8 @@ done
 # A copy, so that the module in the tree stays what it is, and unchanged sources are not compiled again.
 copy=build/sanitize/$kind
 mkdir -p "$copy"
-rm -rf "$copy/csrc" "$copy/torch_freeze" "$copy/tests"
-tar -c --exclude='_C.*' --exclude=__pycache__ setup.py pyproject.toml README.md LICENSE csrc torch_freeze tests |
+rm -rf "$copy/csrc" "$copy/src" "$copy/tests"
+tar -c --exclude='_C.*' --exclude=__pycache__ setup.py pyproject.toml README.md LICENSE csrc src tests |
   tar -x -C "$copy"
 cd "$copy"
 # -O0, for what is optimised away is not checked.
@@ -73,7 +73,7 @@ export PYTHONMALLOC=malloc
 # Where addresses are spread wider than ThreadSanitizer expects, it needs them not to be.
 fixed=
 [ "$kind" = address ] || ! setarch "$(uname -m)" -R true 2>/dev/null || fixed="setarch $(uname -m) -R"
-export PYTHONPATH=$PWD
+export PYTHONPATH=$PWD/src
 # Reports go to stderr itself, which pytest would capture and lose with the process.
 # shellcheck disable=SC2086
 exec $fixed env LD_PRELOAD="$preload" "$python" -m pytest -p no:cacheprovider -q --capture=sys "${tests[@]}" "$@"

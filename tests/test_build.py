@@ -102,13 +102,13 @@ class TestBuildInfo:
 def copy(tmp_path: Path) -> SimpleNamespace:
     """A copy of the installed package, to be damaged: its folder, its module and its record."""
     assert torch_freeze.__file__
-    package = tmp_path / "torch_freeze"
+    package = tmp_path / "src" / "torch_freeze"
     shutil.copytree(Path(torch_freeze.__file__).parent, package)
     spec = importlib.util.find_spec("torch_freeze._C")
     assert spec and spec.origin
     module = package / Path(spec.origin).name
     return SimpleNamespace(
-        parent=tmp_path, package=package, module=module, record=module.with_suffix(".json")
+        parent=package.parent, package=package, module=module, record=module.with_suffix(".json")
     )
 
 
@@ -120,8 +120,8 @@ def edit(**changes: object) -> Callable[[SimpleNamespace], None]:
 
 
 def make_source_tree(copy: SimpleNamespace) -> None:
-    (copy.parent / "csrc").mkdir()
-    (copy.parent / "setup.py").touch()
+    (copy.parent.parent / "csrc").mkdir()
+    (copy.parent.parent / "setup.py").touch()
     copy.module.unlink()
 
 

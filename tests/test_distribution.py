@@ -43,7 +43,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Of the tree only what git would have, so that nothing built before gets in.
     kept = ("*.toml", "*.py", "*.in", "*.md", "LICENSE", "Makefile", ".clang-format", "mkdocs.yml")
     names = [path.name for pattern in kept for path in ROOT.glob(pattern)]
-    names += ["csrc", "torch_freeze", "tests", "benchmarks", "examples", "docs"]
+    names += ["csrc", "src", "tests", "benchmarks", "examples", "docs"]
     with tarfile.open(folder / "tree.tar", "w") as tree:
         for name in names:
             tree.add(ROOT / name, name, filter=lambda i: None if "__pycache__" in i.name else i)
@@ -85,14 +85,14 @@ def test_an_sdist_has_all_that_is_needed_to_build_and_test_and_nothing_built(sdi
         names = {name.partition("/")[2] for name in archive.getnames()}
     for wanted in ("LICENSE", "Makefile", "CHANGELOG.md", "pyproject.toml", "setup.py"):
         assert wanted in names
-    for folder in ("csrc", "torch_freeze", "tests", "benchmarks", "examples", "docs"):
+    for folder in ("csrc", "src", "tests", "benchmarks", "examples", "docs"):
         source = {
             str(path.relative_to(ROOT))
             for path in (ROOT / folder).rglob("*")
             if path.suffix in (".py", ".pyi", ".cpp", ".h", ".cu", ".md", ".svg")
         }
         assert source <= names, sorted(source - names)
-    assert "torch_freeze/py.typed" in names
+    assert "src/torch_freeze/py.typed" in names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 

@@ -189,7 +189,7 @@ def test_no_instruction_set_shows(capability: str) -> None:
     environment = {
         **os.environ,
         "ATEN_CPU_CAPABILITY": capability,
-        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent), *sys.path[1:]]),
+        "PYTHONPATH": os.pathsep.join([str(tests), *filter(None, sys.path)]),
     }
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True

@@ -144,7 +144,7 @@ def refuse_subinterpreter() -> None:
 
 def _command() -> str:
     """The command that builds the module, for the tree or the installation we are in."""
-    source = _PACKAGE.parent
+    source = _PACKAGE.parent.parent
     pip = f"{sys.executable} -m pip install --no-build-isolation"
     if (source / "setup.py").is_file() and (source / "csrc").is_dir():
         return f"Build it with\n    {pip} -e {source}"

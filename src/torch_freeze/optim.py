@@ -267,7 +267,7 @@ class FrozenAwareSGD(torch.optim.SGD):
             if self._in_backward is not None:
                 self._in_backward.attach(self.param_groups)
             else:
-                _C.BackwardStep.check_free(self.param_groups)
+                _C.BackwardStep.check_free(self.param_groups[-1:], len(self.param_groups) - 1)
         except RuntimeError:
             self.param_groups.pop()
             raise

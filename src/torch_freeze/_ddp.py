@@ -11,19 +11,13 @@ from ._select import ParamEntry, Tree
 
 def not_reduced(tree: Tree, entries: Iterable[ParamEntry]) -> list[ParamEntry]:
     """Those inside a wrapper that averages no gradient of theirs: frozen when it wrapped them."""
-    inside = {key for wrapper in _readable(tree) for key in _handled(wrapper)}
-    return [e for e in entries if id(e.parameter) in inside and not _is_reduced(e)]
+    return [e for e in _inside(_readable(tree), entries) if not _is_reduced(e)]
 
 
 def waited_for(tree: Tree, entries: Iterable[ParamEntry]) -> list[ParamEntry]:
     """Those whose gradient a wrapper waits for that does not look which are unused."""
-    inside = {
-        key
-        for wrapper in _readable(tree)
-        if wrapper.static_graph or not wrapper.find_unused_parameters
-        for key in _handled(wrapper)
-    }
-    return [e for e in entries if id(e.parameter) in inside and _is_reduced(e)]
+    waiting = [w for w in _readable(tree) if w.static_graph or not w.find_unused_parameters]
+    return [e for e in _inside(waiting, entries) if _is_reduced(e)]
 
 
 def _is_reduced(entry: ParamEntry) -> bool:
@@ -37,7 +31,11 @@ def _readable(tree: Tree) -> list[Any]:
     return [w for w in tree.ddp if not getattr(w, "_use_python_reducer", False)]
 
 
-def _handled(wrapper: Any) -> list[int]:
-    ignored = wrapper.parameters_to_ignore
-    named = wrapper.module.named_parameters(remove_duplicate=False)
-    return [id(p) for name, p in named if name not in ignored]
+def _inside(wrappers: list[Any], entries: Iterable[ParamEntry]) -> list[ParamEntry]:
+    handled = {
+        id(parameter)
+        for wrapper in wrappers
+        for name, parameter in wrapper.module.named_parameters(remove_duplicate=False)
+        if name not in wrapper.parameters_to_ignore
+    }
+    return [entry for entry in entries if id(entry.parameter) in handled]
