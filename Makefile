@@ -18,7 +18,9 @@ comma := ,
 # Its package has no __main__ to run with -m.
 clang_format = $(PY) -c 'import clang_format; clang_format.clang_format()'
 
-.PHONY: help compare test sanitize build lint format typecheck gpu memory docs clean
+compile = $(PY) setup.py -q build_ext --inplace
+
+.PHONY: help compare test sanitize build wheel lint format typecheck gpu memory docs clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -28,7 +30,8 @@ help: ## list the commands
 	@echo "  PYTHON, TORCH    interpreter and torch to set up with: make test TORCH=torch==2.13.0"
 	@echo "  USE_CUDA=0/1 TORCH_CUDA_ARCH_LIST MAX_JOBS DEBUG=1    what is compiled, and how"
 
-compare: build ## compare FrozenAwareSGD with stock SGD, on the GPU if there is one
+compare: $(call need,bench) ## compare FrozenAwareSGD with stock SGD, on the GPU if there is one
+	$(compile)
 	$(PY) benchmarks/compare.py $(ARGS)
 
 test: build ## run the tests and the examples in the docstrings
@@ -39,7 +42,14 @@ sanitize: $(call need,$(EXTRAS)) ## tests under ASan, UBSan and TSan, with a C++
 	PYTHON=$(PY) tests/sanitize.sh thread
 
 build: $(call need,$(EXTRAS)) ## compile the extension in place; only what changed
-	$(PY) setup.py -q build_ext --inplace
+	$(compile)
+
+# Repaired: tagged with the oldest glibc it runs on. What comes with torch stays out of it.
+wheel: $(call need,torch) $(call need,wheel) ## build a wheel for this torch, and no other, into dist/
+	rm -rf build/wheel
+	TORCH_FREEZE_PIN_TORCH=1 $(PY) -m pip wheel --no-build-isolation --no-deps -w build/wheel .
+	$(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' \
+	  --wheel-dir dist build/wheel/*.whl
 
 lint: $(call need,lint) ## check the style of Python and C++
 	$(PY) -m ruff check .
@@ -51,7 +61,7 @@ format: $(call need,lint) ## bring Python and C++ into that style
 	$(PY) -m ruff format .
 	$(clang_format) -i $(wildcard csrc/*)
 
-typecheck: $(call need,lint) ## check the types with mypy --strict
+typecheck: $(call need,torch) $(call need,lint) ## check the types with mypy --strict
 	$(PY) -m mypy
 
 gpu: build ## GPU tests, compute-sanitizer and benchmark; results go to $OUT or benchmarks/results
@@ -79,10 +89,18 @@ clean: ## remove what was built; the virtual environment stays
 	rm -rf build dist site *.egg-info src/*.egg-info src/torch_freeze/_C.*
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+$(VENV)/.has-pip:
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
+	touch $@
+
 # The module is compiled against the torch in the environment, so torch comes first.
-$(VENV)/.has-torch:
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.has-torch: | $(VENV)/.has-pip
 	$(PY) -m pip install "$(TORCH)" "setuptools>=77" ninja
+	touch $@
+
+# Tools that look at files and run nothing of the package: no torch, nothing compiled.
+$(VENV)/.has-docs $(VENV)/.has-lint $(VENV)/.has-wheel: pyproject.toml | $(VENV)/.has-pip
+	$(PY) -m pip install --group $(@F:.has-%=%)
 	touch $@
 
 # Named again with the rest, torch stays what it is.

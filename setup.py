@@ -2,13 +2,17 @@
 
 Environment variables: ``USE_CUDA=0/1`` forces CUDA code off or on, ``TORCH_CUDA_ARCH_LIST`` names
 the architectures, ``MAX_JOBS`` limits the compiler processes, ``DEBUG=1`` builds with ``-O0 -g``.
+``TORCH_FREEZE_NO_EXTENSION=1`` installs the Python code alone. ``TORCH_FREEZE_PIN_TORCH=1`` makes a
+package that says in its version and its requirements which torch it was compiled for.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +25,8 @@ import setuptools
 from setuptools.command.build_ext import build_ext
 
 NAME = "torch_freeze._C"
+PURE = "TORCH_FREEZE_NO_EXTENSION"
+TORCH = "torch>=2.11"
 
 
 class Toolkit(NamedTuple):
@@ -118,6 +124,28 @@ def import_torch() -> ModuleType:
     return torch
 
 
+def check_compiler(cxx: str) -> None:
+    """Stop, before anything is compiled, where there is no C++ compiler or no Python.h."""
+    commands = {shlex.split(cxx)[0]}
+    if "CXX" not in os.environ:  # what links is Python's own, then
+        commands.update(shlex.split(sysconfig.get_config_var("CXX") or "")[:1])
+    missing = sorted(command for command in commands if not shutil.which(command))
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if missing:
+        what = f"a C++ compiler, and finds no {' and no '.join(missing)}. Install one"
+        packages = "apt-get install g++, dnf install gcc-c++, conda install cxx-compiler"
+    elif not header.is_file():
+        what = f"Python's headers, and finds no {header}. Install them"
+        packages = "apt-get install python3-dev, dnf install python3-devel"
+    else:
+        return
+    raise SystemExit(
+        f"torch_freeze: compiling needs {what} ({packages}), or name another in CXX. To do without "
+        "the fused kernels, install the Python code alone:\n"
+        f"    {PURE}=1 {sys.executable} -m pip install --no-build-isolation ."
+    )
+
+
 def configure(torch: ModuleType) -> tuple[setuptools.Extension, dict[str, object]]:
     """The extension to compile, and what ``torch_freeze.build_info()`` tells of it."""
     nvidia = Path(torch.__file__ or "").parent.parent / "nvidia"  # CUDA's wheels, torch's own
@@ -128,6 +156,7 @@ def configure(torch: ModuleType) -> tuple[setuptools.Extension, dict[str, object
     from torch.utils import cpp_extension
 
     compiler = cpp_extension.get_cxx_compiler()
+    check_compiler(compiler)
     debug = os.environ.get("DEBUG") == "1"
     includes = cpp_extension.include_paths()
     # Contracted products and sums would not round as stock's do. The kernel's body is compiled for
@@ -181,6 +210,19 @@ def configure(torch: ModuleType) -> tuple[setuptools.Extension, dict[str, object
     }
 
 
+def named() -> tuple[str, str]:
+    """The version of the package and what it requires: some torch, or the one at hand."""
+    source = Path("src/torch_freeze/_build.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
+    if not found:
+        raise SystemExit("torch_freeze: src/torch_freeze/_build.py has no __version__")
+    if os.environ.get("TORCH_FREEZE_PIN_TORCH") != "1":
+        return found[1], TORCH
+    label = import_torch().__version__.replace("+", ".")
+    # As pip knows it: PyPI's own builds have no "+cu130" there, where torch.__version__ has.
+    return f"{found[1]}+torch{label}", f"torch=={importlib.metadata.version('torch')}"
+
+
 class BuildExt(build_ext):
     """Hand over to torch's BuildExtension; metadata and sdists are made without importing torch."""
 
@@ -209,4 +251,13 @@ if __name__ == "__main__":
             f"torch_freeze needs setuptools 77 or later; {sys.prefix} has {setuptools.__version__}."
             " Run\n    pip install --upgrade setuptools"
         )
-    setuptools.setup(ext_modules=[setuptools.Extension(NAME, [])], cmdclass={"build_ext": BuildExt})
+    pure = os.environ.get(PURE, "")
+    if pure not in ("", "0", "1"):
+        raise SystemExit(f"torch_freeze: {PURE}={pure!r}; it is 0, 1 or unset")
+    version, requirement = named()
+    setuptools.setup(
+        version=version,
+        install_requires=[requirement],
+        ext_modules=[] if pure == "1" else [setuptools.Extension(NAME, [])],
+        cmdclass={"build_ext": BuildExt},
+    )

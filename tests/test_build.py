@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -39,8 +41,10 @@ def load(name: str, path: Path, package: Path | None = None) -> ModuleType:
 
 @pytest.fixture
 def setup_py(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    for name in ("USE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS", "DEBUG"):
+    for name in ("USE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS", "DEBUG",
+                 "CXX", "TORCH_FREEZE_NO_EXTENSION", "TORCH_FREEZE_PIN_TORCH"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(ROOT)
     return load("torch_freeze_setup", ROOT / "setup.py")
 
 
@@ -77,6 +81,11 @@ class TestBuildInfo:
                 {"debug": True},
                 "torch_freeze 1.0, torch 2.14.1, CPU only (USE_CUDA=0 is set), g++ 12, debug build",
                 id="a CPU debug build",
+            ),
+            pytest.param(
+                {"compiled": False},
+                "torch_freeze 1.0, torch 2.14.1, no compiled module",
+                id="no compiled module",
             ),
         ],
     )
@@ -171,22 +180,70 @@ class TestImportErrors:
             build.load_extension()
         assert f"{sys.executable} {INSTALL}" in str(caught.value)
 
-    def test_name_the_mend_without_torch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "torch", None)
-        with pytest.raises(ImportError, match="needs torch") as caught:
-            _build.load_extension()
-        assert "-m pip install torch\n" in str(caught.value)
-
     def test_come_before_an_undefined_symbol(self, copy: SimpleNamespace) -> None:
         edit(torch="2.10.0")(copy)
-        command = [sys.executable, "-c", "import torch_freeze"]
-        environment = os.environ | {"PYTHONPATH": str(copy.parent)}
-        done = subprocess.run(
-            command, cwd=copy.parent, env=environment, capture_output=True, text=True
+        assert "torch_freeze was built for torch 2.10.0 " in import_error(copy.parent)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="links as Linux does")
+    @pytest.mark.parametrize(
+        ("needs", "reason"),
+        [
+            pytest.param("a library", "libc10_of_another_torch.so: cannot open", id="library"),
+            pytest.param("a symbol", "undefined symbol: of_another_torch", id="symbol"),
+        ],
+    )
+    def test_stand_where_the_loader_refuses_the_module(
+        self, copy: SimpleNamespace, tmp_path: Path, needs: str, reason: str
+    ) -> None:
+        """As a module built for CUDA under a CPU torch, and one built against another version."""
+        command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o"]
+        source, linked = "void of_another_torch(void); void* PyInit__C(void);", []
+        source += "void* PyInit__C(void) { of_another_torch(); return 0; }"
+        if needs == "a library":
+            library = tmp_path / "libc10_of_another_torch.so"
+            subprocess.run(
+                [*command, library], input="void of_another_torch(void) {}", text=True, check=True
+            )
+            linked = ["-Wl,--no-as-needed", f"-L{tmp_path}", "-lc10_of_another_torch"]
+        subprocess.run([*command, copy.module, *linked], input=source, text=True, check=True)
+        said = import_error(copy.parent)
+        assert re.search(
+            rf"was built for this torch .*, yet its module does not load .*{reason}", said
         )
-        assert done.returncode == 1
-        assert "ImportError: torch_freeze was built for torch 2.10.0 " in done.stderr
-        assert "undefined symbol" not in done.stderr
+
+    def test_come_for_a_module_built_against_another_torch(self) -> None:
+        """With the real thing, where CI has built for two of them."""
+        other = os.environ.get("TORCH_FREEZE_OF_ANOTHER_TORCH")
+        if not other:
+            pytest.skip("TORCH_FREEZE_OF_ANOTHER_TORCH names no folder of such a torch_freeze")
+        said = import_error(Path(other))
+        assert re.search(
+            rf"was built for torch .*, but this is torch {re.escape(torch.__version__)}", said
+        )
+
+    def test_come_without_torch(self, copy: SimpleNamespace) -> None:
+        said = import_error(copy.parent, "import sys; sys.modules['torch'] = None; ")
+        assert "torch_freeze needs torch, which" in said
+        assert "-m pip install torch\n" in said
+
+
+def import_error(folder: Path, before: str = "") -> str:
+    """What `import torch_freeze` raises in a process that finds the one in this folder."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{before}import torch_freeze"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    last = done.stderr.rindex("\nImportError: ")
+    assert f"{sys.executable} {INSTALL}" in done.stderr[last:], done.stderr
+    return done.stderr[last:]
+
+
+def test_the_folder_of_a_clone_hides_no_installed_package() -> None:
+    assert importlib.machinery.PathFinder.find_spec("torch_freeze", [str(ROOT)]) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
@@ -341,6 +398,40 @@ def test_a_build_without_torch_says_what_to_run(
     with pytest.raises(SystemExit, match="pip install --no-build-isolation") as caught:
         setup_py.import_torch()
     assert sys.prefix in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "include", "message"),
+    [
+        pytest.param("", None, r"finds no .*c\+\+.*apt-get install g\+\+", id="no compiler"),
+        pytest.param(None, "/none", r"/none/Python\.h\..*python3-dev", id="no headers"),
+    ],
+)
+def test_a_build_that_cannot_compile_says_what_to_install(
+    setup_py: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str | None,
+    include: str | None,
+    message: str,
+) -> None:
+    setup_py.check_compiler("cc")
+    if path is not None:
+        monkeypatch.setenv("PATH", path)
+    if include is not None:
+        monkeypatch.setattr(setup_py.sysconfig, "get_path", lambda name: include)
+    with pytest.raises(SystemExit, match=message) as caught:
+        setup_py.check_compiler("c++")
+    assert f"TORCH_FREEZE_NO_EXTENSION=1 {sys.executable} {INSTALL} ." in str(caught.value)
+
+
+def test_a_package_pinned_to_a_torch_names_it(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert setup_py.named() == (torch_freeze.__version__, "torch>=2.11")
+    monkeypatch.setenv("TORCH_FREEZE_PIN_TORCH", "1")
+    version, requirement = setup_py.named()
+    assert version == f"{torch_freeze.__version__}+torch{torch.__version__.replace('+', '.')}"
+    assert requirement == f"torch=={importlib.metadata.version('torch')}"
 
 
 def test_a_build_with_an_old_setuptools_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:

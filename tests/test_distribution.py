@@ -54,18 +54,32 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="module")
-def wheel(sdist: Path) -> Path:
+def make_wheel(sdist: Path, folder: str) -> Path:
     options = ("--no-build-isolation", "--no-deps", "--no-index", "--quiet")
-    run(sys.executable, "-m", "pip", "wheel", *options, "-w", "dist", sdist, cwd=sdist.parent)
-    (made,) = (sdist.parent / "dist").glob("*.whl")
+    run(sys.executable, "-m", "pip", "wheel", *options, "-w", folder, sdist, cwd=sdist.parent)
+    (made,) = (sdist.parent / folder).glob("*.whl")
     return made
 
 
 @pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    return make_wheel(sdist, "compiled")
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(sdist: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_FREEZE_NO_EXTENSION", "1")
+        return make_wheel(sdist, "pure")
+
+
+@pytest.fixture(scope="module")
 def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment_with(wheel, tmp_path_factory.mktemp("clean") / "env")
+
+
+def environment_with(wheel: Path, folder: Path) -> Path:
     """An environment that holds the wheel; torch is seen where it is, and nothing is downloaded."""
-    folder = tmp_path_factory.mktemp("clean") / "env"
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     options = ("--no-deps", "--no-index", "--quiet")
@@ -107,7 +121,7 @@ def test_a_wheel_has_the_module_its_types_and_its_licence(wheel: Path) -> None:
     assert any(name.endswith("LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests", "csrc", "benchmarks", "docs"))]
     assert about["License-Expression"] == "BSD-3-Clause"
-    extras = {"bench", "dev", "docs", "examples", "lightning", "lint", "test", "transformers"}
+    extras = {"bench", "dev", "examples", "lightning", "test", "transformers"}
     assert set(about.get_all("Provides-Extra", [])) == extras
 
 
@@ -160,3 +174,88 @@ def test_the_stub_of_the_compiled_module_agrees_with_it(clean_python: Path, tmp_
     (tmp_path / "known").write_text("torch_freeze._C.BackwardStep\n")
     stubtest = (clean_python, "-m", "mypy.stubtest", "--allowlist", "known")
     run(*stubtest, "torch_freeze._C", cwd=tmp_path)
+
+
+WITHOUT_EXTENSION = """
+import importlib, pathlib, warnings
+import torch, torch_freeze
+
+folder = pathlib.Path(torch_freeze.__file__).parent
+for path in folder.glob("*.py"):
+    importlib.import_module("torch_freeze" if path.stem == "__init__" else f"torch_freeze.{path.stem}")
+assert all(hasattr(torch_freeze, name) for name in torch_freeze.__all__)
+assert not torch_freeze.build_info().compiled
+
+
+def train(make, freeze):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    optimizer = make(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for i in range(6):
+        optimizer.zero_grad()
+        freeze(model, i)
+        model(torch.randn(6, 8)).square().sum().backward()
+        if i == 2:
+            model[0].requires_grad_(False)  # with a gradient
+        optimizer.step()
+    return [tensor for tensor in (*model.parameters(), *model.buffers())], optimizer
+
+
+def by_hand(model, i):
+    model[0].requires_grad_(i not in (2, 3))
+
+
+def stock(*args, **options):
+    optimizer = torch.optim.SGD(*args, **options, foreach=False)
+    def drop(optimizer, args, kwargs):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = p.grad if p.requires_grad else None
+    optimizer.register_step_pre_hook(drop)
+    return optimizer
+
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    ours, optimizer = train(torch_freeze.FrozenAwareSGD, by_hand)
+    train(torch_freeze.FrozenAwareSGD, by_hand)
+said = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+assert len(said) == 1 and "no compiled module" in said[0] and "pip install" in said[0], said
+theirs, _ = train(stock, by_hand)
+assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
+optimizer = torch_freeze.FrozenAwareSGD(model.parameters(), momentum=0.9, frozen_momentum="drop", fused=True)
+model(torch.ones(3, 8)).sum().backward()
+optimizer.step()
+with torch_freeze.guard(model):
+    torch_freeze.freeze(model, "0")
+    optimizer.zero_grad()
+    assert len(optimizer.state) == 2
+    torch_freeze.unfreeze(model, "0")
+print(torch_freeze.report(model, optimizer), torch_freeze.audit(model, optimizer))
+for options in ({"step_in_backward": True}, {"momentum_dtype": torch.bfloat16}):
+    try:
+        torch_freeze.FrozenAwareSGD(model.parameters(), **options)
+    except RuntimeError as error:
+        assert "needs the compiled module" in str(error), error
+    else:
+        raise AssertionError(options)
+optimizer.state[model[1].bias]["momentum_buffer"] = torch.zeros(3)
+before = model[1].bias.clone()
+model(torch.ones(3, 8)).sum().backward()
+try:
+    optimizer.step()
+except ValueError as error:
+    assert "momentum_buffer of param_groups[0]['params'][3] has shape [3]" in str(error), error
+else:
+    raise AssertionError("a momentum buffer of another shape")
+assert torch.equal(model[1].bias, before)
+"""
+
+
+def test_without_the_extension_everything_imports_and_steps_as_stock(
+    pure_wheel: Path, tmp_path: Path
+) -> None:
+    assert pure_wheel.name.endswith("-py3-none-any.whl")
+    python = environment_with(pure_wheel, tmp_path / "env")
+    run(python, "-c", WITHOUT_EXTENSION, cwd=tmp_path)

@@ -1,4 +1,8 @@
-"""What the compiled module was built for, and loading it only where that still holds."""
+"""What the compiled module was built for, and loading it only where that still holds.
+
+The one place that imports ``_C``. Without a compiled module in the package, as after
+``TORCH_FREEZE_NO_EXTENSION=1 pip install .``, its place is taken by `_without_extension`.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +26,16 @@ class BuildInfo:
 
     Attributes:
         version: version of torch_freeze.
-        torch: version of the torch it was compiled against, and works with.
+        torch: version of the torch it was compiled against, and works with; without a compiled
+            module, that of the torch at hand.
         cuda: CUDA version of that torch; None when the module has no CUDA code.
         architectures: GPU code in the module: ``sm_90`` runs on compute capability 9.x,
             ``compute_90`` is PTX, compiled when first used on 9.0 or later. Empty without CUDA.
-        compiler: first line of the C++ compiler's ``--version``.
+        compiler: first line of the C++ compiler's ``--version``; "" without a compiled module.
         debug: whether it was built with ``DEBUG=1``, unoptimised and with debug symbols.
         cpu_only_because: why there is no CUDA code; None when there is.
+        compiled: False where torch_freeze was installed without its compiled module, and
+            FrozenAwareSGD takes torch's own operators.
     """
 
     version: str
@@ -38,9 +45,12 @@ class BuildInfo:
     compiler: str
     debug: bool
     cpu_only_because: str | None
+    compiled: bool = True
 
     def __str__(self) -> str:
         """One line for a bug report."""
+        if not self.compiled:
+            return f"torch_freeze {self.version}, torch {self.torch}, no compiled module"
         cuda = f"CUDA {self.cuda} for {' '.join(self.architectures)}"
         device = cuda if self.cuda else f"CPU only ({self.cpu_only_because})"
         debug = ", debug build" if self.debug else ""
@@ -54,7 +64,8 @@ def build_info() -> BuildInfo:
         The versions of torch_freeze, torch and CUDA, the GPU architectures and the compiler.
 
     Raises:
-        ImportError: no module was built for this Python; the message has the command.
+        ImportError: the modules in the package were built for another Python, or their record is
+            damaged; the message has the command.
 
     Example:
         >>> import torch, torch_freeze
@@ -64,6 +75,19 @@ def build_info() -> BuildInfo:
         >>> print(info)  # doctest: +ELLIPSIS
         torch_freeze ..., torch ..., ...
     """
+    if not _was_compiled():
+        import torch
+
+        return BuildInfo(
+            version=__version__,
+            torch=torch.__version__,
+            cuda=None,
+            architectures=(),
+            compiler="",
+            debug=False,
+            cpu_only_because="there is no compiled module",
+            compiled=False,
+        )
     spec = importlib.util.find_spec(_MODULE)
     if spec is None or spec.origin is None:
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -89,22 +113,16 @@ def load_extension() -> ModuleType:
     module built for another torch is refused before the loader meets an undefined symbol.
 
     Returns:
-        The compiled module.
+        The compiled module; where the package has none, `_without_extension`.
 
     Raises:
-        ImportError: torch is missing, or the module is, or it was built for another torch; the
-            message names both versions and has the command that mends it. Or Python runs without
-            its global lock.
+        ImportError: the module was built for another torch or another Python; the message names
+            both and has the command that rebuilds it. Or Python runs without its global lock.
     """
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise ImportError(
-            f"torch_freeze needs torch, which {sys.prefix} does not have. Run\n"
-            f"    {sys.executable} -m pip install torch\nand then build torch_freeze. {_command()}"
-        ) from error
+    if not _was_compiled():
+        return importlib.import_module(f"{__package__}._without_extension")
+    import torch
+
     info = build_info()
     if info.torch != torch.__version__ or info.cuda not in (None, torch.version.cuda):
         built = f"torch {info.torch} ({f'CUDA {info.cuda}' if info.cuda else 'CPU code only'})"
@@ -125,6 +143,29 @@ def load_extension() -> ModuleType:
             "to 1"
         )
     return module
+
+
+def without_extension() -> str:
+    """What is missing where the package has no compiled module, and the command that builds it."""
+    return f"torch_freeze in {_PACKAGE} has no compiled module. {_command()}"
+
+
+def _was_compiled() -> bool:
+    """Whether a module, or the record of one, lies in the package; for whichever Python."""
+    return any(path.suffix != ".pyi" for path in _PACKAGE.glob("_C.*"))
+
+
+def require_torch() -> None:
+    """Raise ImportError where there is no torch; the message has the command."""
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(
+            f"torch_freeze needs torch, which {sys.prefix} does not have. Run\n"
+            f"    {sys.executable} -m pip install torch\nand then build torch_freeze. {_command()}"
+        ) from error
 
 
 def refuse_subinterpreter() -> None:
@@ -152,4 +193,6 @@ def _command() -> str:
     return f"Build it, in the folder of torch_freeze's source, with\n    {pip} ."
 
 
-refuse_subinterpreter()  # on import, because the package imports torch next
+# On import, because the package imports torch next.
+refuse_subinterpreter()
+require_torch()

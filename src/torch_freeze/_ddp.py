@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from . import _C
+from ._build import load_extension
 from ._select import ParamEntry, Tree
+
+_C = load_extension()
 
 
 def not_reduced(tree: Tree, entries: Iterable[ParamEntry]) -> list[ParamEntry]:
@@ -23,7 +25,7 @@ def waited_for(tree: Tree, entries: Iterable[ParamEntry]) -> list[ParamEntry]:
 def _is_reduced(entry: ParamEntry) -> bool:
     # The reducer hangs a hook on the gradient accumulators of what it reduces, for as long as it
     # lives, and keeps no list that Python could see.
-    return _C.has_accumulator_hook(entry.parameter)
+    return bool(_C.has_accumulator_hook(entry.parameter))
 
 
 def _readable(tree: Tree) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import warnings
 import weakref
@@ -17,9 +16,10 @@ from torch.optim import optimizer as _stock
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from torch_freeze._build import load_extension
+from torch_freeze._build import build_info, load_extension, without_extension
 
 _C = load_extension()
+_BUILT = build_info()
 
 # The same dicts for as long as torch is loaded; a hook common to all optimizers is entered here.
 _global_pre_hooks = _stock._global_optimizer_pre_hooks
@@ -190,6 +190,8 @@ class FrozenAwareSGD(torch.optim.SGD):
 
     def _prepare(self) -> None:
         _keep_compiler_out()
+        if not _BUILT.compiled:
+            _warn_not_compiled()
         # Asks GradScaler for grad_scale and found_inf, instead of a step withheld by the host.
         self._step_supports_amp_scaling = not self.defaults.get("differentiable", False)
         if self._backward_options is not None and self._in_backward is None:
@@ -312,6 +314,7 @@ class FrozenAwareSGD(torch.optim.SGD):
 
     step.hooked = True  # type: ignore[attr-defined]  # keeps Optimizer.__init__ from wrapping it
 
+    # Goes by the name of `step`, which is what its errors are to say.
     def _step(self, closure: _Closure | None = None) -> Any:
         loss = None
         if closure is not None:
@@ -331,7 +334,14 @@ class FrozenAwareSGD(torch.optim.SGD):
             in_backward.end_step(self.param_groups)
         return loss
 
-    step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
+    _step.__name__, _step.__qualname__ = step.__name__, step.__qualname__
+
+    @functools.wraps(_step)
+    def _step_wrapped(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step(*args, **kwargs)
+
+    # Stock's step lies within two wrappers, and who compiles it takes off both.
+    step.__wrapped__ = _step_wrapped  # type: ignore[attr-defined]
     _step_observed = _disable_dynamo(_stock.Optimizer.profile_hook_step(_step))
 
     def _finish(self, rest: _Rest, grad_scale: Any, found_inf: Any) -> None:
@@ -374,9 +384,8 @@ class FrozenAwareSGD(torch.optim.SGD):
     def _step_stock(self, group: dict[str, Any], params: list[Tensor]) -> None:
         grads = [p.grad for p in params if p.grad is not None]
         foreach, fused = group["foreach"], group["fused"]
-        if params[0].is_cuda and _kernels_wanted(group) and not _has_cuda():
-            _warn_cpu_only()
-            foreach, fused = True, False
+        if _kernels_wanted(group) and not _has_kernels(params[0].device):
+            foreach, fused = params[0].is_cuda, False
         on_cpu = params[0].device.type == "cpu"
         multi_tensor = foreach or (foreach is None and fused is None and not on_cpu)
         plain = not group["weight_decay"] and not group["maximize"]
@@ -439,7 +448,7 @@ def _keep_compiler_out() -> None:
     from torch._dynamo.decorators import skip
 
     own = FrozenAwareSGD
-    for function in (own.step, own._step, own._finish, own.zero_grad):
+    for function in (own.step, own._step_wrapped, own._step, own._finish, own.zero_grad):
         skip(function)
 
 
@@ -479,6 +488,10 @@ def _check_momentum_options(options: dict[str, Any]) -> None:
             f"Invalid momentum_dtype value: {dtype!r}; it has to be torch.bfloat16, or None for "
             "each parameter's own"
         )
+    if dtype is not None and not _BUILT.compiled:
+        raise RuntimeError(
+            f"momentum_dtype={dtype} needs the compiled module. {without_extension()}"
+        )
     seed = options.get("momentum_seed", 0)
     if type(seed) is not int or seed < 0:
         raise ValueError(f"Invalid momentum_seed value: {seed!r}; it has to be an int and not < 0")
@@ -505,11 +518,11 @@ def _unscale(param: Tensor, grad_scale: Any) -> None:
         grad.div_(scale)
 
 
-@functools.cache
-def _has_cuda() -> bool:
-    from torch_freeze._build import build_info
-
-    return build_info().cuda is not None
+def _has_kernels(device: torch.device) -> bool:
+    if device.type == "cuda" and _BUILT.compiled and not _BUILT.cuda:
+        _warn_cpu_only()
+        return False
+    return _BUILT.compiled
 
 
 @functools.cache
@@ -520,4 +533,14 @@ def _warn_cpu_only() -> None:
         "--force-reinstall --no-deps --no-build-isolation <folder of torch_freeze's source>",
         RuntimeWarning,
         stacklevel=5,
+    )
+
+
+@functools.cache
+def _warn_not_compiled() -> None:
+    warnings.warn(
+        "FrozenAwareSGD takes torch's own SGD operators: the results are the same, the speed is "
+        f"theirs. {without_extension()}",
+        RuntimeWarning,
+        stacklevel=4,
     )

@@ -1,0 +1,135 @@
+"""Stands in for the compiled module: what `FrozenAwareSGD` needs of it, in Python.
+
+The optimizer's loop over parameters is here; every update goes through torch's own functional form.
+Function by function the same as ``_C.pyi``, short of what needs the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._build import without_extension
+
+_STEP = "FrozenAwareSGD.step"
+_BUFFER = "momentum_buffer"
+_STALE = "momentum_stale"
+
+
+def sgd_step(
+    param_groups: list[dict[str, Any]],
+    state: dict[Tensor, Any],
+    grad_scale: Any = None,
+    found_inf: Any = None,
+    done: list[tuple[int, list[Tensor]]] | None = None,
+    unless_observed: bool = False,
+) -> Any:
+    """Name what is to be stepped, all of it by torch's form; called again when that is done."""
+    if unless_observed and is_observed():
+        return NotImplemented
+    if done is None:
+        rest = [(i, _to_step(i, group, state)) for i, group in enumerate(param_groups)]
+        if any(params for _, params in rest):
+            return [(i, params) for i, params in rest if params]
+    for group in param_groups:
+        for p in _frozen(group):
+            p.grad = None
+        policy = group.get("frozen_momentum", "keep")
+        if policy == "reset":
+            for p in _frozen(group):
+                entry = state.get(p)
+                if entry and entry.get(_BUFFER) is not None:
+                    entry[_STALE] = True
+        elif policy == "drop":
+            _drop_momentum(group, state)
+    return None
+
+
+def zero_grad(
+    param_groups: list[dict[str, Any]], state: dict[Tensor, Any], set_to_none: bool = True
+) -> None:
+    """Reset all gradients, and let go of the momentum of what is frozen where that is asked for."""
+    for group in param_groups:
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if set_to_none:
+                p.grad = None
+                continue
+            if p.grad.grad_fn is not None:
+                p.grad.detach_()
+            else:
+                p.grad.requires_grad_(False)
+            p.grad.zero_()
+        if group.get("frozen_momentum") == "drop":
+            _drop_momentum(group, state)
+
+
+def is_observed() -> bool:
+    """Whether a profiler records: always supposed, since a stock step records each time."""
+    return True
+
+
+def has_accumulator_hook(param: Tensor) -> bool:
+    """Whether DistributedDataParallel reduces the gradient of `param`, which Python cannot see.
+
+    The answer that raises no alarm: as the parameter itself trains or not.
+    """
+    return param.requires_grad
+
+
+class BackwardStep:
+    """Steps in backward are the compiled module's alone."""
+
+    def __init__(self, optimizer: Any, bucket_bytes: int | None, clip_value: float | None) -> None:
+        raise RuntimeError(
+            f"step_in_backward=True needs the compiled module. {without_extension()}"
+        )
+
+    @staticmethod
+    def check_free(param_groups: list[dict[str, Any]], first: int) -> None:
+        """Nobody else can step these parameters in backward here."""
+
+
+def _frozen(group: dict[str, Any]) -> Iterator[Tensor]:
+    return (p for p in group["params"] if not p.requires_grad)
+
+
+def _drop_momentum(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
+    for p in _frozen(group):
+        entry = state.get(p)
+        if entry is not None:
+            entry.pop(_BUFFER, None)
+            entry.pop(_STALE, None)
+            if not entry:
+                del state[p]
+
+
+def _to_step(index: int, group: dict[str, Any], state: dict[Tensor, Any]) -> list[Tensor]:
+    """What trains and has a gradient; an error here comes before anything is written."""
+    found = []
+    for position, p in enumerate(group["params"]):
+        if not p.requires_grad or p.grad is None:
+            continue
+        place = f"param_groups[{index}]['params'][{position}]"
+        buffer = state.get(p, {}).get(_BUFFER)
+        for what, tensor in (("the gradient", p.grad), (_BUFFER, buffer)):
+            if tensor is None:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"{_STEP}: {what} of {place} is a {type(tensor).__name__}; it has to be a "
+                    "tensor or None"
+                )
+            plain = p.layout is torch.strided and not p.is_nested
+            if plain and (tensor.shape != p.shape or tensor.device != p.device):
+                raise ValueError(
+                    f"{_STEP}: {what} of {place} has shape {list(tensor.shape)} on "
+                    f"{tensor.device}; the parameter has {list(p.shape)} on {p.device}. Set it to "
+                    "None, or give it the parameter's."
+                )
+        found.append(p)
+    return found
