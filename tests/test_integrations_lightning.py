@@ -424,3 +424,20 @@ def test_their_backbone_finetuning_and_our_schedule_freeze_the_same_epochs() -> 
     fit(theirs, BackboneFinetuning(unfreeze_backbone_at_epoch=2, train_bn=False), 4)
     fit(ours, FreezeCallback(schedule={0: ["backbone"], 2: []}), 4)
     assert theirs.trained == ours.trained
+
+
+@pytest.mark.parametrize(
+    ("name", "logged"),
+    [(None, "lr-FrozenAwareSGD"), ("lr-SGD", "lr-SGD")],
+    ids=["by the optimizer's class", "by the scheduler's own name"],
+)
+def test_what_the_learning_rate_is_logged_as(tmp_path: Path, name: str | None, logged: str) -> None:
+    class Named(Net):
+        def configure_optimizers(self) -> Any:
+            [optimizer], [scheduler] = super().configure_optimizers()
+            return [optimizer], [scheduler | ({"name": name} if name else {})]
+
+    monitor = pl.callbacks.LearningRateMonitor()
+    logger = pl.loggers.CSVLogger(tmp_path)
+    fit(Named(rates=True), monitor, 1, logger=logger, log_every_n_steps=1)
+    assert set(monitor.lrs) == {logged}

@@ -68,15 +68,15 @@ def train(
     callbacks: list[Any],
     resume: str | None = None,
     optimizer: Any = "ours",
+    kind: type[Trainer] = Trainer,
     **options: Any,
 ) -> tuple[Trainer, list[tuple[bool, ...]]]:
     witness = Witness()
-    options = {"num_train_epochs": 4, "save_strategy": "no", **options}
+    options = {"num_train_epochs": 4, "save_strategy": "no", "max_grad_norm": 1.0, **options}
     arguments = TrainingArguments(
         str(folder),
         per_device_train_batch_size=4,
         learning_rate=0.1,
-        max_grad_norm=1.0,
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
@@ -86,7 +86,7 @@ def train(
     )
     if optimizer == "ours":
         optimizer = FrozenAwareSGD(model.parameters(), lr=0.1, momentum=0.9)
-    trainer = Trainer(
+    trainer = kind(
         model,
         arguments,
         train_dataset=data(),
@@ -327,3 +327,32 @@ def test_row_10_ours_leaves_the_learning_rate_to_the_trainer(tmp_path: Path) -> 
 def test_nothing_named_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="name what to freeze"):
         FreezeTrainerCallback()
+
+
+class NormlessTrainer(Trainer):  # type: ignore[misc]
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return grad_norm
+
+
+def test_steps_in_backward_want_a_trainer_that_does_not_clip(tmp_path: Path) -> None:
+    """It does by default, which nobody who asked for neither would look for."""
+    found = []
+    for in_backward in (False, True):
+        model = make_model()
+        optimizer = FrozenAwareSGD(
+            model.parameters(), lr=0.1, momentum=0.9, step_in_backward=in_backward
+        )
+        if in_backward:
+            other = make_model()
+            clipped = FrozenAwareSGD(other.parameters(), lr=0.1, step_in_backward=True)
+            with pytest.raises(
+                RuntimeError, match="max_grad_norm=0 .*_get_grad_norm is overridden"
+            ):
+                train(tmp_path, other, [], optimizer=clipped, num_train_epochs=1)
+        train(
+            tmp_path, model, [], optimizer=optimizer, num_train_epochs=1, max_grad_norm=0.0,
+            kind=NormlessTrainer,
+        )  # fmt: skip
+        found.append(weights(model))
+    for name, weight in found[0].items():
+        assert torch.equal(weight, found[1][name]), name

@@ -7,7 +7,7 @@ whose frozen parameters have no gradient.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as rates
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from torch_freeze import FreezeSchedule, FrozenAwareSGD, freeze, guard, unfreeze
+from torch_freeze import FreezeSchedule, FrozenAwareSGD, audit, freeze, guard, unfreeze
 
 STEPS = 12
 BASE = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}
@@ -66,13 +66,7 @@ SCHEDULERS: dict[str, Scheduler] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second thread, and on a busy machine wait for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass
@@ -311,3 +305,53 @@ def test_update_bn_wants_the_average_unfrozen() -> None:
     update_bn(data, average)
     torch.testing.assert_close(norm.running_mean, average.module[0](data[0]).mean(0))
     assert not model[1].training
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["foreach=False", "fused"])
+def test_adamw_over_all_parameters_holds_what_is_frozen_and_trains_what_is_freed(
+    fused: bool,
+) -> None:
+    """What the README says of other optimizers: the freeze API does not need ours."""
+    options: dict[str, Any] = {"fused": True} if fused else {"foreach": False}
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1, **options)
+    head = copy.deepcopy(model[3:])
+    alone = torch.optim.AdamW(head.parameters(), lr=0.05, weight_decay=0.1, **options)
+    freeze(model, "0", "1")
+    for step in range(STEPS):
+        batch = torch.randn(8, 6)
+        if step == STEPS // 2:
+            unfreeze(model, "0")
+            assert model[0].weight not in optimizer.state
+            late = copy.deepcopy(model[0])
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        if step < STEPS // 2:
+            with guard(model, content=True):
+                optimizer.step()
+            alone.zero_grad()
+            head(model[:3](batch).detach()).square().mean().backward()
+            alone.step()
+            for ours, theirs in zip(model[3:].parameters(), head.parameters(), strict=True):
+                assert torch.equal(ours, theirs)
+        else:
+            optimizer.step()
+        if step == STEPS // 2:
+            # Freed late, it makes the first step that a parameter of a new optimizer makes.
+            for p, grad in zip(late.parameters(), model[0].parameters(), strict=True):
+                p.grad = grad.grad
+            torch.optim.AdamW(late.parameters(), lr=0.05, weight_decay=0.1, **options).step()
+            for ours, theirs in zip(model[0].parameters(), late.parameters(), strict=True):
+                assert torch.equal(ours, theirs)
+
+
+def test_adamw_moves_what_is_frozen_by_hand_with_a_gradient_and_audit_says_so() -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    model(torch.randn(8, 6)).square().mean().backward()
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    kinds = {finding.kind for finding in audit(model, optimizer) if finding.level == "error"}
+    optimizer.step()
+    assert kinds == {"stale gradient"}
+    assert not torch.equal(model[0].weight, before)
