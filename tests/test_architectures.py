@@ -29,6 +29,11 @@ def resnet50() -> tuple[Any, Any]:
     return torchvision.models.resnet50(num_classes=10), (torch.randn(2, 3, 32, 32),)
 
 
+def resnet18() -> tuple[Any, Any]:
+    torchvision = pytest.importorskip("torchvision")
+    return torchvision.models.resnet18(num_classes=10), (torch.randn(2, 3, 32, 32),)
+
+
 def vit_b_16() -> tuple[Any, Any]:
     torchvision = pytest.importorskip("torchvision")
     # One image of 2 x 2 patches: the model in full size, little to compute.
@@ -113,7 +118,7 @@ CASES: dict[str, tuple[Maker, list[str], int, str]] = {
 
 def loss_of(model: Any, example: Any) -> Any:
     out = model(**example) if isinstance(example, dict) else model(*example)
-    out = out.logits if hasattr(out, "logits") else out
+    out = out if isinstance(out, torch.Tensor) else out[0]
     return out.float().square().mean()
 
 
@@ -150,30 +155,171 @@ def test_freezing_does_what_it_says_on(case: str) -> None:
     assert all(m.training for m in model.modules())
 
 
-SAVED: dict[str, tuple[Maker, list[str]]] = {
-    "ResNet-50, all but the head": (resnet50, ["conv1", "bn1", "layer?"]),
-    "ResNet-50, the tail": (resnet50, ["layer3", "layer4"]),
-    "BERT, the encoder": (bert, ["bert.encoder.layer.0", "bert.embeddings"]),
+def speech(kind: str) -> Maker:
+    """Wav2Vec2 or HuBERT: in training its feature extractor marks its input with requires_grad."""
+
+    def make() -> tuple[Any, Any]:
+        transformers = pytest.importorskip("transformers")
+        config = getattr(transformers, f"{kind}Config")(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            conv_dim=[16, 16],
+            conv_stride=[5, 2],
+            conv_kernel=[10, 3],
+            num_feat_extract_layers=2,
+            num_conv_pos_embeddings=8,
+            # FlopCounterMode counts the weight gradient of a grouped convolution as if it had one.
+            num_conv_pos_embedding_groups=1,
+            layerdrop=0.0,
+            apply_spec_augment=False,
+        )
+        model = getattr(transformers, f"{kind}Model")(config)
+        return model, {"input_values": torch.randn(2, 400)}
+
+    return make
+
+
+def vit() -> tuple[Any, Any]:
+    torchvision = pytest.importorskip("torchvision")
+    vision_transformer = torchvision.models.VisionTransformer
+    model = vision_transformer(32, 8, 2, 4, hidden_dim=32, mlp_dim=64, num_classes=10)
+    nn.init.normal_(model.heads.head.weight, std=0.1)
+    return model, (torch.randn(2, 3, 32, 32),)
+
+
+def _no_change(model: Any, example: Any) -> None:
+    pass
+
+
+def _input_wants_grad(model: Any, example: Any) -> None:
+    example[0].requires_grad_()
+
+
+def _embeddings_want_grad(model: Any, example: Any) -> None:
+    model.enable_input_require_grads()
+
+
+EXAMPLE = "the example, which requires grad"
+ACTIVATION = "an activation that requires grad"
+# name: (model, what is frozen, what is done to it, the other leaf that backward runs to)
+SAVED: dict[str, tuple[Maker, list[str], Callable[[Any, Any], None], str | None]] = {
+    "ResNet-50, all but the head": (resnet50, ["conv1", "bn1", "layer?"], _no_change, None),
+    "ResNet-50, the tail": (resnet50, ["layer3", "layer4"], _no_change, None),
+    "ResNet-18, all but the head, its input": (
+        resnet18,
+        ["conv1", "bn1", "layer?"],
+        _input_wants_grad,
+        EXAMPLE,
+    ),
+    "ResNet-18, everything, its input": (resnet18, ["*"], _input_wants_grad, EXAMPLE),
+    "BERT, the encoder": (
+        bert,
+        ["bert.encoder.layer.0", "bert.embeddings"],
+        _no_change,
+        None,
+    ),
+    "BERT, the body, its embeddings' output": (
+        bert,
+        ["bert"],
+        _embeddings_want_grad,
+        ACTIVATION,
+    ),
+    "BERT, everything, its embeddings' output": (bert, ["*"], _embeddings_want_grad, ACTIVATION),
+    "GPT-2, the last block": (gpt2, ["transformer.h.2"], _no_change, None),
+    "GPT-2, embeddings and the first block, the embeddings' output": (
+        gpt2,
+        ["transformer.w?e", "transformer.h.0"],
+        _embeddings_want_grad,
+        ACTIVATION,
+    ),
+    "ViT, the first block and all before": (
+        vit,
+        ["conv_proj", "class_token", "encoder.pos_embedding", "encoder.layers.encoder_layer_0"],
+        _no_change,
+        None,
+    ),
+    "Wav2Vec2, the feature extractor": (
+        speech("Wav2Vec2"),
+        ["feature_extractor"],
+        _no_change,
+        ACTIVATION,
+    ),
+    "Wav2Vec2, everything": (speech("Wav2Vec2"), ["*"], _no_change, ACTIVATION),
+    "HuBERT, all but the last layer": (
+        speech("Hubert"),
+        ["feature_*", "encoder.pos_conv_embed", "encoder.layers.0"],
+        _no_change,
+        ACTIVATION,
+    ),
 }
+
+
+def _backward_flops(model: Any, example: Any) -> int:
+    """FLOPs of a real backward, after a forward whose attention is made of counted products."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        loss = loss_of(model, example)
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    model.zero_grad()
+    return int(counter.get_total_flops())
 
 
 @pytest.mark.parametrize("case", SAVED)
 def test_the_backward_work_saved_agrees_with_counted_flops_on(case: str) -> None:
-    make, what = SAVED[case]
+    make, what, prepare, leaf = SAVED[case]
+    torch.manual_seed(0)
     model, example = make()
-
-    def backward_flops() -> int:
-        loss = loss_of(model, example)
-        with FlopCounterMode(display=False) as counter:
-            loss.backward()
-        return int(counter.get_total_flops())
-
-    everything = backward_flops()
+    prepare(model, example)
+    everything = _backward_flops(model, example)
     freeze(model, *what)
-    counted = 1 - backward_flops() / everything
-    saved = report(model, example=example).flow.backward_saved
-    # Attention's own products have no weights; torch counts them, the report does not.
-    assert saved == pytest.approx(counted, abs=0.05 if case.startswith("BERT") else 0.001)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        result = report(model, example=example)
+    flow = result.flow
+    # To the operation; the tolerance is that of the division.
+    counted = 1 - _backward_flops(model, example) / everything
+    assert flow.backward_saved == pytest.approx(counted, abs=1e-9)
+    assert flow.other_leaf == leaf if leaf != ACTIVATION else leaf in str(flow.other_leaf)
+    assert (leaf is not None and leaf in flow.sentence) == (leaf is not None)
+    if not result.trainable_names:
+        assert "runs though everything is frozen" in flow.sentence
+        assert flow.kind != "everything frozen" and "raises" not in str(result)
+
+
+def test_attention_counts_the_same_in_one_operation_and_in_several() -> None:
+    """Where torch has no formula for its fused attention (on the CPU), the report counts it."""
+    model, example = gpt2()
+    model.eval()  # with dropout it is several operations in any case
+    freeze(model, "transformer.h.2", "transformer.w?e")
+    fused = report(model, example=example).flow
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        apart = report(model, example=example).flow
+    # Fused attention forms the scores twice, which the other form does not.
+    assert fused.weight_gradient_saved == apart.weight_gradient_saved > 0
+    assert fused.backward_saved == pytest.approx(apart.backward_saved, rel=0.05)
+    assert fused.backward_saved != apart.backward_saved
+
+
+def test_a_reentrant_checkpoint_is_seen_through() -> None:
+    plain, example = bert()
+    freeze(plain, "bert.embeddings", "bert.encoder.layer.0")
+    expected = report(plain, example=example).flow
+    model = copy.deepcopy(plain)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.disable_input_require_grads()
+    flow = report(model, example=example).flow
+    # Nothing that enters the first blocks requires grad: they are left out by the checkpoint.
+    gets = {n for n, p in model.named_parameters() if p.requires_grad}
+    loss_of(model, example).backward()
+    got = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert f"gives no gradient to {len(gets - got)} trainable parameters" in flow.sentence
+    assert gets - got
+    # With an input that does, all of them train as without a checkpoint.
+    model.enable_input_require_grads()
+    plain.enable_input_require_grads()
+    flow = report(model, example=example).flow
+    assert flow == report(plain, example=example).flow != expected
 
 
 def test_every_norm_of_a_frozen_resnet_is_held_and_the_eval_output_kept() -> None:

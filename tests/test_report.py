@@ -30,6 +30,27 @@ class ShortCut(nn.Module):
         return out
 
 
+class Marked(nn.Module):
+    """Marks the output of its first layer, as `enable_input_require_grads` of transformers does."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layers[1:](self.layers[0](x).requires_grad_(True))
+        return out
+
+
+class Towers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (self.left(x) * self.right(y)).sum()
+
+
 def three() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2))
@@ -250,6 +271,33 @@ FLOWS: dict[str, tuple[Callable[[], nn.Module], list[str], Any, str, int, int, s
         41,
         "stops early",
     ),
+    "everything frozen, an input that wants a gradient": (
+        three,
+        ["*"],
+        torch.ones(2, 3, requires_grad=True),
+        "runs through",
+        0,
+        53,
+        "everything frozen",
+    ),
+    "everything frozen, an activation that wants a gradient": (
+        lambda: Marked(three()),
+        ["*"],
+        torch.ones(2, 3),
+        "mixed",
+        16,
+        37,
+        "everything frozen",
+    ),
+    "two towers, the frozen one fed what wants a gradient": (
+        Towers,
+        ["right"],
+        {"x": torch.ones(2, 3), "y": torch.ones(2, 3, requires_grad=True)},
+        "runs through",
+        0,
+        16,
+        "runs through",
+    ),
 }
 
 
@@ -268,7 +316,11 @@ def test_row_24_measured_flow_of(case: str) -> None:
     if kind != "everything frozen":
         assert _skipped_and_crossed(result) == (skipped, crossed)
     assert result.flow.stops_early == (kind in ("stops early", "mixed", "everything frozen"))
-    # What autograd does: hooks on the layers' outputs tell through which backward runs.
+    # What autograd does: backward raises exactly where the report says so,
+    output = model(**example) if isinstance(example, dict) else model(example)
+    assert output.requires_grad == (kind != "everything frozen")
+    assert ("raises" in result.flow.sentence) == (kind == "everything frozen")
+    # and hooks on the layers' outputs tell through which it runs.
     if kind == "stops early":
         reached: set[str] = set()
 
@@ -295,6 +347,88 @@ def test_row_24_estimated_flow_of(case: str) -> None:
     assert not result.flow.measured and result.flow.kind == kind
     if kind not in ("nothing frozen", "everything frozen"):
         assert "Estimated" in str(result) and "Measured" not in str(result)
+
+
+# name: (model, what is frozen, example, what backward is said to come after)
+REASONS: dict[str, tuple[Callable[[], nn.Module], list[str], Any, str]] = {
+    "a trainable one": (three, ["1", "2"], torch.ones(2, 3), "a trainable one (0.weight), so"),
+    "the example": (
+        three,
+        ["0", "1"],
+        torch.ones(2, 3, requires_grad=True),
+        "the example, which requires grad, so",
+    ),
+    "an activation": (
+        lambda: Marked(three()),
+        ["layers.0", "layers.1"],
+        torch.ones(2, 3),
+        "an activation that requires grad (the input of layers.1): there",
+    ),
+    "the example, though a trainable one is used first": (
+        Towers,
+        ["right"],
+        {"x": torch.ones(2, 3), "y": torch.ones(2, 3, requires_grad=True)},
+        "the example, which requires grad, so",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_row_24_the_report_says_what_keeps_backward_running(case: str) -> None:
+    make, what, example, said = REASONS[case]
+    model = make()
+    freeze(model, *what)
+    assert f"come after {said}" in report(model, example=example).flow.sentence
+
+
+def test_trainable_parameters_that_gradients_do_not_reach_are_named() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.neck, self.head = (nn.Linear(3, 3) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                x = self.backbone(x)
+            out: torch.Tensor = self.head(self.neck(x).detach())
+            return out
+
+    model = Cut()
+    flow = report(model, example=torch.ones(2, 3)).flow
+    assert "no gradient to 4 trainable parameters" in flow.sentence
+    assert "such as backbone.weight" in flow.sentence
+    # What no_grad() saves already, freezing does not save; the detached layer's it does.
+    freeze(model, "backbone")
+    assert report(model, example=torch.ones(2, 3)).flow.weight_gradient_saved == 0
+
+
+def test_a_parameter_used_inside_an_autograd_function_is_seen() -> None:
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x, weight)
+            return x @ weight
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x, weight = ctx.saved_tensors
+            return grads[0] @ weight.T, x.T @ grads[0]
+
+    class Custom(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 4)
+            self.weight = nn.Parameter(torch.ones(4, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = Product.apply(self.first(x), self.weight)
+            return out
+
+    model = Custom()
+    freeze(model, "weight")
+    flow = report(model, example=torch.ones(2, 3)).flow
+    assert (flow.kind, flow.crossed) == ("runs through", 8)
+    assert flow.backward_saved == pytest.approx(8 / (8 + 8 + 12))
 
 
 def test_row_24_the_report_says_why_a_frozen_tail_saves_little() -> None:
@@ -417,8 +551,11 @@ def test_the_work_saved_agrees_with_counted_flops(case: str) -> None:
 
 def test_measuring_changes_nothing() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2))
-    freeze(model, "0")
+    weight_norm: Any = torch.nn.utils.weight_norm
+    last = weight_norm(nn.Linear(4, 2))
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), last)
+    freeze(model, "0", "3")
+    computed, flags = last.weight, [p.requires_grad for p in model.parameters()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     versions = {name: value._version for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
@@ -427,6 +564,9 @@ def test_measuring_changes_nothing() -> None:
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert {name: value._version for name, value in model.state_dict().items()} == versions
     assert all(p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    # What a hook computes and keeps as a plain attribute, which could not be copied after.
+    assert last.weight is computed
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -443,10 +583,24 @@ def test_an_example_that_does_not_fit_raises_the_models_own_error() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_flags_are_restored_when_the_pass_that_saves_are_counted_against_fails() -> None:
+    class Picky(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.weight.requires_grad:
+                raise KeyError("frozen models only")
+            return super().forward(x)
+
+    model = nn.Sequential(Picky(3, 2), nn.Linear(2, 2))
+    freeze(model, "0")
+    with pytest.raises(KeyError, match="frozen models only"):
+        report(model, example=torch.ones(2, 3))
+    assert not any(p.requires_grad for p in model[0].parameters())
+
+
 def test_row_21_trainable_parameters_the_example_never_uses_are_named() -> None:
     model = three()
     model.register_parameter("spare", nn.Parameter(torch.zeros(2)))
-    assert "1 trainable parameters nowhere, such as spare" in " ".join(
+    assert "1 trainable parameter nowhere, such as spare" in " ".join(
         str(report(model, example=torch.ones(2, 3))).split()
     )
 

@@ -1,12 +1,16 @@
-"""How far backward runs: estimated from registration order, or measured by one forward pass."""
+"""How far backward runs: estimated from registration order, or measured by forward passes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.utils.checkpoint
+from torch.autograd.function import FunctionCtx
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -22,22 +26,28 @@ class Flow:
     """Where the freeze sits in the backward pass.
 
     Freezing a weight always saves its weight gradient. The gradient of its *input* is saved only
-    when nothing before it trains: backward then stops. A frozen tail behind trainable layers
-    still backpropagates, which is why freezing may give less speed than hoped for.
+    when nothing before it takes a gradient: backward then stops. A frozen tail behind trainable
+    layers still backpropagates, which is why freezing may give less speed than hoped for; so does
+    everything behind an input or activation that requires grad itself.
 
     Attributes:
         kind: "stops early" (no frozen parameter has backward running through it), "runs through"
-            (all have), "mixed", "nothing frozen" or "everything frozen".
+            (all have), "mixed", "nothing frozen", or "everything frozen" (and backward raises).
         measured: True when an example was run, False for an estimate by registration order.
         stops_early: whether some frozen parameters are never reached by backward.
-        first_trainable: name of the first trainable parameter, where backward ends; else None.
+        first_trainable: name of the first trainable parameter, where backward ends unless
+            `other_leaf` is set; None where none trains.
         skipped, crossed: elements of frozen parameters that backward does not reach, and of those
             it runs through.
-        weight_gradient_saved: share (0 to 1) of the weight-gradient work saved; by FLOPs when
-            measured, else by parameter count.
-        backward_saved: share (0 to 1) of weight-gradient and input-gradient work together, taking
-            a layer's two as equally dear, which they are for matrices and convolutions.
+        weight_gradient_saved: share (0 to 1) of the weight-gradient work saved, compared with
+            the same model all trainable; by FLOPs when measured, else by parameter count.
+        backward_saved: share (0 to 1) saved of all work of backward: weight gradients, input
+            gradients and, when measured, attention. What activation checkpointing computes
+            again is left out.
         sentence: the same in words.
+        other_leaf: what takes a gradient without being a parameter, in words: the example, or an
+            activation that the model or a hook marked with `requires_grad`. None where nothing
+            does, and in an estimate, which cannot tell.
     """
 
     kind: Kind
@@ -49,6 +59,7 @@ class Flow:
     weight_gradient_saved: float
     backward_saved: float
     sentence: str
+    other_leaf: str | None = None
 
 
 class _Tally:
@@ -58,21 +69,22 @@ class _Tally:
         self.count = self.count_frozen = 0
         self.some_crossed = self.some_skipped = False
         self.crossed = self.skipped = 0
-        self.work = self.saved = self.input_work = self.input_work_if_all_train = 0.0
+        #: Work of weight gradients and of input gradients, now and with everything trainable.
+        self.weights_now = self.inputs_now = self.weights_all = self.inputs_all = 0.0
 
-    def add(self, entry: ParamEntry, work: float, reached: bool, if_all_train: bool) -> None:
+    def add(self, entry: ParamEntry, reached: bool, if_all_train: bool) -> None:
         """Add a parameter; `reached`: the gradient of its input is computed."""
         numel = numel_of(entry)
         self.count += 1
-        self.work += work
+        self.weights_all += numel
         if reached:
-            self.input_work += work
+            self.inputs_now += numel
         if if_all_train:
-            self.input_work_if_all_train += work
+            self.inputs_all += numel
         if entry.parameter.requires_grad:
+            self.weights_now += numel
             return
         self.count_frozen += 1
-        self.saved += work
         if reached:
             self.crossed += numel
             self.some_crossed = True
@@ -94,8 +106,8 @@ def estimate_flow(entries: list[ParamEntry]) -> Flow:
         # Weight and bias of one module share its input: neither lies behind the other.
         owner = _owner(entry.aliases[-1] if entry.aliases else entry.name)
         reached = first is not None and entry.last_place > start and owner != first_owner
-        tally.add(entry, float(numel_of(entry)), reached, owner != model_first)
-    return _flow(tally, first_name, measured=False, by_flops=False)
+        tally.add(entry, reached, owner != model_first)
+    return _flow(tally, first_name, _Reasons())
 
 
 def numel_of(entry: ParamEntry) -> int:
@@ -108,7 +120,51 @@ def _owner(name: str) -> str:
 
 
 def measure_flow(tree: Tree, example: Any) -> Flow:
-    """Flow as autograd has it, from one forward pass over `example`."""
+    """Flow as autograd has it, from forward passes over `example`: as it is, and all trainable."""
+    entries = {id(e.parameter): e for e in tree.params.values()}
+    watch = everything = _Watch(entries)
+    with _left_as_they_were(tree):
+        output = _forward(tree, example, watch)
+        # What freezing saves is the difference to the same pass with everything trainable. Only
+        # autograd knows what is tracked then: an input or activation may be in any case.
+        if any(not entry.parameter.requires_grad for entry in entries.values()):
+            everything = _Watch(entries)
+            with _all_trainable(entries.values()):
+                _forward(tree, example, everything)
+    tally = _Tally()
+    for key, entry in entries.items():
+        tally.add(entry, key in watch.reached, key in everything.reached)
+    by_flops = everything.weight_work + everything.input_work > 0
+    if by_flops:
+        tally.weights_now, tally.inputs_now = watch.weight_work, watch.input_work
+        tally.weights_all, tally.inputs_all = everything.weight_work, everything.input_work
+    trainable = {key: entry for key, entry in entries.items() if entry.parameter.requires_grad}
+    given = _gradients_given(output, watch)
+    reasons = _Reasons(
+        measured="FLOPs" if by_flops else "counts",
+        leaf=watch.leaf(example),
+        after_trainable=any(
+            trains for key, (trains, _) in watch.reached.items() if key not in trainable
+        ),
+        after_leaf=any(
+            leaf and not trains
+            for key, (trains, leaf) in watch.reached.items()
+            if key not in trainable
+        ),
+        runs=_tracked(output),
+        unused=[entry.name for key, entry in trainable.items() if key not in watch.used],
+        cut_off=[
+            entry.name
+            for key, entry in trainable.items()
+            if key in watch.used and given is not None and key not in given
+        ],
+    )
+    first = next((entry.name for entry in watch.order if id(entry.parameter) in trainable), None)
+    return _flow(tally, first, reasons)
+
+
+def _forward(tree: Tree, example: Any, watch: _Watch) -> Any:
+    """The model's output for `example`; `watch` sees every operation of the pass."""
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(example, Mapping):
@@ -123,30 +179,103 @@ def measure_flow(tree: Tree, example: Any) -> Flow:
     buffers = {name: b.clone() for name, b in model.named_buffers() if not is_lazy(b)}
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    watch = _Watch({id(e.parameter): e for e in tree.params.values()})
+    # autocast keeps the casts of what trains: those of another pass are no use, whoever made it.
+    torch.clear_autocast_cache()
     try:
         with (
             torch.random.fork_rng([d.index for d in devices]),
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
+            _checkpoints_run_at_once(),
             watch,
         ):
-            functional_call(model, buffers, args, kwargs)
+            return functional_call(model, buffers, args, kwargs)
     finally:
+        torch.clear_autocast_cache()
         torch.backends.mha.set_fastpath_enabled(fastpath)
-    first = next((e.name for e in watch.order if e.parameter.requires_grad), None)
-    by_flops = sum(watch.flops.values()) > 0
-    first_key = id(watch.order[0].parameter) if watch.order else None
-    tally = _Tally()
-    for key, entry in watch.entries.items():
-        work = watch.flops.get(key, 0.0) if by_flops else float(numel_of(entry))
-        tally.add(entry, work, key in watch.reached, key != first_key)
-    unused = [
-        e.name
-        for key, e in watch.entries.items()
-        if e.parameter.requires_grad and key not in watch.used
+
+
+@contextmanager
+def _checkpoints_run_at_once() -> Iterator[None]:
+    """Let the reentrant checkpoint, which hides its operations, run as its backward would."""
+
+    class AtOnce:
+        @staticmethod
+        def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and _tracked(args)):
+                return function(*args)
+
+    module: Any = torch.utils.checkpoint
+    original = module.CheckpointFunction
+    module.CheckpointFunction = AtOnce
+    try:
+        yield
+    finally:
+        module.CheckpointFunction = original
+
+
+@contextmanager
+def _left_as_they_were(tree: Tree) -> Iterator[None]:
+    """Restore tensors that modules keep as plain attributes, such as the older weight_norm's."""
+    kept = [
+        (entry.module.__dict__, key, value)
+        for entry in tree.order
+        for key, value in entry.module.__dict__.items()
+        if isinstance(value, torch.Tensor)
     ]
-    return _flow(tally, first, measured=True, by_flops=by_flops, unused=unused)
+    try:
+        yield
+    finally:
+        for attributes, key, value in kept:
+            attributes[key] = value
+
+
+@contextmanager
+def _all_trainable(entries: Iterable[ParamEntry]) -> Iterator[None]:
+    """Set requires_grad on every parameter that can train, for the length of the block."""
+    flipped = []
+    try:
+        for entry in entries:
+            p = entry.parameter
+            if p.requires_grad or is_lazy(p) or p.is_inference():
+                continue
+            if p.is_floating_point() or p.is_complex():
+                p.requires_grad_(True)
+                flipped.append(p)
+        yield
+    finally:
+        for p in flipped:
+            p.requires_grad_(False)
+
+
+def _tracked(values: Any) -> bool:
+    return any(isinstance(v, torch.Tensor) and v.requires_grad for v in tree_iter(values))
+
+
+def _gradients_given(output: Any, watch: _Watch) -> set[int] | None:
+    """The trainable parameters that a backward from `output` reaches; None if it has no tensor."""
+    tensors = [value for value in tree_iter(output) if isinstance(value, torch.Tensor)]
+    if not tensors:
+        return None
+    given: set[int] = set()
+    stack = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen: set[Any] = set(stack)
+    for tensor in tensors:
+        given |= watch.source(tensor)
+    while stack:
+        node = stack.pop()
+        if (variable := _accumulates(node)) is not None:
+            given |= watch.source(variable)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return given
+
+
+def _accumulates(node: Any) -> torch.Tensor | None:
+    """The leaf whose gradient a node of the graph accumulates; None for any other node."""
+    return node.variable if type(node).__name__ == "AccumulateGrad" else None
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
@@ -161,8 +290,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         self.entries = entries
         self.order: list[ParamEntry] = []
         self.used: set[int] = set()
-        self.reached: set[int] = set()
-        self.flops: dict[int, float] = {}
+        #: Parameters whose input takes a gradient: does it lead on to a trainable parameter, and
+        #: to a leaf that is none?
+        self.reached: dict[int, tuple[bool, bool]] = {}
+        #: FLOPs of backward: of the gradients of weights, and of those of all else.
+        self.weight_work = self.input_work = 0.0
+        self._enters: str | None = None
+        self._leaves: list[torch.Tensor] = []
+        self._leads: dict[Any, tuple[bool, bool]] = {}
         # Views and casts of a parameter count as the parameter. They are known by their storage
         # and, where parameters share one (a flattened LSTM), by the bytes of it they cover;
         # keeping a reference to each keeps its address from being used again.
@@ -176,13 +311,22 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         self._sources.setdefault(_storage(tensor), []).append((*_span(tensor), source))
         self._kept.append(tensor)
 
-    def _source(self, tensor: torch.Tensor) -> frozenset[int]:
+    def source(self, tensor: torch.Tensor) -> frozenset[int]:
         """The parameters a tensor shows or is made of; empty for an activation."""
         known = self._sources.get(_storage(tensor), ())
         if len(known) < 2:
             return known[0][2] if known else frozenset()
         start, end = _span(tensor)
         return frozenset().union(*(keys for a, b, keys in known if a < end and start < b))
+
+    def leaf(self, example: Any) -> str | None:
+        """What takes a gradient and is no parameter, in words."""
+        if not self._leaves:
+            return None
+        given = {id(value) for value in tree_iter(example) if isinstance(value, torch.Tensor)}
+        if any(id(leaf) in given for leaf in self._leaves):
+            return "the example, which requires grad"
+        return f"an activation that requires grad (the input of {self._enters})"
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -193,50 +337,122 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         others: list[torch.Tensor] = []
         for value in tree_iter((args, kwargs)):
             if isinstance(value, torch.Tensor):
-                source = self._source(value)
+                source = self.source(value)
                 from_params |= source
                 if not source:
                     others.append(value)
-        if not from_params:
-            return out
-        if not others:
-            source = frozenset(from_params)
+        if from_params and not others:
             for value in tree_iter(out):
                 if isinstance(value, torch.Tensor):
-                    self._mark(value, source)
+                    self._mark(value, frozenset(from_params))
             return out
         # Autograd works above this mode, so the inputs still say whether they are tracked.
-        tracked = any(value.requires_grad for value in others)
-        weights = [key for key in from_params if self.entries[key].parameter.dim() > 1]
-        for key, flops in zip(weights, _flops(func, args, kwargs, out, weights, self), strict=True):
-            self.flops[key] = self.flops.get(key, 0.0) + flops
+        recorded = torch.is_grad_enabled() or _inside_a_function()
+        if recorded:
+            self._count(func, args, kwargs, out)
+        if not from_params:
+            return out
+        tracked = [value for value in others if value.requires_grad] if recorded else []
+        leads = [self._leads_to(value) for value in tracked]
+        trains, leaf = any(t for t, _ in leads), any(other for _, other in leads)
         for key in sorted(from_params, key=lambda key: self.entries[key].first_place):
             if key not in self.used:
                 self.used.add(key)
                 self.order.append(self.entries[key])
             if tracked:
-                self.reached.add(key)
+                before = self.reached.get(key, (False, False))
+                self.reached[key] = (before[0] or trains, before[1] or leaf)
+                if leaf and self._enters is None:
+                    name = self.entries[key].name
+                    self._enters = _owner(name) or name
         return out
+
+    def _count(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
+        """Add the FLOPs that the operation's backward takes."""
+        packet = getattr(func, "_overloadpacket", None)
+        name = getattr(packet, "__name__", "")
+        if name in _RECURRENT:
+            tensors = [v for v in tree_iter((args, kwargs)) if isinstance(v, torch.Tensor)]
+            steps = args[0].numel() / args[0].shape[-1]
+            for value in tensors:
+                # Every weight is applied once to every element of the sequence.
+                if value.dim() > 1 and self.source(value):
+                    flops = 2.0 * steps * value.numel()
+                    self.weight_work += flops * value.requires_grad
+                    self.input_work += flops * args[0].requires_grad
+            return
+        count = flop_registry.get(packet) or flop_registry.get(_COUNTED_AS.get(name))
+        if count is None:
+            return
+        flops = float(count(*args, **kwargs, out_val=out))
+        if "attention" in name:
+            # Its backward is one operation: five products where forward has two.
+            self.input_work += 2.5 * flops * _tracked(args[:3])
+            return
+        # The gradient of each factor of a product takes as many operations as the product.
+        first = 1 if name in ("addmm", "baddbmm") else 0
+        for factor in args[first : first + 2]:
+            if not factor.requires_grad:
+                continue
+            if self.source(factor):
+                self.weight_work += flops
+            else:
+                self.input_work += flops
+
+    def _leads_to(self, tensor: torch.Tensor) -> tuple[bool, bool]:
+        """Whether the gradient of `tensor` goes on to a trainable parameter, and to other leaves."""
+        if tensor.grad_fn is None:
+            self._add_leaf(tensor)
+            return False, True
+        leads = self._leads
+        stack: list[Any] = [tensor.grad_fn]
+        while stack:
+            node = stack[-1]
+            following = [n for n, _ in node.next_functions if n is not None]
+            if waiting := [n for n in following if n not in leads]:
+                stack += waiting
+                continue
+            stack.pop()
+            if (variable := _accumulates(node)) is None:
+                leads[node] = (
+                    any(leads[n][0] for n in following),
+                    any(leads[n][1] for n in following),
+                )
+            elif self.source(variable):
+                leads[node] = (True, False)
+            else:
+                self._add_leaf(variable)
+                leads[node] = (False, True)
+        return leads[tensor.grad_fn]
+
+    def _add_leaf(self, tensor: torch.Tensor) -> None:
+        if all(tensor is not known for known in self._leaves):
+            self._leaves.append(tensor)
 
 
 # Whole recurrent layers in one operation, for which torch has no formula.
 _RECURRENT = ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")
+# Operations that torch has no formula for, and what to count them as.
+_COUNTED_AS = {
+    "_scaled_dot_product_flash_attention_for_cpu": (
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ),
+    "_scaled_dot_product_fused_attention_overrideable": (
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ),
+}
 
 
-def _flops(
-    func: Any, args: tuple[Any, ...], kwargs: Any, out: Any, weights: list[int], watch: _Watch
-) -> list[float]:
-    """FLOPs of an operation, shared out among the weights it uses."""
-    packet = getattr(func, "_overloadpacket", None)
-    count = flop_registry.get(packet)
-    if count is not None:
-        share = float(count(*args, **kwargs, out_val=out)) / max(len(weights), 1)
-        return [share] * len(weights)
-    if getattr(packet, "__name__", "") in _RECURRENT:
-        # Every weight is applied once to every element of the sequence.
-        steps = args[0].numel() / args[0].shape[-1]
-        return [2.0 * steps * watch.entries[key].parameter.numel() for key in weights]
-    return [0.0] * len(weights)
+def _inside_a_function() -> bool:
+    """Whether an autograd.Function's forward is running: it records, though gradients are off."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount:
+            if isinstance(frame.f_locals.get(code.co_varnames[0]), FunctionCtx):
+                return True
+    return False
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
@@ -257,66 +473,82 @@ def _storage(tensor: torch.Tensor) -> int:
         return -id(tensor)
 
 
-def _flow(
-    tally: _Tally,
-    first: str | None,
-    *,
-    measured: bool,
-    by_flops: bool,
-    unused: list[str] | None = None,
-) -> Flow:
-    work, saved = tally.work, tally.saved
+@dataclass(frozen=True, slots=True)
+class _Reasons:
+    """What measuring adds to the counts: why backward runs where it does."""
+
+    measured: Literal["", "FLOPs", "counts"] = ""
+    leaf: str | None = None
+    #: Whether some frozen parameters lie behind a trainable one, and some behind the leaf alone.
+    after_trainable: bool = True
+    after_leaf: bool = False
+    #: Whether the output requires grad, so that backward() does not raise.
+    runs: bool = False
+    unused: Iterable[str] = ()
+    cut_off: Iterable[str] = ()
+
+
+def _flow(tally: _Tally, first: str | None, why: _Reasons) -> Flow:
+    everything = tally.weights_all + tally.inputs_all
     all_frozen = 0 < tally.count == tally.count_frozen
-    everything = work + tally.input_work_if_all_train
-    now = work - saved + tally.input_work
-    weight_saved = saved / work if work else float(all_frozen)
-    backward_saved = max(0.0, 1 - now / everything) if everything else weight_saved
+    weight_saved = float(all_frozen)
+    if tally.weights_all:
+        weight_saved = 1 - tally.weights_now / tally.weights_all
+    backward_saved = weight_saved
+    if everything:
+        backward_saved = max(0.0, 1 - (tally.weights_now + tally.inputs_now) / everything)
+    total = f"{tally.crossed + tally.skipped:,}"
+    after = f"a trainable one ({first})" if first and why.after_trainable else ""
+    if why.leaf and (why.after_leaf or not after):
+        after += f"{' or ' if after else ''}{why.leaf}"
     kind: Kind
     if not tally.count_frozen:
         kind = "nothing frozen"
         said = "runs through the whole model: nothing is frozen."
-    elif all_frozen:
+    elif all_frozen and not tally.some_crossed and not why.runs:
         kind, weight_saved, backward_saved = "everything frozen", 1.0, 1.0
-        said = "does not run: everything is frozen, and backward() on the loss raises."
+        said = "does not run: everything is frozen, and backward() on the loss raises"
+        said += "." if why.measured else " unless the input or an activation requires grad."
+    elif not tally.some_crossed:
+        kind = "stops early"
+        said = f"stops early: all {total} frozen parameters come before "
+        said += f"the first trainable one ({first})." if first else "what takes a gradient."
+    elif tally.some_skipped:
+        kind = "mixed"
+        said = (
+            f"stops early for {tally.skipped:,} of {total} frozen parameters; it still runs "
+            f"through the other {tally.crossed:,}, which come after {after}: there the input "
+            "gradients are computed all the same."
+        )
     else:
-        total = f"{tally.crossed + tally.skipped:,}"
-        if not tally.some_crossed:
-            kind = "stops early"
-            said = f"stops early: all {total} frozen parameters come before the first trainable one"
-            said += f" ({first})." if first else "."
-        elif tally.some_skipped:
-            kind = "mixed"
-            said = (
-                f"stops early for {tally.skipped:,} of {total} frozen parameters; it still runs "
-                f"through the other {tally.crossed:,}, which come after {first}: there the input "
-                "gradients are computed all the same."
-            )
-        else:
-            kind = "runs through"
-            said = (
-                f"does not stop early: all {total} frozen parameters come after a trainable one "
-                f"({first}), so it runs through them and computes their input gradients."
-            )
+        kind = "runs through"
+        said = (
+            f"does not stop early: all {total} frozen parameters come after {after}, so it runs "
+            "through them and computes their input gradients."
+        )
+    if all_frozen and kind != "everything frozen":
+        said = f"runs though everything is frozen, and {said}"
+    if kind not in ("nothing frozen", "everything frozen"):
         said += (
             f" Weight-gradient work saved: {100 * weight_saved:.1f} %; backward work of these "
             f"layers saved: {100 * backward_saved:.1f} %."
         )
-        if not measured:
-            said += (
-                " (Estimated from the order of registration and parameter counts; "
-                "give example=... to measure.)"
-            )
-        elif by_flops:
-            said += " (Measured on the example, by FLOPs of matrix products and convolutions.)"
-        else:
-            said += " (Measured on the example, by parameter counts: it has no matrix product.)"
-    if unused:
-        said += (
-            f" The example uses {len(unused)} trainable parameters nowhere, such as {unused[0]}."
-        )
+        said += {
+            "": " (Estimated from the order of registration and parameter counts; "
+            "give example=... to measure.)",
+            "FLOPs": " (Measured on the example, by FLOPs of matrix products and convolutions.)",
+            "counts": " (Measured on the example, by parameter counts: it has no matrix product.)",
+        }[why.measured]
+    for names, gets in (
+        (list(why.unused), "uses {} nowhere"),
+        (list(why.cut_off), "gives no gradient to {}, which it uses behind no_grad() or detach()"),
+    ):
+        if names:
+            noun = "trainable parameter" + "s" * (len(names) > 1)
+            said += f" The example {gets.format(f'{len(names)} {noun}')}, such as {names[0]}."
     return Flow(
         kind=kind,
-        measured=measured,
+        measured=bool(why.measured),
         stops_early=kind in ("stops early", "mixed", "everything frozen"),
         first_trainable=first,
         skipped=tally.skipped,
@@ -324,4 +556,5 @@ def _flow(
         weight_gradient_saved=weight_saved,
         backward_saved=backward_saved,
         sentence=said,
+        other_leaf=why.leaf,
     )
