@@ -1010,7 +1010,7 @@ def test_row_16_a_parameter_ddp_never_averages_is_found(net: Net, one_process: N
     with pytest.warns(UserWarning, match=r"unfreeze: stem\.weight \(and 1 more\) was frozen"):
         unfreeze(ddp)
     found = [f for f in audit(ddp) if f.kind == "not reduced"]
-    assert [f.parameter for f in found] == ["stem.weight", "stem.bias"]
+    assert [f.names for f in found] == [("stem.weight", "stem.bias")]
     assert {f.level for f in found} == {"error"}
     ddp = DistributedDataParallel(ddp.module)  # the mend
     assert not audit(ddp)

@@ -1,7 +1,7 @@
 """torch_freeze: freeze parts of a PyTorch network, at no cost for what is frozen."""
 
 from torch_freeze._build import BuildInfo, __version__, build_info
-from torch_freeze.audit import Finding, audit
+from torch_freeze.audit import FINDING_KINDS, Finding, audit
 from torch_freeze.freezing import freeze, freeze_except, frozen, unfreeze
 from torch_freeze.guard import guard
 from torch_freeze.optim import FrozenAwareSGD
@@ -9,6 +9,7 @@ from torch_freeze.report import FreezeReport, report
 from torch_freeze.schedule import FreezeSchedule, freeze_out, gradual_unfreeze, rotate
 
 __all__ = [
+    "FINDING_KINDS",
     "BuildInfo",
     "Finding",
     "FreezeReport",

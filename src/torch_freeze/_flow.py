@@ -400,7 +400,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
                 self.input_work += flops
 
     def _leads_to(self, tensor: torch.Tensor) -> tuple[bool, bool]:
-        """Whether the gradient of `tensor` goes on to a trainable parameter, and to other leaves."""
+        """Whether the gradient of `tensor` leads to a trainable parameter, and to another leaf."""
         if tensor.grad_fn is None:
             self._add_leaf(tensor)
             return False, True
@@ -449,9 +449,10 @@ def _inside_a_function() -> bool:
     while frame.f_back is not None:
         frame = frame.f_back
         code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount:
-            if isinstance(frame.f_locals.get(code.co_varnames[0]), FunctionCtx):
-                return True
+        if code.co_name != "forward" or not code.co_argcount:
+            continue
+        if isinstance(frame.f_locals.get(code.co_varnames[0]), FunctionCtx):
+            return True
     return False
 
 

@@ -2,21 +2,125 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ._ddp import not_reduced
 from ._hold import held_by, is_norm, is_spectral_norm
-from ._select import ModuleEntry, ParamEntry, Tree, check_model
+from ._select import ModuleEntry, ParamEntry, Tree, check_model, is_lazy
+from ._thawed import just_thawed
 from .optim import FrozenAwareSGD
 from .report import _size, as_optimizers, state_bytes, tensor_bytes
 
 Level = Literal["error", "warning", "info"]
 _ORDER: dict[str, int] = {"error": 0, "warning": 1, "info": 2}
+
+Kind = Literal[
+    "unowned",
+    "two groups",
+    "not reduced",
+    "hold overridden",
+    "held but trainable",
+    "stale gradient",
+    "no gradient",
+    "norm trains",
+    "norm in eval",
+    "weight norm",
+    "zero lr",
+    "tied half",
+    "all frozen",
+    "foreign",
+    "dropout active",
+    "tied",
+    "never stepped",
+    "momentum of frozen",
+    "frozen unowned",
+]
+
+# The reference page is made from this, so it holds plain strings alone.
+FINDING_KINDS: Final[dict[Kind, tuple[tuple[Level, ...], str]]] = {
+    "unowned": (
+        ("error",),
+        "A parameter is trainable but in no optimizer: its gradient is computed and kept, never "
+        "used or cleared.",
+    ),
+    "two groups": (
+        ("error",),
+        "A parameter stands in several param groups, or several times in one, and is stepped as "
+        "often.",
+    ),
+    "not reduced": (
+        ("error",),
+        "A parameter trains but was frozen when DistributedDataParallel wrapped the model, so its "
+        "gradient is never averaged.",
+    ),
+    "hold overridden": (
+        ("error",),
+        "A held norm was put in train mode by a direct write to its `training` attribute.",
+    ),
+    "held but trainable": (
+        ("error", "warning"),
+        "A norm is still held in eval mode though its parameters were made trainable without "
+        "`unfreeze`. A warning for a norm without parameters, where all around it train.",
+    ),
+    "stale gradient": (
+        ("error", "warning"),
+        "A frozen parameter holds a gradient. An error where an optimizer other than "
+        "FrozenAwareSGD owns it and may move it by that gradient, momentum or weight decay; a "
+        "warning elsewhere, where gradient clipping still counts it.",
+    ),
+    "no gradient": (
+        ("warning",),
+        "A trainable parameter got no gradient in the last backward, though others did.",
+    ),
+    "norm trains": (
+        ("warning",),
+        "A norm of a frozen layer is in train mode, so its statistics move.",
+    ),
+    "norm in eval": (
+        ("warning",),
+        "A norm whose parameters train was left in eval mode inside a module in train mode.",
+    ),
+    "weight norm": (
+        ("warning",),
+        "The older `torch.nn.utils.weight_norm` was applied to a layer after it was frozen: it "
+        "made trainable parameters of the frozen weight.",
+    ),
+    "zero lr": (
+        ("warning",),
+        "A param group is kept still by a learning rate of 0 while others train: everything that "
+        "freezing saves is computed and kept.",
+    ),
+    "tied half": (
+        ("warning",),
+        "A tied parameter is named in a frozen module and in a trainable one.",
+    ),
+    "all frozen": (("warning",), "Every parameter of the model is frozen."),
+    "foreign": (("warning",), "The optimizer has parameters that are not in the model."),
+    "dropout active": (
+        ("info",),
+        "Dropout inside a frozen part is in train mode, so the part's output is random.",
+    ),
+    "tied": (("info",), "Several names share one parameter."),
+    "never stepped": (
+        ("info",),
+        "A trainable parameter in the optimizer was never stepped, though others were.",
+    ),
+    "momentum of frozen": (("info",), "The optimizer keeps state for frozen parameters."),
+    "frozen unowned": (
+        ("info",),
+        "Frozen parameters are in no optimizer, so they cannot train when unfrozen later.",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,23 +131,32 @@ class Finding:
         level: "error" (trains wrongly), "warning" (likely not what was meant) or "info".
         parameter: name of the parameter or module it is about; "" for the whole model.
         sentence: what is the case.
-        mend: what to do.
-        kind: a short constant name of the finding, to filter by.
+        fix: what to do.
+        kind: which of `torch_freeze.FINDING_KINDS` it is, to filter by.
+        names: all parameters (or norms, or dropout layers) concerned where it is about several,
+            or about one; empty where it is about the model.
 
     Example:
-        >>> print(Finding("info", "fc.bias", "is frozen.", "Nothing to do.", "example"))
-        info: fc.bias is frozen. Nothing to do.
+        >>> print(Finding("info", "fc.bias", "is tied.", "Nothing to do.", "tied"))
+        info: fc.bias is tied. Nothing to do.
     """
 
     level: Level
     parameter: str
     sentence: str
-    mend: str
-    kind: str
+    fix: str
+    kind: Kind
+    names: tuple[str, ...] = ()
+
+    @property
+    def mend(self) -> str:
+        """The former name of `fix`."""
+        warnings.warn("Finding.mend is now Finding.fix", DeprecationWarning, stacklevel=2)
+        return self.fix
 
     def __str__(self) -> str:
         subject = f"{self.parameter} " if self.parameter else ""
-        return f"{self.level}: {subject}{self.sentence} {self.mend}"
+        return f"{self.level}: {subject}{self.sentence} {self.fix}"
 
 
 def audit(
@@ -54,18 +167,12 @@ def audit(
 
     Call it after `backward()` and before `zero_grad()`: that is when it can tell which trainable
     parameters got no gradient. (Not of those that an optimizer steps in backward: their gradients
-    are gone by then.) Nothing is changed.
+    are gone by then. Nor of those unfrozen since the last forward pass, which have none yet.)
+    Nothing is changed.
 
-    Kinds, by level. error: "unowned" (trainable, in no optimizer), "two groups" (steps twice),
-    "not reduced" (trainable, but frozen when DistributedDataParallel wrapped it), "hold overridden"
-    (a held norm put in train mode by a direct write), "held but trainable" (a held norm whose
-    parameters train), "stale gradient" (frozen with a gradient, in an optimizer other than
-    FrozenAwareSGD). warning: "stale gradient" (elsewhere), "held but trainable" (a held norm
-    without parameters, where all around it train), "no gradient", "norm trains" (norm of a frozen
-    layer in train mode), "tied half" (tied parameters whose names lie in a frozen and in a
-    trainable module), "all frozen", "foreign" (in the optimizer, not in the model). info: "tied",
-    "never stepped", "momentum of frozen", "frozen unowned" (left out of the optimizer, so cannot
-    train later).
+    What is the matter with many parameters is one finding for each module that they fill, or a
+    few for the modules they are spread over; `Finding.names` has them all. `FINDING_KINDS` lists
+    every kind of finding, with its levels and a sentence on it.
 
     Args:
         model: the model, DDP-wrapped or compiled ones too.
@@ -84,17 +191,97 @@ def audit(
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 10))
         >>> for finding in audit(model, torch.optim.SGD(model[1].parameters(), lr=0.1))[:1]:
         ...     print(finding)
-        error: 0.weight is trainable but in no optimizer: its gradient is computed and kept, \
-never used or cleared. Pass it to the optimizer, or freeze it.
+        error: 0 has 2 parameters that are trainable but in no optimizer: their gradients are \
+computed and kept, never used or cleared. Pass them to the optimizer, or freeze them.
     """
     check_model(model, "audit")
     tree = Tree(model)
     optimizers = as_optimizers(optimizer, "audit")
     findings = [*_gradients(tree, optimizers), *_norms(tree), *_tied(tree), *_everything(tree)]
-    findings += _reduced(tree)
+    findings += [*_reduced(tree), *_weight_norms(tree), *_dropout(tree)]
     if optimizers is not None:
         findings += [*_owners(tree, optimizers), *_momentum(tree, optimizers)]
+        findings += _still(tree, optimizers)
     return sorted(findings, key=lambda finding: _ORDER[finding.level])
+
+
+# --- groups ------------------------------------------------------------------------------------
+
+# So many lines of one kind are read; more are drawn together module by module.
+_MOST_GROUPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Names that a module has in common; `of` is how many the module has in all."""
+
+    head: str
+    names: tuple[str, ...]
+    of: int
+
+    def has(self, one: str, many: str, noun: str = "parameter") -> str:
+        """The sentence on one, or on many as things that `head` has."""
+        if self.head == self.names[0]:
+            return one
+        verb = "has" if self.head else "The model has"
+        count = f"{len(self.names):,}" + (f" (of {self.of:,})" if self.of > len(self.names) else "")
+        if len(self.names) == 1:
+            return f"{verb} {count} {noun} that {one}"
+        return f"{verb} {count} {noun}s that {many}"
+
+
+def _grouped(concerned: Iterable[str], everything: Iterable[str]) -> list[_Group]:
+    """The concerned of all names, by the outermost modules that they fill, and at most a few."""
+    names = list(dict.fromkeys(concerned))
+    counts: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
+    for counter, several in ((counts, names), (totals, everything)):
+        for name in several:
+            counter.update(_heads(name))
+    heads: dict[str, list[str]] = {}
+    for name in names:
+        filled = (h for h in _heads(name) if counts[h] == totals[h] > 1)
+        heads.setdefault(next(filled, name), []).append(name)
+    while len(heads) > _MOST_GROUPS:
+        # The deepest go into the modules around them, as often as it takes.
+        deepest = max(head.count(".") for head in heads)
+        drawn: dict[str, list[str]] = {}
+        for head, inside in heads.items():
+            if head.count(".") == deepest:
+                head = head.rpartition(".")[0]
+            drawn.setdefault(head, []).extend(inside)
+        heads = drawn
+    return [
+        _Group(head, tuple(inside), totals[head] if head not in inside else 1)
+        for head, inside in heads.items()
+    ]
+
+
+def _heads(name: str) -> Iterator[str]:
+    """The names of the modules around a name, from the outside in."""
+    yield ""
+    for at, char in enumerate(name):
+        if char == ".":
+            yield name[:at]
+
+
+def _on_parameters(
+    tree: Tree,
+    level: Level,
+    kind: Kind,
+    concerned: Iterable[ParamEntry],
+    one: str,
+    many: str,
+    fix: tuple[str, str],
+) -> Iterator[Finding]:
+    """Findings about parameters, grouped; `one` and `many` say it of one and of many."""
+    everything = [entry.name for entry in tree.params.values()]
+    for group in _grouped((entry.name for entry in concerned), everything):
+        several = len(group.names) > 1
+        yield Finding(level, group.head, group.has(one, many), fix[several], kind, group.names)
+
+
+# --- gradients ---------------------------------------------------------------------------------
 
 
 def _frozen_aware(optimizer: torch.optim.Optimizer) -> FrozenAwareSGD | None:
@@ -116,102 +303,234 @@ def _owned(optimizers: Iterable[torch.optim.Optimizer] | None) -> dict[int, int]
 def _gradients(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> Iterator[Finding]:
     owned = _owned(optimizers)
     aware = [own for optimizer in optimizers or () if (own := _frozen_aware(optimizer))]
-    by_others = _owned(o for o in optimizers or () if _frozen_aware(o) is None)
-    by_ours = _owned(aware)
     applied = _owned(optimizer for optimizer in aware if optimizer.step_in_backward)
     entries = list(tree.params.values())
     trainable = [entry for entry in entries if entry.parameter.requires_grad]
-    for entry in entries:
-        grad = entry.parameter.grad
-        if entry.parameter.requires_grad or grad is None:
-            continue
-        at_risk = id(entry.parameter) in by_others
-        where = ""
-        if at_risk:
-            where = " and is in the optimizer, which may still move it"
-        elif id(entry.parameter) in by_ours and id(entry.parameter) not in applied:
-            where = ", which the next step frees"
-        yield Finding(
-            "error" if at_risk else "warning",
-            entry.name,
-            f"is frozen but holds a gradient of {_size(tensor_bytes(grad))}{where}; "
-            "clip_grad_norm_ counts it.",
-            "Set its grad to None, or freeze it with torch_freeze.freeze, which does.",
-            "stale gradient",
-        )
+    yield from _stale(tree, optimizers or [], aware, applied)
     if any(entry.parameter.grad is not None for entry in trainable):
-        for entry in trainable:
-            if entry.parameter.grad is None and id(entry.parameter) not in applied:
-                yield Finding(
-                    "warning",
-                    entry.name,
-                    "is trainable but got no gradient in the last backward.",
-                    "Check that the loss depends on it; if the model is compiled, that it was "
-                    "compiled after the last unfreeze.",
-                    "no gradient",
-                )
+        missing = [
+            entry
+            for entry in trainable
+            if entry.parameter.grad is None
+            and id(entry.parameter) not in applied
+            and not just_thawed(entry.parameter)
+        ]
+        yield from _on_parameters(
+            tree,
+            "warning",
+            "no gradient",
+            missing,
+            "is trainable but got no gradient in the last backward.",
+            "are trainable but got no gradient in the last backward.",
+            (
+                "Check that the loss depends on it; if the model is compiled, that it was "
+                "compiled after the last unfreeze.",
+                "Check that the loss depends on them; if the model is compiled, that it was "
+                "compiled after the last unfreeze.",
+            ),
+        )
     elif optimizers:
         stepped = {id(p) for o in optimizers for p, kept in o.state.items() if kept}
         if stepped:
-            for entry in trainable:
-                if id(entry.parameter) in owned and id(entry.parameter) not in stepped:
-                    yield Finding(
-                        "info",
-                        entry.name,
-                        "is trainable and in the optimizer but was never stepped.",
-                        "Fine if it was unfrozen just now; else run audit after backward().",
-                        "never stepped",
-                    )
+            yield from _on_parameters(
+                tree,
+                "info",
+                "never stepped",
+                [e for e in trainable if id(e.parameter) in owned.keys() - stepped],
+                "is trainable and in the optimizer but was never stepped.",
+                "are trainable and in the optimizer but were never stepped.",
+                (
+                    "Fine if it was unfrozen just now; else run audit after backward().",
+                    "Fine if they were unfrozen just now; else run audit after backward().",
+                ),
+            )
+
+
+def _stale(
+    tree: Tree,
+    optimizers: list[torch.optim.Optimizer],
+    aware: list[FrozenAwareSGD],
+    applied: dict[int, int],
+) -> Iterator[Finding]:
+    """Frozen parameters that hold a gradient, by what becomes of it."""
+    movers: dict[int, str] = {}
+    for optimizer in optimizers:
+        if _frozen_aware(optimizer) is None:
+            kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
+            movers.update(dict.fromkeys(_owned([optimizer]), kind))
+    freed = _owned(aware).keys() - applied.keys()
+    cases: dict[tuple[Level, str, str], list[ParamEntry]] = {}
+    for entry in tree.params.values():
+        if entry.parameter.requires_grad or entry.parameter.grad is None:
+            continue
+        key = id(entry.parameter)
+        level: Level = "warning"
+        one = many = ""
+        if key in movers:
+            level = "error"
+            one = f" and is in {movers[key]}, which may still move it: by the gradient or, even if "
+            one += "that is all zeros, by momentum and weight decay"
+            many = one.replace(" and is in", " and are in").replace("move it", "move them")
+        elif key in freed:
+            one, many = ", which the next step frees", ", which the next step frees"
+        cases.setdefault((level, one, many), []).append(entry)
+    for (level, one, many), entries in cases.items():
+        for group in _grouped((e.name for e in entries), (e.name for e in tree.params.values())):
+            held = set(group.names)
+            grads = [e.parameter.grad for e in entries if e.name in held]
+            size = _size(sum(tensor_bytes(grad) for grad in grads if grad is not None))
+            several = len(group.names) > 1
+            yield Finding(
+                level,
+                group.head,
+                group.has(
+                    f"is frozen but holds a gradient of {size}{one}; clip_grad_norm_ counts it.",
+                    f"are frozen but hold gradients of {size}{many}; clip_grad_norm_ counts them.",
+                ),
+                f"Set {'their' if several else 'its'} grad to None, or freeze "
+                f"{'them' if several else 'it'} with torch_freeze.freeze, which does.",
+                "stale gradient",
+                group.names,
+            )
+
+
+# --- norms and other modules with a mode -------------------------------------------------------
 
 
 def _norms(tree: Tree) -> Iterator[Finding]:
-    for entry in tree.order:
+    norms = [entry for entry in tree.order if is_norm(entry.module)]
+    trains: dict[tuple[str, str], list[ModuleEntry]] = {}
+    in_eval, overridden, trainable, bare = [], [], [], []
+    for entry in norms:
         module = entry.module
-        if not is_norm(module):
-            continue
-        name = entry.name or type(module).__name__
         own = bool(entry.parameters())
         flags = _flags(tree, entry)
         if held_by(module) is not None:
             # unfreeze ends a hold as soon as a parameter of the norm's own trains, or all around.
             if own and any(flags):
-                yield Finding(
-                    "error",
-                    name,
-                    "is held in eval mode though its parameters train: they were made trainable "
-                    "without torch_freeze.",
-                    "Call torch_freeze.unfreeze on it.",
-                    "held but trainable",
-                )
+                trainable.append(entry)
             elif module.training:
-                yield Finding(
-                    "error",
-                    name,
-                    "is held but was put in train mode by writing its `training` attribute.",
-                    "Freeze it again, and use train() or eval() instead of the attribute.",
-                    "hold overridden",
-                )
+                overridden.append(entry)
             elif not own and flags and all(flags):
-                yield Finding(
-                    "warning",
-                    name,
-                    "is held in eval mode though all parameters around it train.",
-                    "Fine if it was frozen by itself; else call torch_freeze.unfreeze on it.",
-                    "held but trainable",
-                )
+                bare.append(entry)
         elif module.training and flags and not any(flags):
-            does = "updates its running statistics and normalises by the batch"
-            if getattr(module, "track_running_stats", True) is False:
-                does = "normalises by the batch instead of its running statistics"
-            elif is_spectral_norm(module):
-                does = "goes on estimating its divisor, and the layer's weight changes with it"
-            yield Finding(
-                "warning",
-                name,
-                f"is a norm of a frozen layer in train mode: it {does}.",
+            if not _never_moves(module):
+                trains.setdefault(_moves_how(module), []).append(entry)
+        elif not module.training and own and any(flags) and not is_spectral_norm(module):
+            around = next(iter(tree.above(entry)), None)
+            if around is not None and around.module.training:
+                in_eval.append(entry)
+    everything = [_name(entry) for entry in norms]
+    yield from _on_modules(
+        everything,
+        "error",
+        "held but trainable",
+        trainable,
+        "is held in eval mode though its parameters train: they were made trainable without "
+        "torch_freeze.",
+        "are held in eval mode though their parameters train: these were made trainable without "
+        "torch_freeze.",
+        ("Call torch_freeze.unfreeze on it.", "Call torch_freeze.unfreeze on them."),
+        "norm",
+    )
+    yield from _on_modules(
+        everything,
+        "error",
+        "hold overridden",
+        overridden,
+        "is held but was put in train mode by writing its `training` attribute.",
+        "are held but were put in train mode by writing their `training` attributes.",
+        (
+            "Freeze it again, and use train() or eval() instead of the attribute.",
+            "Freeze them again, and use train() or eval() instead of the attribute.",
+        ),
+        "norm",
+    )
+    yield from _on_modules(
+        everything,
+        "warning",
+        "held but trainable",
+        bare,
+        "is held in eval mode though all parameters around it train.",
+        "are held in eval mode though all parameters around them train.",
+        (
+            "Fine if it was frozen by itself; else call torch_freeze.unfreeze on it.",
+            "Fine if they were frozen by themselves; else call torch_freeze.unfreeze on them.",
+        ),
+        "norm",
+    )
+    for (does, do), entries in trains.items():
+        yield from _on_modules(
+            everything,
+            "warning",
+            "norm trains",
+            entries,
+            f"is a norm of a frozen layer in train mode: it {does}.",
+            f"belong to frozen layers and are in train mode: they {do}.",
+            (
                 "Freeze it with torch_freeze.freeze, which holds it (hold_norm=True).",
-                "norm trains",
-            )
+                "Freeze them with torch_freeze.freeze, which holds them (hold_norm=True).",
+            ),
+            "norm",
+        )
+    yield from _on_modules(
+        everything,
+        "warning",
+        "norm in eval",
+        in_eval,
+        "is a norm whose parameters train, left in eval mode though the module around it is in "
+        "train mode: it normalises by running statistics that no longer follow the data.",
+        "have parameters that train but were left in eval mode, though the modules around them "
+        "are in train mode: they normalise by running statistics that no longer follow the data.",
+        (
+            "Fine if it is meant to keep its statistics; else call train() on it.",
+            "Fine if they are meant to keep their statistics; else call train() on them.",
+        ),
+        "norm",
+    )
+
+
+def _name(entry: ModuleEntry) -> str:
+    return entry.name or type(entry.module).__name__
+
+
+def _never_moves(module: nn.Module) -> bool:
+    """Whether a norm keeps its scale as a buffer, too, as the FrozenBatchNorm2d of detectors do."""
+    return not isinstance(module, _NormBase) and "weight" in module._buffers
+
+
+def _moves_how(norm: nn.Module) -> tuple[str, str]:
+    """What a norm in train mode does, and what several do."""
+    if getattr(norm, "track_running_stats", True) is False:
+        return (
+            "normalises by the batch instead of its running statistics",
+            "normalise by the batch instead of their running statistics",
+        )
+    if is_spectral_norm(norm):
+        return (
+            "goes on estimating its divisor, and the layer's weight changes with it",
+            "go on estimating their divisors, and the layers' weights change with them",
+        )
+    return (
+        "updates its running statistics and normalises by the batch",
+        "update their running statistics and normalise by the batch",
+    )
+
+
+def _on_modules(
+    everything: list[str],
+    level: Level,
+    kind: Kind,
+    concerned: Iterable[ModuleEntry],
+    one: str,
+    many: str,
+    fix: tuple[str, str],
+    noun: str,
+) -> Iterator[Finding]:
+    """Findings about modules, grouped as those about parameters are."""
+    for group in _grouped((_name(entry) for entry in concerned), everything):
+        said = group.has(one, many, noun)
+        yield Finding(level, group.head, said, fix[len(group.names) > 1], kind, group.names)
 
 
 def _flags(tree: Tree, norm: ModuleEntry) -> list[bool]:
@@ -221,6 +540,88 @@ def _flags(tree: Tree, norm: ModuleEntry) -> list[bool]:
         if flags:
             return flags
     return []
+
+
+_DROPS = re.compile(r"Drop(out\d?d?|Path|Block\w*)$|StochasticDepth$")
+
+
+def _drop_rate(module: nn.Module) -> float:
+    """The probability by which a module drops in train mode; 0 for all that are not dropout."""
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        rate: Any = module.dropout
+    elif _DROPS.search(type(module).__name__) is None:
+        return 0.0
+    else:
+        rate = getattr(module, "p", getattr(module, "drop_prob", 0.0))
+    return float(rate) if isinstance(rate, (int, float)) else 0.0
+
+
+def _dropout(tree: Tree) -> Iterator[Finding]:
+    """Dropout in train mode whose surroundings are all frozen."""
+    layers = [e for e in tree.order if _drop_rate(e.module) > 0]
+    active = []
+    for entry in layers:
+        if entry.module.training and (flags := _flags(tree, entry)) and not any(flags):
+            active.append(entry)
+    yield from _on_modules(
+        [_name(entry) for entry in layers],
+        "info",
+        "dropout active",
+        active,
+        "drops at random in a frozen part: its output differs from pass to pass.",
+        "drop at random in frozen parts: their output differs from pass to pass.",
+        (
+            "Fine if it is meant to regularise; for fixed features call eval() on it after every "
+            "train().",
+            "Fine if they are meant to regularise; for fixed features call eval() on the frozen "
+            "part after every train().",
+        ),
+        "dropout layer",
+    )
+
+
+def _weight_norms(tree: Tree) -> Iterator[Finding]:
+    """Layers whose frozen weight the older weight_norm made two trainable parameters of."""
+    for entry in tree.order:
+        hooks = entry.module._forward_pre_hooks.values()
+        made = {
+            f"{h.name}{end}" for h in hooks if isinstance(h, WeightNorm) for end in ("_g", "_v")
+        }
+        if not made:
+            continue
+        prefix = f"{entry.name}." if entry.name else ""
+        parts = [p for p in entry.params if p.name.removeprefix(prefix) in made]
+        if not parts or not all(part.parameter.requires_grad for part in parts):
+            continue
+        # Frozen beside it: its bias, or without one all else around it. Where biases are frozen
+        # everywhere, that says nothing.
+        ids = {id(part) for part in parts}
+        beside = [p for p in entry.params if id(p) not in ids]
+        if beside and _every_bias_is_frozen(tree):
+            continue
+        for above in () if beside else tree.above(entry):
+            if beside := [p for p in above.parameters() if id(p) not in ids]:
+                break
+        if not beside or any(p.parameter.requires_grad for p in beside):
+            continue
+        yield Finding(
+            "warning",
+            _name(entry),
+            f"is frozen but for {' and '.join(p.name for p in parts)}, which the older weight_norm "
+            "made of its weight: they train, and the weight is computed from them.",
+            "Fine if they are meant to train; else freeze it again, or apply weight_norm (the one "
+            "in torch.nn.utils.parametrizations keeps what is frozen) before freezing.",
+            "weight norm",
+            tuple(p.name for p in parts),
+        )
+
+
+def _every_bias_is_frozen(tree: Tree) -> bool:
+    biases = [p for p in tree.params.values() if p.name.rpartition(".")[2] == "bias"]
+    return len(biases) > 1 and not any(p.parameter.requires_grad for p in biases)
+
+
+# --- ties --------------------------------------------------------------------------------------
 
 
 def _tied(tree: Tree) -> Iterator[Finding]:
@@ -242,6 +643,7 @@ def _tied(tree: Tree) -> Iterator[Finding]:
                 f"is otherwise {other}.",
                 "Fine if it is meant for both; else name both modules, or untie the parameter.",
                 "tied half",
+                entry.names,
             )
         else:
             yield Finding(
@@ -250,6 +652,7 @@ def _tied(tree: Tree) -> Iterator[Finding]:
                 f"is tied: {names} is one tensor and {is_now} under every name.",
                 "Nothing to do.",
                 "tied",
+                entry.names,
             )
 
 
@@ -264,27 +667,35 @@ class _Surroundings:
     def trains(self, name: str, tied: ParamEntry) -> bool | None:
         """True, False, or None where they are mixed or there are none short of the model."""
         while name := name.rpartition(".")[0]:
+            # What is tied to the outside follows that, and says nothing about this module.
             flags = {
                 other.parameter.requires_grad
                 for other in self._below[name].parameters()
-                if other is not tied
+                if other is not tied and all(n.startswith(f"{name}.") for n in other.names)
             }
             if flags:
                 return flags.pop() if len(flags) == 1 else None
         return None
 
 
+# --- what the optimizer has --------------------------------------------------------------------
+
+
 def _reduced(tree: Tree) -> Iterator[Finding]:
     trainable = [entry for entry in tree.params.values() if entry.parameter.requires_grad]
-    for entry in not_reduced(tree, trainable):
-        yield Finding(
-            "error",
-            entry.name,
-            "is trainable but was frozen when DistributedDataParallel wrapped the model: its "
-            "gradient is never averaged, and the processes drift apart.",
-            "Wrap anew: model = DistributedDataParallel(model.module).",
-            "not reduced",
-        )
+    when = "frozen when DistributedDataParallel wrapped the model"
+    wrap = "Wrap it again: model = DistributedDataParallel(model.module)."
+    yield from _on_parameters(
+        tree,
+        "error",
+        "not reduced",
+        not_reduced(tree, trainable),
+        f"is trainable but was {when}: its gradient is never averaged, and the processes drift "
+        "apart.",
+        f"are trainable but were {when}: their gradients are never averaged, and the processes "
+        "drift apart.",
+        (wrap, wrap),
+    )
 
 
 def _everything(tree: Tree) -> Iterator[Finding]:
@@ -292,7 +703,8 @@ def _everything(tree: Tree) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "",
-            "Every parameter is frozen: backward() on the loss raises and a step does nothing.",
+            "Every parameter is frozen: a step does nothing, and backward() on the loss raises "
+            "unless an input or activation requires grad.",
             "Unfreeze what should train.",
             "all frozen",
         )
@@ -300,36 +712,48 @@ def _everything(tree: Tree) -> Iterator[Finding]:
 
 def _owners(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Finding]:
     owned = _owned(optimizers)
-    left_out = []
+    unowned, left_out = [], []
+    repeated: dict[int, list[ParamEntry]] = {}
     for entry in tree.params.values():
         times = owned.get(id(entry.parameter), 0)
-        if times == 0 and entry.parameter.requires_grad:
-            yield Finding(
-                "error",
-                entry.name,
-                "is trainable but in no optimizer: its gradient is computed and kept, never used "
-                "or cleared.",
-                "Pass it to the optimizer, or freeze it.",
-                "unowned",
-            )
+        if times > 1:
+            repeated.setdefault(times, []).append(entry)
         elif times == 0:
-            left_out.append(entry.name)
-        elif times > 1:
-            yield Finding(
-                "error",
-                entry.name,
-                f"stands {times} times in the param groups and is stepped as often.",
-                "Give each parameter to one group of one optimizer.",
-                "two groups",
-            )
+            (unowned if entry.parameter.requires_grad else left_out).append(entry)
+    yield from _on_parameters(
+        tree,
+        "error",
+        "unowned",
+        unowned,
+        "is trainable but in no optimizer: its gradient is computed and kept, never used or "
+        "cleared.",
+        "are trainable but in no optimizer: their gradients are computed and kept, never used or "
+        "cleared.",
+        ("Pass it to the optimizer, or freeze it.", "Pass them to the optimizer, or freeze them."),
+    )
+    for times, entries in repeated.items():
+        yield from _on_parameters(
+            tree,
+            "error",
+            "two groups",
+            entries,
+            f"stands {times} times in the param groups and is stepped as often.",
+            f"stand {times} times in the param groups and are stepped as often.",
+            ("Give each parameter to one group of one optimizer.",) * 2,
+        )
     if left_out:
+        many = len(left_out) > 1
         yield Finding(
             "info",
             "",
-            f"{len(left_out)} frozen parameters are in no optimizer, such as {left_out[0]}: they "
-            "cannot train when unfrozen later.",
+            f"{len(left_out)} frozen parameters are in no optimizer, such as {left_out[0].name}: "
+            "they cannot train when unfrozen later."
+            if many
+            else f"The frozen parameter {left_out[0].name} is in no optimizer: it cannot train "
+            "when unfrozen later.",
             "Pass model.parameters(), all of them, to FrozenAwareSGD.",
             "frozen unowned",
+            tuple(entry.name for entry in left_out),
         )
     known = {id(entry.parameter) for entry in tree.params.values()}
     foreign = sum(1 for key in owned if key not in known)
@@ -337,9 +761,46 @@ def _owners(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Fin
         yield Finding(
             "warning",
             "",
-            f"{foreign} parameters in the optimizer are not in the model.",
-            "If modules were replaced after the optimizer was made, make it anew.",
+            f"{foreign} parameters in the optimizer are not in the model."
+            if foreign > 1
+            else "1 parameter in the optimizer is not in the model.",
+            "If modules were replaced after the optimizer was made, make a new optimizer.",
             "foreign",
+        )
+
+
+def _still(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Finding]:
+    """Groups kept still by lr 0, and what that costs, while others train."""
+    groups = [(o, group) for o in optimizers for group in o.param_groups if "lr" in group]
+    if not any(float(group["lr"]) for _, group in groups):
+        # All of them: a warm-up from 0, where nothing is told from freezing yet.
+        return
+    entries = {id(entry.parameter): entry for entry in tree.params.values()}
+    costs: dict[str, int] = {}
+    for _, group in groups:
+        # A schedule that stands at 0 for now, before warm-up or after decay, has another base.
+        if float(group["lr"]) or float(group.get("initial_lr", 0.0)):
+            continue
+        for p in group["params"]:
+            if id(p) in entries and p.requires_grad and not is_lazy(p):
+                state = sum(state_bytes(optimizer, p) for optimizer in optimizers)
+                costs[entries[id(p)].name] = tensor_bytes(p) + state
+    for group_of in _grouped(costs, (entry.name for entry in entries.values())):
+        size = _size(sum(costs[name] for name in group_of.names))
+        several = len(group_of.names) > 1
+        yield Finding(
+            "warning",
+            group_of.head,
+            group_of.has(
+                "is kept still by a learning rate of 0: its gradient is computed all the same, and "
+                f"gradient and optimizer state take {size}.",
+                "are kept still by a learning rate of 0: their gradients are computed all the "
+                f"same, and gradients and optimizer state take {size}.",
+            ),
+            f"Freeze {'them' if several else 'it'} with torch_freeze.freeze, which also holds "
+            "norms, and give the param group its learning rate back.",
+            "zero lr",
+            group_of.names,
         )
 
 
@@ -347,7 +808,7 @@ def _owners(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Fin
 _BECOMES = {
     None: "It resumes from there when they are unfrozen; delete optimizer.state[p] to free it.",
     "keep": "It resumes from there when they are unfrozen; frozen_momentum='drop' frees it.",
-    "reset": "It begins anew when they are unfrozen; frozen_momentum='drop' frees it, too.",
+    "reset": "It starts afresh when they are unfrozen; frozen_momentum='drop' frees it, too.",
     "drop": "The next zero_grad() or step() frees it.",
 }
 
@@ -359,18 +820,20 @@ def _momentum(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[F
         for group in optimizer.param_groups:
             policy = group.get("frozen_momentum", "keep") if aware else None
             policies.update((id(parameter), policy) for parameter in group["params"])
-    held: dict[str | None, list[int]] = {}
+    held: dict[str | None, list[tuple[str, int]]] = {}
     for key, entry in tree.params.items():
         if entry.parameter.requires_grad:
             continue
         if size := sum(state_bytes(optimizer, entry.parameter) for optimizer in optimizers):
-            held.setdefault(policies.get(key), []).append(size)
-    for policy, sizes in held.items():
+            held.setdefault(policies.get(key), []).append((entry.name, size))
+    for policy, kept in held.items():
+        size = sum(one for _, one in kept)
         yield Finding(
             "info",
             "",
-            f"The optimizer keeps {_size(sum(sizes))} of momentum ({sum(sizes)} bytes) for "
-            f"{len(sizes)} frozen parameters.",
+            f"The optimizer keeps {_size(size)} of momentum ({size} bytes) for {len(kept)} frozen "
+            f"parameter{'s' * (len(kept) > 1)}.",
             _BECOMES[policy],
             "momentum of frozen",
+            tuple(name for name, _ in kept),
         )

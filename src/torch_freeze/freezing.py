@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from . import _ddp, _hold
+from . import _ddp, _hold, _thawed
 from ._select import (
     ModuleEntry,
     ParamEntry,
@@ -308,6 +308,7 @@ def thaw(
         if not entry.parameter.requires_grad:
             entry.parameter.requires_grad = True
             changed.append(entry)
+    _thawed.note(entry.parameter for entry in changed)
     norms = _follow(tree, selection, excluded, trainable=True)
     return changed, [norm for norm in norms if _hold.release(norm.module)]
 
