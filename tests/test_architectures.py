@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_freeze import (
@@ -392,3 +393,240 @@ def test_a_generator_step_through_a_frozen_critic_keeps_the_critic() -> None:
         loss_of(model, (generator(example[0]),)).backward()
     assert generator.weight.grad is not None
     assert all(p.grad is grads[n] for n, p in model.named_parameters())
+
+
+# --- audit and report on a zoo -------------------------------------------------------------------
+
+
+def _vision(name: str, **options: Any) -> Maker:
+    def make() -> tuple[Any, Any]:
+        models = pytest.importorskip("torchvision.models")
+        return getattr(models, name)(num_classes=5, **options), (torch.randn(2, 3, 64, 64),)
+
+    return make
+
+
+def fpn() -> tuple[Any, Any]:
+    models = pytest.importorskip("torchvision.models")
+    ops = pytest.importorskip("torchvision.ops")
+    backbone = models.detection.backbone_utils.resnet_fpn_backbone
+    model = backbone(
+        backbone_name="resnet18", weights=None, norm_layer=ops.FrozenBatchNorm2d, trainable_layers=3
+    )
+    return model, (torch.randn(1, 3, 64, 64),)
+
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+IDS = torch.arange(3, 19).view(2, 8)
+
+
+def _language(kind: str, head: str, **options: Any) -> Maker:
+    def make() -> tuple[Any, Any]:
+        transformers = pytest.importorskip("transformers")
+        config = getattr(transformers, f"{kind}Config")(vocab_size=100, **options)
+        example = {"input_ids": IDS}
+        if config.is_encoder_decoder:
+            example["decoder_input_ids"] = IDS[:, :4]
+        return getattr(transformers, f"{kind}{head}")(config), example
+
+    return make
+
+
+def whisper() -> tuple[Any, Any]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.WhisperConfig(
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        vocab_size=100,
+        max_source_positions=20,
+        num_mel_bins=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    example = {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": IDS[:, :4]}
+    return transformers.WhisperForConditionalGeneration(config), example
+
+
+def masked_autoencoder() -> tuple[Any, Any]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(
+        **SMALL,
+        image_size=32,
+        patch_size=8,
+        decoder_hidden_size=32,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=4,
+        decoder_intermediate_size=64,
+    )
+    return transformers.ViTMAEForPreTraining(config), {"pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+def clip() -> tuple[Any, Any]:
+    transformers = pytest.importorskip("transformers")
+    text = {**SMALL, "vocab_size": 100, "max_position_embeddings": 16, "projection_dim": 16}
+    vision = {**SMALL, "image_size": 32, "patch_size": 16, "projection_dim": 16}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    example = {"input_ids": IDS, "pixel_values": torch.randn(2, 3, 32, 32)}
+    return transformers.CLIPModel(config), example
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 4)
+        self.cell = nn.LSTM(4, 8, 2, dropout=0.1, batch_first=True)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.cell(self.embed(x))[0])
+        return out
+
+
+# Wav2Vec2 and HuBERT learn this for masked time steps, and here nothing is masked.
+UNMASKED = {("no gradient", "masked_spec_embed")}
+# The frozen embedding is the weight of the head's decoder, which otherwise trains.
+HALF = {("tied half", "bert.embeddings.word_embeddings.weight")}
+# name: (model, what is frozen, the errors and warnings to expect: kind and what it is about)
+ZOO: dict[str, tuple[Maker, list[str], set[tuple[str, str]]]] = {
+    "ResNet-18": (resnet18, ["conv1", "bn1", "layer[1-3]"], set()),
+    "MobileNetV3": (_vision("mobilenet_v3_small"), ["features"], set()),
+    "DenseNet": (
+        _vision("DenseNet", growth_rate=8, block_config=(2, 2), num_init_features=16),
+        ["features.denseblock1", "features.conv0", "features.norm0"],
+        set(),
+    ),
+    "EfficientNet, a frozen tail": (_vision("efficientnet_b0"), ["features.[5-8]"], set()),
+    "Swin": (
+        _vision(
+            "SwinTransformer",
+            patch_size=[4, 4],
+            embed_dim=16,
+            depths=[1, 1],
+            num_heads=[2, 2],
+            window_size=[4, 4],
+        ),
+        ["features.[0-2]"],
+        set(),
+    ),
+    "ViT": (vit, ["conv_proj", "class_token", "encoder"], set()),
+    "a feature pyramid on a ResNet with frozen norms": (fpn, ["body"], set()),
+    "BERT, masked words": (bert, ["bert"], HALF),
+    "BERT, classes": (
+        _language("Bert", "ForSequenceClassification", **SMALL),
+        ["bert.embeddings", "bert.encoder.layer.0"],
+        set(),
+    ),
+    "DistilBERT": (
+        _language(
+            "DistilBert", "ForSequenceClassification", dim=32, n_layers=2, n_heads=4, hidden_dim=64
+        ),
+        ["distilbert"],
+        set(),
+    ),
+    "GPT-2": (gpt2, ["transformer.w?e", "transformer.h.0"], set()),
+    "Llama": (
+        _language("Llama", "ForCausalLM", num_key_value_heads=2, **SMALL),
+        ["model.embed_tokens", "model.layers.0"],
+        set(),
+    ),
+    "T5": (
+        _language(
+            "T5",
+            "ForConditionalGeneration",
+            d_model=32,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            d_kv=8,
+            decoder_start_token_id=0,
+        ),
+        ["encoder.block"],
+        set(),
+    ),
+    "Whisper": (whisper, ["model.encoder"], set()),
+    "Wav2Vec2": (speech("Wav2Vec2"), ["feature_extractor"], UNMASKED),
+    "HuBERT": (speech("Hubert"), ["feature_extractor", "feature_projection"], UNMASKED),
+    "ViTMAE": (masked_autoencoder, ["vit"], set()),
+    "CLIP": (clip, ["vision_model"], set()),
+    "LSTM": (lambda: (Recurrent(), (IDS,)), ["embed", "cell"], set()),
+}
+
+
+def _loss_of_all(model: Any, example: Any) -> Any:
+    """A loss on all that the model gives, so that all that can train does."""
+    out = model(**example) if isinstance(example, dict) else model(*example)
+    tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
+    return sum(t.float().square().mean() for t in tensors)
+
+
+def _told(model: Any, optimizer: Any) -> set[tuple[str, str]]:
+    return {(f.kind, f.parameter) for f in audit(model, optimizer) if f.level != "info"}
+
+
+@pytest.mark.parametrize("case", ZOO)
+def test_a_correct_freeze_raises_no_alarm_on(case: str) -> None:
+    make, what, expected = ZOO[case]
+    torch.manual_seed(0)
+    model, example = make()
+    model.train()
+    optimizer = FrozenAwareSGD(model.parameters(), lr=0.01, momentum=0.9)
+    result = freeze(model, *what)
+    for _ in range(2):
+        optimizer.zero_grad()
+        _loss_of_all(model, example).backward()
+        assert _told(model, optimizer) == expected
+        optimizer.step()
+    assert _told(model, optimizer) == expected
+    flow = report(model, optimizer, example=example).flow
+    unused = {name for kind, name in expected if kind == "no gradient"}
+    assert all(name in flow.sentence for name in unused)
+    assert ("trainable parameter" in flow.sentence) == bool(unused)
+    assert "raises" not in flow.sentence and flow.skipped + flow.crossed > 0
+    # Trainable again, these have no gradient before the next backward; then they do.
+    unfreeze(model, *(p for n, p in model.named_parameters() if n in result.changed))
+    expected = expected - HALF
+    assert _told(model, optimizer) == expected
+    optimizer.zero_grad()
+    _loss_of_all(model, example).backward()
+    assert _told(model, optimizer) == expected
+
+
+# name: (model, what the optimizer owns, how many parameters it does not)
+PARTLY_OWNED: dict[str, tuple[Maker, str, int]] = {
+    "ResNet-50, of which the head is owned": (resnet50, "fc.", 159),
+    "BERT of two layers, of which the head is owned": (
+        _language("Bert", "ForSequenceClassification", **SMALL),
+        "classifier.",
+        39,
+    ),
+    "ResNet-50, of which all but the biases is owned": (resnet50, ".weight", 54),
+}
+
+
+@pytest.mark.parametrize("case", PARTLY_OWNED)
+def test_audit_says_in_a_few_lines_what_is_the_matter_with_many_parameters_of(case: str) -> None:
+    make, owned, count = PARTLY_OWNED[case]
+    model, _ = make()
+    optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if owned in n], lr=0.1)
+    found = [f for f in audit(model, optimizer) if f.kind == "unowned"]
+    assert 1 <= len(found) <= 8
+    names = [name for finding in found for name in finding.names]
+    assert set(names) == {n for n, _ in model.named_parameters() if owned not in n}
+    assert len(names) == count
+    modules = dict(model.named_modules())
+    for finding in found:
+        if len(finding.names) > 1:
+            assert finding.parameter in modules
+            assert f"has {len(finding.names)}" in finding.sentence

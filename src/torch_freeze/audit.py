@@ -231,7 +231,7 @@ class _Group:
 
 
 def _grouped(concerned: Iterable[str], everything: Iterable[str]) -> list[_Group]:
-    """The concerned of all names, by the outermost modules that they fill, and at most a few."""
+    """The concerned of all names, by the largest modules that they fill, and at most a few."""
     names = list(dict.fromkeys(concerned))
     counts: Counter[str] = Counter()
     totals: Counter[str] = Counter()
@@ -240,8 +240,10 @@ def _grouped(concerned: Iterable[str], everything: Iterable[str]) -> list[_Group
             counter.update(_heads(name))
     heads: dict[str, list[str]] = {}
     for name in names:
-        filled = (h for h in _heads(name) if counts[h] == totals[h] > 1)
-        heads.setdefault(next(filled, name), []).append(name)
+        filled = [head for head in _heads(name) if counts[head] == totals[head] > 1]
+        # A module that has nothing beside an inner one's is the inner one, to the reader.
+        same = [head for head in filled if counts[head] == counts[filled[0]]]
+        heads.setdefault(same[-1] if same else name, []).append(name)
     while len(heads) > _MOST_GROUPS:
         # The deepest go into the modules around them, as often as it takes.
         deepest = max(head.count(".") for head in heads)
@@ -712,7 +714,8 @@ def _everything(tree: Tree) -> Iterator[Finding]:
 
 def _owners(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Finding]:
     owned = _owned(optimizers)
-    unowned, left_out = [], []
+    unowned: list[ParamEntry] = []
+    left_out: list[ParamEntry] = []
     repeated: dict[int, list[ParamEntry]] = {}
     for entry in tree.params.values():
         times = owned.get(id(entry.parameter), 0)

@@ -216,8 +216,8 @@ def _unlike(watched: list[_Watched]) -> list[_Watched]:
             by_device.setdefault(device, []).append((one, one.bits, now.to(device)))
     unlike = []
     for several in by_device.values():
-        before, after = (torch.cat([pair[side] for pair in several]) for side in (1, 2))
-        if not torch.equal(before, after):
+        before = torch.cat([bits for _, bits, _ in several])
+        if not torch.equal(before, torch.cat([now for _, _, now in several])):
             unlike += [one for one, bits, now in several if not torch.equal(bits, now)]
     return unlike
 
