@@ -777,6 +777,37 @@ def _frozen_as_well() -> tuple[nn.Module, Any]:
     return model, torch.optim.SGD(_groups(model, 0.0, 0.1), lr=0.1)
 
 
+@quiet("zero lr")
+def _an_optimizer_that_chooses_its_rate() -> tuple[nn.Module, Any]:
+    model, optimizer = make(), stock([torch.zeros(1)])
+    optimizer.param_groups = [{"params": list(model.parameters()), "lr": None}]
+    return model, optimizer
+
+
+@quiet("never stepped")
+def _lbfgs_which_keeps_all_state_under_one_parameter() -> tuple[nn.Module, Any]:
+    model = make()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
+    x = torch.randn(8, 3)
+
+    def closure() -> Any:
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    step: Any = optimizer.step
+    step(closure)
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+@quiet("momentum of frozen")
+def _lbfgs_whose_first_parameter_is_frozen() -> tuple[nn.Module, Any]:
+    model, optimizer = _lbfgs_which_keeps_all_state_under_one_parameter()
+    freeze(model, "0")
+    return model, optimizer
+
+
 @quiet("norm in eval")
 def _the_whole_model_in_eval() -> tuple[nn.Module, Any]:
     return make().eval(), None
@@ -886,6 +917,36 @@ def test_row_3_a_stale_gradient_moves_what_is_frozen_under(mover: str, zeros: bo
     assert not [f for f in audit(model, optimizer) if f.kind == "stale gradient"]
     before = model[0].weight.clone()
     optimizer.step()
+    assert model[0].weight.equal(before)
+
+
+def test_row_3_lbfgs_moves_what_is_frozen_without_a_gradient() -> None:
+    model = make()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
+    x = torch.randn(8, 3)
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    def stale() -> list[tuple[str, tuple[str, ...]]]:
+        return [(f.level, f.names) for f in audit(model, optimizer) if f.kind == "stale gradient"]
+
+    step: Any = optimizer.step
+    step(closure)
+    freeze(model, "0")
+    assert stale() == [("error", ("0.weight", "0.bias"))]
+    before = model[0].weight.clone()
+    step(closure)
+    assert not model[0].weight.equal(before)
+    # The fix.
+    optimizer.state.clear()
+    assert stale() == []
+    before = model[0].weight.clone()
+    step(closure)
+    step(closure)
     assert model[0].weight.equal(before)
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_freeze import FrozenAwareSGD, freeze, guard, unfreeze
 
@@ -299,6 +301,34 @@ def test_no_large_tensor_is_copied_without_content() -> None:
 
     assert held_inside(content=True) >= frozen
     assert held_inside(content=False) < frozen / 10
+
+
+def test_the_guard_waits_for_a_device_once() -> None:
+    """Asking a device for a value stops until it has done all its work: not once per tensor."""
+    asked = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            name = func.overloadpacket.__name__
+            if name in ("equal", "_local_scalar_dense", "item", "is_nonzero", "nonzero"):
+                asked.append(name)
+            return func(*args, **(kwargs or {}))
+
+    model = make_large()
+    with Watch(), guard(model):
+        pass
+    assert asked == ["equal"]
+
+
+def test_a_tensor_subclass_is_read_through_its_parts() -> None:
+    value = TwoTensor(torch.randn(80, 80), torch.randn(80, 80))
+    model = nn.ParameterDict({"p": nn.Parameter(value, requires_grad=False)})
+    with guard(model):
+        pass
+    with pytest.raises(RuntimeError, match=r"p \(other values\)"), guard(model):
+        model["p"].b[3, 4] += 1
 
 
 def test_statistics_written_without_a_version_are_seen() -> None:

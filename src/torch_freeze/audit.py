@@ -75,8 +75,9 @@ FINDING_KINDS: Final[dict[Kind, tuple[tuple[Level, ...], str]]] = {
     "stale gradient": (
         ("error", "warning"),
         "A frozen parameter holds a gradient. An error where an optimizer other than "
-        "FrozenAwareSGD owns it and may move it by that gradient, momentum or weight decay; a "
-        "warning elsewhere, where gradient clipping still counts it.",
+        "FrozenAwareSGD owns it and may move it by that gradient, momentum or weight decay, or "
+        "where LBFGS does, which moves it by gradients that it remembers; a warning elsewhere, "
+        "where gradient clipping still counts it.",
     ),
     "no gradient": (
         ("warning",),
@@ -292,6 +293,11 @@ def _frozen_aware(optimizer: torch.optim.Optimizer) -> FrozenAwareSGD | None:
     return inner if isinstance(inner, FrozenAwareSGD) else None
 
 
+def _is_lbfgs(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it keeps the state of all its parameters under the first of them."""
+    return isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.LBFGS)
+
+
 def _owned(optimizers: Iterable[torch.optim.Optimizer] | None) -> dict[int, int]:
     """How often each parameter, by identity, stands in the optimizers' groups."""
     times: dict[int, int] = {}
@@ -303,7 +309,6 @@ def _owned(optimizers: Iterable[torch.optim.Optimizer] | None) -> dict[int, int]
 
 
 def _gradients(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> Iterator[Finding]:
-    owned = _owned(optimizers)
     aware = [own for optimizer in optimizers or () if (own := _frozen_aware(optimizer))]
     applied = _owned(optimizer for optimizer in aware if optimizer.step_in_backward)
     entries = list(tree.params.values())
@@ -332,13 +337,14 @@ def _gradients(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> It
             ),
         )
     elif optimizers:
-        stepped = {id(p) for o in optimizers for p, kept in o.state.items() if kept}
+        each = [o for o in optimizers if not _is_lbfgs(o)]
+        stepped = {id(p) for o in each for p, kept in o.state.items() if kept}
         if stepped:
             yield from _on_parameters(
                 tree,
                 "info",
                 "never stepped",
-                [e for e in trainable if id(e.parameter) in owned.keys() - stepped],
+                [e for e in trainable if id(e.parameter) in _owned(each).keys() - stepped],
                 "is trainable and in the optimizer but was never stepped.",
                 "are trainable and in the optimizer but were never stepped.",
                 (
@@ -360,6 +366,7 @@ def _stale(
         if _frozen_aware(optimizer) is None:
             kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
             movers.update(dict.fromkeys(_owned([optimizer]), kind))
+    yield from _remembered(tree, optimizers)
     freed = _owned(aware).keys() - applied.keys()
     cases: dict[tuple[Level, str, str], list[ParamEntry]] = {}
     for entry in tree.params.values():
@@ -394,6 +401,27 @@ def _stale(
                 "stale gradient",
                 group.names,
             )
+
+
+def _remembered(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Finding]:
+    """Frozen parameters of an LBFGS whose search direction is made of past gradients, too."""
+    for optimizer in optimizers:
+        if not _is_lbfgs(optimizer):
+            continue
+        if not any(kept.get("old_dirs") for kept in optimizer.state.values()):
+            continue
+        owned = _owned([optimizer])
+        frozen = [e for e in tree.params.values() if not e.parameter.requires_grad]
+        yield from _on_parameters(
+            tree,
+            "error",
+            "stale gradient",
+            [e for e in frozen if id(e.parameter) in owned and e.parameter.grad is None],
+            "is frozen but in LBFGS, which goes on moving it by the gradients that it remembers.",
+            "are frozen but in LBFGS, which goes on moving them by the gradients that it "
+            "remembers.",
+            ("Clear the optimizer's state whenever the frozen set changes.",) * 2,
+        )
 
 
 # --- norms and other modules with a mode -------------------------------------------------------
@@ -774,15 +802,15 @@ def _owners(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Fin
 
 def _still(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Finding]:
     """Groups kept still by lr 0, and what that costs, while others train."""
-    groups = [(o, group) for o in optimizers for group in o.param_groups if "lr" in group]
-    if not any(float(group["lr"]) for _, group in groups):
+    groups = [group for o in optimizers for group in o.param_groups if "lr" in group]
+    if all(_is_zero(group["lr"]) for group in groups):
         # All of them: a warm-up from 0, where nothing is told from freezing yet.
         return
     entries = {id(entry.parameter): entry for entry in tree.params.values()}
     costs: dict[str, int] = {}
-    for _, group in groups:
+    for group in groups:
         # A schedule that stands at 0 for now, before warm-up or after decay, has another base.
-        if float(group["lr"]) or float(group.get("initial_lr", 0.0)):
+        if not _is_zero(group["lr"]) or not _is_zero(group.get("initial_lr", 0.0)):
             continue
         for p in group["params"]:
             if id(p) in entries and p.requires_grad and not is_lazy(p):
@@ -807,6 +835,11 @@ def _still(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Find
         )
 
 
+def _is_zero(rate: Any) -> bool:
+    """Whether a learning rate is 0; some optimizers take None, and choose one."""
+    return isinstance(rate, (int, float, torch.Tensor)) and float(rate) == 0
+
+
 # What becomes of the momentum of what is frozen, by the policy of its param group.
 _BECOMES = {
     None: "It resumes from there when they are unfrozen; delete optimizer.state[p] to free it.",
@@ -827,7 +860,8 @@ def _momentum(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[F
     for key, entry in tree.params.items():
         if entry.parameter.requires_grad:
             continue
-        if size := sum(state_bytes(optimizer, entry.parameter) for optimizer in optimizers):
+        each = (o for o in optimizers if not _is_lbfgs(o))
+        if size := sum(state_bytes(optimizer, entry.parameter) for optimizer in each):
             held.setdefault(policies.get(key), []).append((entry.name, size))
     for policy, kept in held.items():
         size = sum(one for _, one in kept)

@@ -191,10 +191,12 @@ def report(
         depth: how many levels of modules to list; 0 gives the total alone. None opens those
             modules alone whose parameters are partly frozen.
         example: inputs of the model (a tensor, a tuple of arguments or a dict of keyword
-            arguments). With them one forward pass is run and autograd itself tells through which
-            frozen parameters backward runs, and FLOPs weigh the work saved; without them both are
-            estimated, from the order of registration and the number of parameters. That pass
-            leaves the model's statistics, gradients and the random state as they were.
+            arguments). With them forward passes are run, as the model is and with everything
+            trainable, and autograd itself tells through which frozen parameters backward runs and
+            why (an input or activation that requires grad counts), and FLOPs weigh the work that
+            is saved. Without them both are estimated, from the order of registration and the
+            number of parameters. The passes leave the model's parameters and their flags, its
+            statistics, its gradients and the random state as they were.
 
     Returns:
         A FreezeReport.
