@@ -8,10 +8,14 @@ callable named `train` in place of the class's method. `Module.train()` of any p
 - the forward is the class's own, reading the attribute it always reads: no hook, no wrapper, no
   cost, and torch.compile, torch.export and fused inference code see an ordinary eval-mode layer;
 - the layer keeps its type and identity, its parameters and its state_dict keys;
-- deepcopy and pickle copy `__dict__`, and with it the hold. The callable is an instance of an
-  importable class that refers to its layer: both memoise the layer before its `__dict__`, so the
-  copy's callable refers to the copy. (An overriding bound method would pickle as "the attribute
-  `train` of the layer" and come back as the class's own; a lambda would not pickle at all.)
+- deepcopy copies `__dict__`, and with it the hold: the layer is memoised before its `__dict__`, so
+  the copy's callable refers to the copy;
+- pickle writes plain torch, which loads where torch_freeze is not installed. In place of the
+  callable it stores the bound `train` of a stand-in: another object of the layer's class that
+  shares the layer's parameters, buffers and children, and keeps the layer's own mode as its
+  `training`. Called, it notes the mode and passes it to the children, and the layer itself stays
+  in eval behaviour. Only the value it returns is not the layer but the stand-in, until
+  torch_freeze looks at the layer: `held_by` puts the callable back.
 
 Rejected: momentum 0 and track_running_stats False (both normalise by the batch), a forward pre-hook
 (a cost per call, and bypassed by code that reads `training`), a class made per instance (breaks
@@ -23,6 +27,8 @@ SyncBatchNorm.convert_sync_batchnorm, builds them without the hold: convert firs
 
 from __future__ import annotations
 
+import copy
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -30,10 +36,14 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+# Key in a stand-in's `__dict__`: what `train` the user had put on the layer, or None.
+_STAND_IN = "_torch_freeze_stand_in"
+
 
 class HeldTrain:
     """Stands in for `layer.train` while the layer is held; remembers the layer's own mode."""
 
+    # Files written by earlier versions name this class and these slots.
     __slots__ = ("layer", "mode", "shadowed")
 
     def __init__(self, layer: nn.Module, mode: bool, shadowed: Any) -> None:
@@ -52,6 +62,19 @@ class HeldTrain:
         self.mode = mode
         self.layer.training = False
         return self.layer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeldTrain:
+        return HeldTrain(
+            copy.deepcopy(self.layer, memo), self.mode, copy.deepcopy(self.shadowed, memo)
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not type(layer)(): pickle too makes the layer without calling __init__.
+        stand_in: nn.Module = object.__new__(type(self.layer))
+        own = {key: value for key, value in vars(self.layer).items() if key != "train"}
+        vars(stand_in).update(own, training=self.mode)
+        vars(stand_in)[_STAND_IN] = self.shadowed
+        return getattr, (stand_in, "train")
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -83,9 +106,24 @@ def is_spectral_norm(module: nn.Module) -> bool:
 
 
 def held_by(module: nn.Module) -> HeldTrain | None:
-    """The hold on `module`, or None."""
-    held = module.__dict__.get("train")
-    return held if isinstance(held, HeldTrain) else None
+    """The hold on `module`, or None. A hold that was unpickled gets its callable back."""
+    train = module.__dict__.get("train")
+    if isinstance(train, HeldTrain):
+        return train
+    if train is None:
+        if _STAND_IN not in module.__dict__:
+            return None
+        # The stand-in itself, kept in the layer's place: `self.norm = self.norm.eval()`.
+        shadowed = module.__dict__.pop(_STAND_IN)
+        held = HeldTrain(module, module.training, shadowed)
+        module.training = False
+    else:
+        stand_in = train.__self__ if isinstance(train, MethodType) else None
+        if not isinstance(stand_in, nn.Module) or _STAND_IN not in stand_in.__dict__:
+            return None
+        held = HeldTrain(module, stand_in.training, stand_in.__dict__[_STAND_IN])
+    module.__dict__["train"] = held
+    return held
 
 
 def hold(module: nn.Module) -> bool:
