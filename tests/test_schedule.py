@@ -596,9 +596,9 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], st
     "an unknown parameter": (
         lambda s: {**s, "frozen": ["0.wieght"]},
         ValueError,
-        r"'0.wieght' is not in this model. Nearest: '0.weight'",
+        r"this model lacks '0.wieght' \(nearest: '0.weight'",
     ),
-    "an unknown norm": (lambda s: {**s, "held": ["0"]}, ValueError, "held norm '0'"),
+    "an unknown norm": (lambda s: {**s, "held": ["0"]}, ValueError, "'0' as held"),
     "no kind of schedule": (
         lambda s: {k: v for k, v in s.items() if k != "schedule"},
         ValueError,

@@ -3,6 +3,7 @@
 from torch_freeze._build import BuildInfo, __version__, build_info
 from torch_freeze.audit import FINDING_KINDS, Finding, audit
 from torch_freeze.freezing import freeze, freeze_except, frozen, unfreeze
+from torch_freeze.frozen_state import frozen_state_dict, load_frozen_state_dict
 from torch_freeze.guard import guard
 from torch_freeze.optim import FrozenAwareSGD
 from torch_freeze.report import FreezeReport, report
@@ -22,8 +23,10 @@ __all__ = [
     "freeze_except",
     "freeze_out",
     "frozen",
+    "frozen_state_dict",
     "gradual_unfreeze",
     "guard",
+    "load_frozen_state_dict",
     "report",
     "rotate",
     "unfreeze",

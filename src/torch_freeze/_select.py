@@ -198,6 +198,7 @@ class Tree:
         """All modules and parameters."""
         selection = Selection()
         selection.names.add("")
+        selection.begin_unit()
         selection.add_module(self.root, set())
         return selection
 
@@ -223,12 +224,22 @@ class Selection:
     names: set[str] = field(default_factory=set)
     #: Modules that a selector named itself, in the order named (not what lies below them).
     heads: dict[int, ModuleEntry] = field(default_factory=dict)
+    #: For each argument, a list of selectors being one: the modules and parameters it named.
+    units: list[list[ModuleEntry | ParamEntry]] = field(default_factory=list)
+
+    def begin_unit(self) -> None:
+        """What is added from here on was named by another argument than what was so far."""
+        self.units.append([])
 
     def add_param(self, entry: ParamEntry) -> None:
         self.params[id(entry)] = entry
+        if self.units:
+            self.units[-1].append(entry)
 
     def add_module(self, entry: ModuleEntry, seen: set[int]) -> None:
         self.heads[id(entry)] = entry
+        if self.units:
+            self.units[-1].append(entry)
         for below in entry.subtree(seen):
             self.modules[id(below)] = below
             for param in below.params:
@@ -262,7 +273,8 @@ def flatten(what: Iterable[Selector]) -> list[Selector]:
     flat: list[Selector] = []
     for item in what:
         # Modules and tensors are iterable as well, but stand for themselves here.
-        if isinstance(item, (str, re.Pattern, nn.Module, torch.Tensor, type)):
+        # Of bytes only integers would be left to name in an error.
+        if isinstance(item, (str, bytes, bytearray, re.Pattern, nn.Module, torch.Tensor, type)):
             flat.append(item)
         elif isinstance(item, Iterable):
             flat.extend(flatten(item))
@@ -271,13 +283,18 @@ def flatten(what: Iterable[Selector]) -> list[Selector]:
     return flat
 
 
+def counted(number: int, noun: str, shown: str = "") -> str:
+    """A number with its noun, "1 norm" or "2 norms"; `shown` is the number as it is to be read."""
+    return f"{shown or number} {noun}{'s' * (number != 1)}"
+
+
 def as_selectors(what: Selector) -> list[Selector]:
     """`exclude` and its like: one selector or an iterable of them, as a flat list."""
     return flatten([what])
 
 
 def select(tree: Tree, what: Iterable[Selector], caller: str) -> Selection:
-    """Resolve selectors; each must match something.
+    """Resolve selectors, or lists of them; each must match something.
 
     Raises:
         ValueError: a selector matches nothing; the message has the nearest names.
@@ -286,7 +303,9 @@ def select(tree: Tree, what: Iterable[Selector], caller: str) -> Selection:
     selection = Selection()
     seen: set[int] = set()
     for item in what:
-        _select_one(tree, item, selection, seen, caller)
+        selection.begin_unit()
+        for one in flatten([item]):
+            _select_one(tree, one, selection, seen, caller)
     return selection
 
 
@@ -348,7 +367,7 @@ def _select_one(
             called = getattr(item, "__name__", type(item).__name__)
             raise ValueError(
                 f"{caller}: the callable {called} is true for none of the model's "
-                f"{len(tree.params)} parameters."
+                f"{counted(len(tree.params), 'parameter')}."
             )
     else:
         raise TypeError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
-from . import _ddp, _hold, _thawed
+from . import _ddp, _hold, _record, _thawed
 from ._select import (
     ModuleEntry,
     ParamEntry,
@@ -48,7 +48,8 @@ def freeze(
             a callable (name, parameter) -> bool,
             or a list of these. Nothing given: everything.
         exclude: what to leave as it is, in the same terms.
-        hold_norm: False leaves batch-norm-like layers in their own mode.
+        hold_norm: False leaves batch-norm-like layers in their own mode, and gives it back to those
+            that an earlier call holds.
 
     Returns:
         A FreezeReport: what was named, what changed, and the state of the model.
@@ -72,6 +73,14 @@ def freeze(
         weight move in train mode; by the older `torch.nn.utils.spectral_norm` the whole layer), and
         any other module owning a buffer named `running_...`. Other buffers that a module writes to
         in train mode go on moving: call `eval()` on it.
+
+        What was frozen already when this call came to it, beside parameters that it did freeze, is
+        taken to be frozen for a reason: sinusoidal positions, the first layers of a detector.
+        `unfreeze` leaves it frozen unless an argument names nothing else; both reports say so.
+
+        A model pickled with held norms (`torch.save(model)`) holds nothing of torch_freeze and
+        loads where it is not installed. There the norms stay in eval behaviour through `train()`;
+        `del norm.train` ends that.
 
     Example:
         >>> from torch import nn
@@ -97,9 +106,16 @@ def unfreeze(model: nn.Module, *what: Selector, exclude: Selector = ()) -> Freez
     it was held. Unfreezing twice changes nothing; nothing is added to or removed from any
     optimizer.
 
+    `unfreeze` undoes `freeze`: what `freeze` found frozen beside parameters that it froze itself
+    (sinusoidal positions, the first layers of a detector) stays frozen, and the report's notes name
+    it. An argument that names nothing else thaws it: its own name, or the module that it fills.
+    `unfreeze(model, *model.parameters())` thaws everything. What was frozen by hand where `freeze`
+    never came is thawed.
+
     Args:
         model: the model.
-        *what: what to unfreeze, in the terms of `freeze`. Nothing given: everything.
+        *what: what to unfreeze, in the terms of `freeze`. Nothing given: everything. Each argument
+            is judged by itself, a list as a whole.
         exclude: what to leave as it is, in the same terms.
 
     Returns:
@@ -120,13 +136,23 @@ def unfreeze(model: nn.Module, *what: Selector, exclude: Selector = ()) -> Freez
         >>> _ = freeze(model)
         >>> unfreeze(model, "1").trainable_names
         ('1.weight', '1.bias')
+
+        What the model itself keeps frozen:
+
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+        >>> _ = model[0].bias.requires_grad_(False)
+        >>> _ = freeze(model)
+        >>> unfreeze(model).frozen_names
+        ('0.bias',)
+        >>> unfreeze(model, "0.bias").frozen_names
+        ()
     """
     check_model(model, "unfreeze")
     tree = Tree(model)
     selection, excluded = _resolve(tree, what, exclude, "unfreeze")
-    changed, released = thaw(tree, selection, excluded, "unfreeze")
-    _warn_ddp(tree, "unfreeze", thawed=changed, stacklevel=3)
-    return _call_report(tree, "unfreeze", selection, changed, released=released)
+    change = thaw(tree, selection, excluded, "unfreeze")
+    _warn_ddp(tree, "unfreeze", thawed=change.params, stacklevel=3)
+    return _call_report(tree, "unfreeze", selection, change)
 
 
 def freeze_except(model: nn.Module, *what: Selector, hold_norm: bool = True) -> FreezeReport:
@@ -201,19 +227,21 @@ def frozen(
     ]
     norms = [entry.module for entry in _norms(tree) if _touches(entry, selection)]
     were_held = [norm for norm in norms if _hold.held_by(norm) is not None]
-    changed, held = chill(tree, selection, excluded, hold_norm)
-    _warn_ddp(tree, "frozen", chilled=changed, stacklevel=4)
+    record = _record.snapshot(tree)
+    change = chill(tree, selection, excluded, hold_norm)
+    _warn_ddp(tree, "frozen", chilled=change.params, stacklevel=4)
     try:
-        yield _call_report(tree, "frozen", selection, changed, held=held)
+        yield _call_report(tree, "frozen", selection, change)
     finally:
         for parameter, required, grad in before:
             parameter.requires_grad = required
             # A gradient cannot be given back as it was to a model converted inside the block.
             parameter.grad = None if grad is None else grad.to(parameter.device, parameter.dtype)
-        for entry in held:
+        for entry in change.held:
             _hold.release(entry.module)
         for norm in were_held:
             _hold.hold(norm)
+        _record.restore(record)
 
 
 def _freeze(
@@ -226,27 +254,57 @@ def _freeze(
     check_model(model, caller)
     tree = Tree(model)
     selection, excluded = _resolve(tree, what, exclude, caller)
-    changed, held = chill(tree, selection, excluded, hold_norm)
-    _warn_ddp(tree, caller, chilled=changed, stacklevel=4)
-    return _call_report(tree, caller, selection, changed, held=held)
+    change = chill(tree, selection, excluded, hold_norm)
+    _warn_ddp(tree, caller, chilled=change.params, stacklevel=4)
+    return _call_report(tree, caller, selection, change)
 
 
-def _call_report(
-    tree: Tree,
-    action: str,
-    selection: Selection,
-    changed: list[ParamEntry],
-    held: Sequence[ModuleEntry] = (),
-    released: Sequence[ModuleEntry] = (),
-) -> FreezeReport:
+@dataclass(slots=True)
+class Change:
+    """What a call did: the parameters it froze or thawed, and the norms."""
+
+    params: list[ParamEntry] = field(default_factory=list)
+    held: list[ModuleEntry] = field(default_factory=list)
+    released: list[ModuleEntry] = field(default_factory=list)
+    #: Found frozen: by freezing for the first time, or by thawing, which leaves them so.
+    found: list[ParamEntry] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.params or self.held or self.released)
+
+
+def _call_report(tree: Tree, action: str, selection: Selection, change: Change) -> FreezeReport:
+    thawing = action == "unfreeze"
+    left = {id(entry) for entry in change.found} if thawing else set()
+    notes = _half_named(tree, selection, "trainable" if thawing else "frozen", left)
+    if change.found:
+        notes += (_found_frozen(change.found, thawing),)
     return build_report(
         tree,
         action=action,
         matched=tuple(entry.name for entry in selection.params.values()),
-        changed=tuple(entry.name for entry in changed),
-        held=tuple(entry.name for entry in held),
-        released=tuple(entry.name for entry in released),
-        notes=_half_named(tree, selection, "trainable" if action == "unfreeze" else "frozen"),
+        changed=tuple(entry.name for entry in change.params),
+        held=tuple(entry.name for entry in change.held),
+        released=tuple(entry.name for entry in change.released),
+        notes=notes,
+    )
+
+
+def _found_frozen(found: list[ParamEntry], thawing: bool) -> str:
+    first = found[0].name
+    named = ", ".join(entry.name for entry in found[:3])
+    if len(found) > 3:
+        named += f" and {len(found) - 3} more"
+    one = len(found) == 1
+    if thawing:
+        return (
+            f"{named} {'was' if one else 'were'} frozen before freeze was called and "
+            f"{'stays' if one else 'stay'} frozen; to train {'it' if one else 'one'}, name it by "
+            f"itself: unfreeze(model, {first!r})"
+        )
+    return (
+        f"{named} {'was' if one else 'were'} frozen already, so unfreeze leaves "
+        f"{'it' if one else 'them'} frozen unless named by {'itself' if one else 'themselves'}"
     )
 
 
@@ -255,8 +313,9 @@ def _resolve(
 ) -> tuple[Selection, Selection]:
     """What is named less what is excluded, and what is excluded."""
     given = tuple(what)
-    wanted = flatten(given)
-    if given and not wanted:
+    # An argument may be an iterator: open it once, and keep what came as a list together.
+    wanted = [as_selectors(argument) for argument in given]
+    if given and not any(wanted):
         raise ValueError(f"{caller}: an empty list names nothing; leave it out to mean everything.")
     excluded = select(tree, as_selectors(exclude), caller)
     selection = select(tree, wanted, caller) if wanted else tree.everything()
@@ -280,37 +339,85 @@ def subtract(selection: Selection, excluded: Selection) -> None:
 
 
 def chill(
-    tree: Tree, selection: Selection, excluded: Selection, hold_norm: bool
-) -> tuple[list[ParamEntry], list[ModuleEntry]]:
-    """Freeze a selection; the parameters and norms that changed."""
-    changed = []
+    tree: Tree,
+    selection: Selection,
+    excluded: Selection,
+    hold_norm: bool,
+    known: Mapping[int, bool] | None = None,
+) -> Change:
+    """Freeze a selection, and note what of it was frozen already beside what was not."""
+    if known is None:
+        known = _record.read(tree)
+    change = Change()
+    beside = False
     for entry in selection.params.values():
         parameter = entry.parameter
         if parameter.requires_grad:
             parameter.requires_grad = False
-            changed.append(entry)
+            change.params.append(entry)
+            beside = True
+        elif (froze := known.get(id(parameter))) is None:
+            change.found.append(entry)
+        elif froze:
+            beside = True
         if parameter.grad is not None:
             parameter.grad = None
-    if not hold_norm:
-        return changed, []
+    if not beside:
+        # All of it was frozen by hand: nothing tells the model's own from the user's.
+        change.found.clear()
+    marks = {id(entry.parameter): True for entry in change.params}
+    marks.update((id(entry.parameter), False) for entry in change.found)
+    _record.write(tree, marks)
     norms = _follow(tree, selection, excluded, trainable=False)
-    return changed, [norm for norm in norms if _hold.hold(norm.module)]
+    if hold_norm:
+        change.held = [norm for norm in norms if _hold.hold(norm.module)]
+    else:
+        change.released = [norm for norm in norms if _hold.release(norm.module)]
+    return change
 
 
 def thaw(
-    tree: Tree, selection: Selection, excluded: Selection, caller: str
-) -> tuple[list[ParamEntry], list[ModuleEntry]]:
-    """Unfreeze a selection; the parameters and norms that changed."""
+    tree: Tree,
+    selection: Selection,
+    excluded: Selection,
+    caller: str,
+    known: Mapping[int, bool] | None = None,
+) -> Change:
+    """Unfreeze a selection, but for what freeze found frozen and no argument names by itself."""
+    change = Change()
+    left = _left_frozen(selection, _record.read(tree) if known is None else known)
     for entry in selection.params.values():
-        _check_trainable(entry, caller)
-    changed = []
-    for entry in selection.params.values():
-        if not entry.parameter.requires_grad:
+        if id(entry) not in left:
+            _check_trainable(entry, caller)
+    for key, entry in selection.params.items():
+        if key in left:
+            change.found.append(entry)
+        elif not entry.parameter.requires_grad:
             entry.parameter.requires_grad = True
-            changed.append(entry)
-    _thawed.note(entry.parameter for entry in changed)
-    norms = _follow(tree, selection, excluded, trainable=True)
-    return changed, [norm for norm in norms if _hold.release(norm.module)]
+            change.params.append(entry)
+    _thawed.note(entry.parameter for entry in change.params)
+    if change.params:
+        _record.drop(tree, {id(entry.parameter) for entry in change.params})
+    norms = _follow(tree, selection, excluded, trainable=True, left=left)
+    change.released = [norm for norm in norms if _hold.release(norm.module)]
+    return change
+
+
+def _left_frozen(selection: Selection, known: Mapping[int, bool]) -> set[int]:
+    """What of a selection thawing leaves frozen, by `id` of the ParamEntry."""
+    found = {key for key, e in selection.params.items() if known.get(id(e.parameter)) is False}
+    if not found:
+        return found
+    left = set(found)
+    for unit in selection.units:
+        named = {
+            id(param)
+            for entry in unit
+            for param in (entry.parameters() if isinstance(entry, ModuleEntry) else (entry,))
+        }
+        if named <= found:
+            left -= named
+    return left
 
 
 def _norms(tree: Tree) -> list[ModuleEntry]:
@@ -324,15 +431,23 @@ def _touches(norm: ModuleEntry, selection: Selection) -> bool:
 
 
 def _follow(
-    tree: Tree, selection: Selection, excluded: Selection, *, trainable: bool
+    tree: Tree,
+    selection: Selection,
+    excluded: Selection,
+    *,
+    trainable: bool,
+    left: Set[int] = frozenset(),
 ) -> list[ModuleEntry]:
-    """The norms that go along with what was just frozen (or made trainable)."""
+    """The norms that go along with what was just frozen (or made trainable).
+
+    What is `left` frozen counts as trainable: freeze found it so, and no norm was held for it then.
+    """
     following = []
     around: dict[int, _Around | None] = {}
     for norm in _norms(tree):
         own = norm.parameters()
         if own:
-            flags = [entry.parameter.requires_grad for entry in own]
+            flags = [entry.parameter.requires_grad or id(entry) in left for entry in own]
             # Held only while all of it is frozen; one trainable part gives it back its mode.
             state = any(flags) if trainable else not any(flags)
             if state and _touches(norm, selection):
@@ -341,7 +456,7 @@ def _follow(
         if id(norm) in excluded.modules:
             continue
         named = id(norm) in selection.modules
-        near = _look_around(tree, norm, selection, trainable, around)
+        near = _look_around(tree, norm, selection, trainable, left, around)
         # affine=False: nothing of its own says whether it is frozen, the module around it does.
         # Named, it follows, unless all parameters around it were excluded one by one.
         follows = near.every and near.touched if near is not None else False
@@ -366,13 +481,16 @@ def _look_around(
     norm: ModuleEntry,
     selection: Selection,
     trainable: bool,
+    left: Set[int],
     known: dict[int, _Around | None],
 ) -> _Around | None:
     """The nearest module around `norm` that has parameters; `known` keeps this linear."""
     for above in tree.above(norm):
         if id(above) not in known:
             found = above.parameters()
-            flags = [entry.parameter.requires_grad == trainable for entry in found]
+            flags = [
+                (entry.parameter.requires_grad or id(entry) in left) == trainable for entry in found
+            ]
             touched = any(id(entry) in selection.params for entry in found)
             known[id(above)] = _Around(any(flags), all(flags), touched) if found else None
         if (around := known[id(above)]) is not None:
@@ -396,10 +514,10 @@ def _check_trainable(entry: ParamEntry, caller: str) -> None:
         )
 
 
-def _half_named(tree: Tree, selection: Selection, state: str) -> tuple[str, ...]:
+def _half_named(tree: Tree, selection: Selection, state: str, left: Set[int]) -> tuple[str, ...]:
     notes = []
     for entry in tree.tied():
-        if id(entry) not in selection.params:
+        if id(entry) not in selection.params or id(entry) in left:
             continue
         unnamed = [name for name in entry.names if not selection.named_alias(name)]
         if unnamed:
@@ -452,10 +570,39 @@ def _warn_ddp(
 def set_frozen(
     tree: Tree, frozen_set: Selection, managed: Selection, hold_norm: bool, caller: str
 ) -> bool:
-    """Make exactly `frozen_set` of `managed` frozen, the rest of it trainable; True if changed."""
+    """Make exactly `frozen_set` of `managed` frozen, the rest of it trainable; True if changed.
+
+    What the model itself keeps frozen stays so: see `unfreeze`.
+    """
     rest = Selection(dict(managed.params), dict(managed.modules), heads=dict(managed.heads))
+    rest.units = managed.units
     subtract(rest, frozen_set)
-    thawed, released = thaw(tree, rest, frozen_set, caller)
-    chilled, held = chill(tree, frozen_set, rest, hold_norm)
-    _warn_ddp(tree, caller, thawed=thawed, chilled=chilled, stacklevel=4)
-    return bool(thawed or chilled or held or released)
+    known = _record.read(tree)
+    _note_found(tree, rest, managed, known)
+    thawed = thaw(tree, rest, frozen_set, caller, known)
+    chilled = chill(tree, frozen_set, rest, hold_norm, known)
+    _warn_ddp(tree, caller, thawed=thawed.params, chilled=chilled.params, stacklevel=4)
+    return bool(thawed or chilled)
+
+
+def _note_found(tree: Tree, rest: Selection, managed: Selection, known: dict[int, bool]) -> None:
+    """Before a schedule thaws what `freeze` never came to: note what a named module keeps frozen.
+
+    A module that is frozen as a whole was frozen by hand, and is thawed.
+    """
+    unknown = {
+        id(entry.parameter)
+        for entry in rest.params.values()
+        if not entry.parameter.requires_grad and id(entry.parameter) not in known
+    }
+    if not unknown:
+        return
+    marks: dict[int, bool] = {}
+    for head in managed.heads.values():
+        if any(id(above) in managed.heads for above in tree.above(head)):
+            continue
+        params = [entry.parameter for entry in head.parameters()]
+        if any(p.requires_grad or known.get(id(p)) for p in params):
+            marks.update((id(p), False) for p in params if id(p) in unknown)
+    known.update(marks)
+    _record.write(tree, marks)

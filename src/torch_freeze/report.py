@@ -12,7 +12,7 @@ from torch import nn
 
 from ._flow import Flow, estimate_flow, measure_flow
 from ._hold import held_by, is_norm
-from ._select import ModuleEntry, ParamEntry, Tree, check_model, is_lazy
+from ._select import ModuleEntry, ParamEntry, Tree, check_model, counted, is_lazy
 
 _WIDTH = 120
 _TEXT_WIDTH = 90
@@ -101,7 +101,7 @@ class FreezeReport:
     def __repr__(self) -> str:
         share = _percent(self.total.frozen, self.total.parameters)
         return (
-            f"<FreezeReport of {self.model}: {_count(self.total.parameters)} parameters, "
+            f"<FreezeReport of {self.model}: {_parameters(self.total.parameters)}, "
             f"{_count(self.total.frozen)} frozen ({share})>"
         )
 
@@ -121,16 +121,16 @@ class FreezeReport:
     def _headline(self) -> str:
         total = self.total
         state = (
-            f"{self.model}: {_count(total.parameters)} parameters, {_count(total.trainable)} "
+            f"{self.model}: {_parameters(total.parameters)}, {_count(total.trainable)} "
             f"trainable, {_count(total.frozen)} frozen "
             f"({_percent(total.frozen, total.parameters)})"
         )
         if self.action == "report":
             return _fit(state, _WIDTH)
-        did = f"{self.action}: {len(self.matched)} parameters named, {len(self.changed)} changed"
+        did = f"{self.action}: {_parameters(len(self.matched))} named, {len(self.changed)} changed"
         for norms, what in ((self.held, "held"), (self.released, "released")):
             if norms:
-                did += f", {len(norms)} norm{'s' * (len(norms) > 1)} {what}"
+                did += f", {counted(len(norms), 'norm')} {what}"
         return f"{did}\n{_fit(state, _WIDTH)}"
 
     def _cells(self) -> tuple[list[str], list[list[str]], str]:
@@ -169,8 +169,11 @@ class FreezeReport:
     def _sentences(self) -> list[str]:
         said = ["backward: " + self.flow.sentence]
         said += [f"tied: {' = '.join(names)} is one tensor" for names in self.tied[:8]]
-        if len(self.tied) > 8:
-            said.append(f"tied: {len(self.tied) - 8} more tensors have several names")
+        if more := len(self.tied[8:]):
+            said.append(
+                f"tied: {counted(more, 'more tensor')} {'have' if more > 1 else 'has'} "
+                "several names"
+            )
         said += [f"note: {note}" for note in self.notes]
         return [part for line in said for part in _wrap(line)]
 
@@ -277,6 +280,8 @@ def _notes(entries: list[ParamEntry]) -> tuple[str, ...]:
     lazy = [e.name for e in entries if is_lazy(e.parameter)]
     if not lazy:
         return ()
+    if len(lazy) == 1:
+        return (f"the lazy parameter {lazy[0]} has no shape yet and counts as 0",)
     return (f"{len(lazy)} lazy parameters have no shape yet and count as 0, such as {lazy[0]}",)
 
 
@@ -432,6 +437,10 @@ def _count(number: int) -> str:
         if number >= 10 * scale or (scale > 10**3 and number >= scale):
             return f"{number / scale:.1f} {unit}"
     return str(number)
+
+
+def _parameters(number: int) -> str:
+    return counted(number, "parameter", _count(number))
 
 
 def _size(number: int) -> str:

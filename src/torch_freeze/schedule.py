@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ._flow import numel_of
-from ._hold import held_by, hold, is_norm, release
 from ._select import (
     ModuleEntry,
     Selection,
@@ -22,10 +21,10 @@ from ._select import (
     as_selectors,
     check_model,
     flatten,
-    nearest,
     select,
 )
 from .freezing import set_frozen, subtract
+from .frozen_state import apply_frozen_state, frozen_state
 from .report import _count, _fit
 
 Unit: TypeAlias = Literal["epoch", "step"]
@@ -117,16 +116,10 @@ class FreezeSchedule:
     def state_dict(self) -> dict[str, Any]:
         """Position, frozen set and what the schedule is: plain numbers, strings, lists and dicts.
 
-        The names of all frozen parameters and held norms of the model are in it, also of those
-        the schedule does not manage.
+        The frozen set is that of the whole model, as `frozen_state_dict` has it, also of what the
+        schedule does not manage.
         """
-        tree = Tree(self.model)
-        return {
-            **self._settings(),
-            "last": self.last,
-            "frozen": [e.name for e in tree.params.values() if not e.parameter.requires_grad],
-            "held": [e.name for e in tree.order if held_by(e.module) is not None],
-        }
+        return {**self._settings(), "last": self.last, **frozen_state(Tree(self.model))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken: position, frozen parameters and held norms.
@@ -154,29 +147,7 @@ class FreezeSchedule:
                 "built with the same arguments as the one that saved it."
             )
         _check_int("load_state_dict", "'last'", state["last"], least=-1)
-        tree = Tree(self.model)
-        frozen = Selection()
-        for name in state["frozen"]:
-            entry = tree.parameter_named(name)
-            if entry is None:
-                raise ValueError(
-                    f"load_state_dict: the frozen parameter {name!r} is not in this model. "
-                    f"Nearest: {', '.join(map(repr, nearest(tree, name))) or 'none'}."
-                )
-            frozen.add_param(entry)
-        norms = {name: e for e in tree.order if is_norm(e.module) for name in e.names}
-        unknown = [name for name in state["held"] if name not in norms]
-        if unknown:
-            raise ValueError(
-                f"load_state_dict: the held norm {unknown[0]!r} is not a norm of this model."
-            )
-        set_frozen(tree, frozen, tree.everything(), False, "load_state_dict")
-        held = {id(norms[name]) for name in state["held"]}
-        for norm in norms.values():
-            if id(norm) in held:
-                hold(norm.module)
-            else:
-                release(norm.module)
+        apply_frozen_state(Tree(self.model), state, "load_state_dict")
         self.last = state["last"]
 
     def __str__(self) -> str:
@@ -470,7 +441,8 @@ class _GroupSchedule(FreezeSchedule):
         return chosen
 
     def _managed(self, tree: Tree) -> Selection:
-        return select(tree, flatten(self._groups), "step")
+        # Not flattened: a group is one unit, in which what the model keeps frozen stays so.
+        return select(tree, self._groups, "step")
 
 
 class GradualUnfreezeSchedule(_GroupSchedule):
@@ -622,7 +594,10 @@ class RotationSchedule(FreezeSchedule):
         return frozen
 
     def _managed(self, tree: Tree) -> Selection:
-        return tree.everything()
+        managed = tree.everything()
+        managed.units += [[entry] for entry in self._units(tree)]
+        managed.units += select(tree, self._always, "rotate").units
+        return managed
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "k": self.k, "every": self.every, "seed": self.seed}
