@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import gc
 import io
 import pickle
 import re
+import subprocess
+import sys
 import warnings
 import weakref
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,13 +27,14 @@ import torch_freeze
 from torch_freeze import (
     FreezeSchedule,
     FrozenAwareSGD,
+    _record,
     audit,
     freeze,
     freeze_except,
     frozen,
     unfreeze,
 )
-from torch_freeze._hold import held_by
+from torch_freeze._hold import HeldTrain, held_by
 from torch_freeze._select import Tree
 
 
@@ -338,6 +343,9 @@ WRONG: dict[str, tuple[Callable[[Net], Any], str]] = {
     "a number": (lambda m: call_freeze(m, 3), "cannot select by int"),
     "a class of no modules": (lambda m: call_freeze(m, dict), "dict is not a class of modules"),
     "a regex over bytes": (lambda m: call_freeze(m, re.compile(b"x")), "over bytes"),
+    "bytes": (lambda m: call_freeze(m, b"stem"), "cannot select by bytes"),
+    "bytes in a list": (lambda m: call_freeze(m, ["stem", bytearray(b"head")]), "by bytearray"),
+    "bytes left out": (lambda m: call_freeze(m, exclude=b"stem"), "cannot select by bytes"),
 }
 
 
@@ -659,7 +667,7 @@ def test_row_12_and_13_the_hold_survives_train_after(copied: str, norm: str) -> 
     inner = model.get_submodule("0.1")
     assert inner is not None and type(model.train()) is nn.Sequential
     for mode in (True, False, True):
-        assert model.train(mode) is model and inner.train(mode) is inner
+        assert model.train(mode) is model and type(inner.train(mode)) is type(inner)
         assert not inner.training and model.get_submodule("0").training == mode
         before = snapshot(model)
         x = batch()
@@ -670,6 +678,8 @@ def test_row_12_and_13_the_hold_survives_train_after(copied: str, norm: str) -> 
     if norm != "a user's subclass":
         assert torch.equal(inner(inner_in), model.get_submodule("0")(x))
     assert torch.equal(out, model(x)), "normalised by the batch"
+    torch_freeze.report(model)  # puts back what pickling left out
+    assert inner.train(False) is inner and not inner.training
     # Back to its own mode: what was asked for last, here eval, then train.
     unfreeze(model, "0")
     assert not inner.training
@@ -691,13 +701,174 @@ def test_the_copy_and_the_original_are_held_apart() -> None:
         assert held_by(model[0][1]) is not None
 
 
+WITHOUT_US = """
+import sys
+import warnings
+
+import torch
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch_freeze":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Blocked())
+warnings.simplefilter("ignore")
+"""
+
+
+def without_torch_freeze(code: str, *arguments: Path) -> None:
+    """Run code in a Python that cannot import torch_freeze; `sys.argv` has the arguments."""
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_US + code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch.save"])
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_a_pickled_model_with_held_norms_loads_without_torch_freeze(
+    how: str, mode: bool, tmp_path: Path
+) -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Linear(2, 2))
+    SPECTRAL["the older hook"](model[2])
+    model[1].act = nn.Dropout()  # fused norm-activations have children
+    freeze(model)
+    model.train(mode)
+    path, out = tmp_path / "model", tmp_path / "out"
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(model))
+    else:
+        torch.save(model, path)
+    without_torch_freeze(
+        f"""
+import copy, pickle
+from torch import nn
+
+with open(sys.argv[1], "rb") as file:
+    model = pickle.load(file) if {how == "pickle"} else torch.load(file, weights_only=False)
+assert not any(p.requires_grad for p in model.parameters())
+for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+    before = {{name: value.clone() for name, value in one.state_dict().items()}}
+    for mode in (True, False, True):
+        one.train(mode)
+        assert (one.training, one[1].training, one[2].training) == (mode, False, False)
+        assert one[1].act.training == mode
+        one(torch.randn(5, 3, 2, 2))
+    for norm in (one[1], one[2]):
+        assert not norm.training and type(norm.train(mode=True)) is type(norm.eval()) is type(norm)
+    assert all(value.equal(before[name]) for name, value in one.state_dict().items())
+torch.save(model.eval(), sys.argv[2])
+# The way out that the documentation names.
+del model[1].train
+assert model.train()[1].training and not model[2].training
+""",
+        path,
+        out,
+    )
+    # Saved there, in eval mode, and back here: still held, and its own mode is what was asked last.
+    back: Any = torch.load(out, weights_only=False).train()
+    before = snapshot(back)
+    back(batch())
+    assert not changed(back, before) and torch_freeze.report(back).total.norms_held == 2
+    assert back[1].train(mode) is back[1] and not back[1].training
+    assert unfreeze(back).released == ("1", "2")
+    assert back[1].training == mode and back[2].training and back[1].act.training == mode
+    before = snapshot(back)
+    back.train()(batch())
+    assert "1.running_mean" in changed(back, before)
+
+
+def test_pickling_leaves_the_held_model_as_it_is() -> None:
+    model = with_norm(NORMS["BatchNorm2d"])
+    freeze(model)
+    hold = held_by(model[0][1])
+    before = {name: dict(vars(m)) for name, m in model.named_modules()}
+    assert b"torch_freeze." not in pickle.dumps(model)
+    assert held_by(model[0][1]) is hold
+    assert {name: dict(vars(m)) for name, m in model.named_modules()} == before
+
+
+def test_a_loaded_norm_that_is_replaced_by_what_its_train_returns_is_held_again() -> None:
+    made = with_norm(NORMS["BatchNorm2d"])
+    freeze(made)
+    model: Any = _pickled(made)
+    model[0][1] = model[0][1].train()
+    assert torch_freeze.report(model).total.norms_held == 1
+    before = snapshot(model)
+    model.train()(batch())
+    assert not changed(model, before)
+    unfreeze(model)
+    assert model[0][1].training
+
+
+class _EarlierPickler(pickle.Pickler):
+    """Writes a hold as the first versions did: as an instance of HeldTrain with its slots."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, HeldTrain):
+            slots = {name: getattr(value, name) for name in ("layer", "mode", "shadowed")}
+            return copyreg.__newobj__, (HeldTrain,), (None, slots)  # type: ignore[attr-defined]
+        return NotImplemented
+
+
+def test_a_hold_pickled_by_an_earlier_version_loads() -> None:
+    model: Any = with_norm(NORMS["BatchNorm2d"])
+    freeze(model)
+    file = io.BytesIO()
+    _EarlierPickler(file, 2).dump(model)
+    assert b"HeldTrain" in file.getvalue()
+    loaded: Any = pickle.loads(file.getvalue())
+    assert held_by(loaded[0][1]) is not None and not loaded.train()[0][1].training
+    unfreeze(loaded)
+    assert loaded[0][1].training and b"HeldTrain" not in pickle.dumps(model)
+
+
+@pytest.mark.parametrize("how", ["export", "trace", "script"])
+def test_an_exported_model_with_held_norms_loads_without_torch_freeze(
+    how: str, net: Net, tmp_path: Path
+) -> None:
+    freeze(net)
+    net.train()
+    x, path, values = batch(), tmp_path / "model.pt2", tmp_path / "values"
+    jit: Any = torch.jit
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if how == "export":
+            torch.export.save(torch.export.export(net, (x,)), path)
+        else:
+            jit.save(jit.trace(net, x) if how == "trace" else jit.script(net), path)
+            with zipfile.ZipFile(path) as archive:
+                code = [archive.read(name) for name in archive.namelist() if name.endswith(".py")]
+            assert code and not any(_record.KEY.encode() in part for part in code)
+    torch.save((x, net(x)), values)
+    without_torch_freeze(
+        f"""
+x, expected = torch.load(sys.argv[2])
+if {how == "export"}:
+    model = torch.export.load(sys.argv[1]).module()
+else:
+    model = torch.jit.load(sys.argv[1])
+before = {{name: value.clone() for name, value in model.state_dict().items()}}
+assert torch.allclose(model(x), expected, atol=1e-6)
+assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+""",
+        path,
+        values,
+    )
+
+
 @pytest.mark.parametrize("norm", NO_NORMS)
 def test_layers_without_running_statistics_are_left_alone(norm: str) -> None:
     model = with_norm(NO_NORMS[norm])
     before = {name: set(vars(m)) for name, m in model.named_modules()}
     assert freeze(model).held == ()
     assert all(m.training for m in model.modules())
-    assert {name: set(vars(m)) for name, m in model.named_modules()} == before
+    # What freeze froze is noted; nothing else is added.
+    assert {name: set(vars(m)) - {_record.KEY} for name, m in model.named_modules()} == before
 
 
 def test_a_held_norm_runs_its_own_forward_without_hooks() -> None:
@@ -706,10 +877,25 @@ def test_a_held_norm_runs_its_own_forward_without_hooks() -> None:
     before = dict(vars(norm))
     freeze(norm)
     differs = {k for k, v in vars(norm).items() if k not in before or v is not before[k]}
-    assert differs == {"train", "training"}
+    assert differs == {"train", "training", _record.KEY}
     assert type(norm) is nn.BatchNorm2d and "forward" not in vars(norm)
     assert not norm._forward_hooks and not norm._forward_pre_hooks and not norm._backward_hooks
     assert set(norm.state_dict()) == set(nn.BatchNorm2d(3).state_dict())
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_row_14_hold_norm_false_ends_a_hold(mode: bool, net: Net) -> None:
+    freeze(net)
+    net.train(mode)
+    result = freeze(net, "layers.0", hold_norm=False)
+    assert result.released == ("layers.0.bn", "layers.0.plain_bn")
+    assert (result.changed, result.held) == ((), ())
+    assert "0 changed, 2 norms released" in str(result)
+    assert {n for n, m in net.named_modules() if held_by(m)} == {"layers.1.bn", "layers.1.plain_bn"}
+    assert net.layers[0].bn.training == net.layers[0].plain_bn.training == mode
+    with frozen(net, "layers.1", hold_norm=False):
+        assert net.layers[1].bn.training == mode
+    assert held_by(net.layers[1].bn) is not None and not net.layers[1].bn.training
 
 
 def test_row_14_hold_norm_false_leaves_norms_in_their_own_mode(net: Net) -> None:
