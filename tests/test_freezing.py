@@ -6,6 +6,7 @@ import copy
 import copyreg
 import gc
 import io
+import json
 import pickle
 import re
 import subprocess
@@ -32,6 +33,10 @@ from torch_freeze import (
     freeze,
     freeze_except,
     frozen,
+    frozen_state_dict,
+    gradual_unfreeze,
+    load_frozen_state_dict,
+    rotate,
     unfreeze,
 )
 from torch_freeze._hold import HeldTrain, held_by
@@ -1067,6 +1072,225 @@ def test_the_norms_of_a_scripted_model_are_held() -> None:
     unfreeze(model)
     model(torch.randn(5, 2))
     assert "1.running_mean" in changed(model, before)
+
+
+# --- what the model itself keeps frozen -----------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Fixed positions beside what trains, as Whisper's encoder has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 4)
+        self.positions = nn.Embedding(3, 4)
+        self.positions.requires_grad_(False)
+        self.layers: Any = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+
+class Keeps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+        self.head = nn.Linear(4, 2)
+
+
+FIXED = "encoder.positions.weight"
+EMBED, POSITIONS, LAYERS = "encoder.embed", "encoder.positions", "encoder.layers"
+
+# What leaves the positions frozen and everything else trainable.
+KEPT: dict[str, Callable[[Any], Any]] = {
+    "everything": lambda m: (freeze(m), unfreeze(m)),
+    "everything, twice each": lambda m: (freeze(m), freeze(m), unfreeze(m), unfreeze(m)),
+    "a part": lambda m: (freeze(m, "encoder"), unfreeze(m, "encoder")),
+    "by a glob": lambda m: (freeze(m, "enc*"), unfreeze(m, "enc*")),
+    "a module as the model": lambda m: (freeze(m.encoder), unfreeze(m)),
+    "all but the head": lambda m: (freeze_except(m, "head"), unfreeze(m)),
+    "a part, then everything": lambda m: (freeze(m, "encoder.embed"), freeze(m), unfreeze(m)),
+    "what lies beside it first": lambda m: (
+        freeze(m, "encoder.embed", "encoder.layers", "head"),
+        freeze(m),
+        unfreeze(m),
+    ),
+    "named, but beside others": lambda m: (freeze(m, "encoder.embed", FIXED), unfreeze(m)),
+    "named in a list of others": lambda m: (
+        freeze(m),
+        unfreeze(m, ["encoder", "head", "encoder.positions"]),
+    ),
+    "its parameters in one list": lambda m: (
+        freeze(m, m.parameters()),
+        unfreeze(m, m.parameters()),
+    ),
+    "what is named and what is not": lambda m: (
+        freeze(m),
+        unfreeze(m, exclude="head"),
+        unfreeze(m),
+    ),
+    "frozen within frozen": lambda m: _frozen_and_thawed_within(m),
+    "a deep copy": lambda m: (freeze(m), _become(m, copy.deepcopy(m)), unfreeze(m)),
+    "a pickle": lambda m: (freeze(m), _become(m, _pickled(m)), freeze(m), unfreeze(m)),
+    "a compiled model": lambda m: (freeze(torch.compile(m)), unfreeze(m)),
+    "a state saved and loaded": lambda m: (
+        freeze(m),
+        _become(m, _resumed(m)),
+        freeze(m),
+        unfreeze(m),
+    ),
+    "a schedule's table": lambda m: run(FreezeSchedule(m, {0: ["encoder"], 1: []}), 2),
+    "a schedule's groups": lambda m: run(
+        gradual_unfreeze(
+            m,
+            [[EMBED, POSITIONS], f"{LAYERS}.0", f"{LAYERS}.1", "head"],
+        ),
+        4,
+    ),
+    "a schedule's last group, which it never freezes": lambda m: run(
+        gradual_unfreeze(m, ["head", "encoder"]), 2
+    ),
+    "a rotation": lambda m: (
+        run(rotate(m, ["encoder", "head"], k=1, every=1), 6),
+        unfreeze(m),
+    ),
+}
+
+
+def run(schedule: FreezeSchedule, units: int) -> None:
+    for _ in range(units):
+        schedule.step()
+        assert FIXED not in trains(schedule.model)
+
+
+def _frozen_and_thawed_within(model: nn.Module) -> None:
+    with frozen(model):
+        unfreeze(model)
+        assert trains(model) == names(model, "") - {FIXED}
+
+
+def _become(model: nn.Module, other: nn.Module) -> None:
+    vars(model).update(vars(other))
+
+
+def _resumed(model: nn.Module) -> nn.Module:
+    fresh = Keeps()
+    load_frozen_state_dict(fresh, json.loads(json.dumps(frozen_state_dict(model))))
+    return fresh
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_unfreezing_leaves_what_freeze_found_frozen(case: str) -> None:
+    model = Keeps()
+    KEPT[case](model)
+    assert trains(model) == names(model, "") - {FIXED}
+
+
+# What ends with everything trainable.
+THAWED: dict[str, Callable[[Any], Any]] = {
+    "its own name": lambda m: (freeze(m), unfreeze(m, FIXED), unfreeze(m)),
+    "its own name beside others": lambda m: (freeze(m), unfreeze(m, "encoder", FIXED, "head")),
+    "itself": lambda m: (freeze(m), unfreeze(m, m.encoder.positions.weight, m)),
+    "the module that holds it alone": lambda m: (freeze(m), unfreeze(m, "*.positions", m)),
+    "that module as the model": lambda m: (freeze(m), unfreeze(m.encoder.positions), unfreeze(m)),
+    "every parameter by itself": lambda m: (freeze(m), unfreeze(m, *m.parameters())),
+    "without a freeze before": lambda m: unfreeze(m),
+    "a freeze that is over": lambda m: (_frozen_for_a_moment(m), unfreeze(m)),
+    "a freeze of nothing else": lambda m: (freeze(m, FIXED), unfreeze(m)),
+    "everything frozen by hand before": lambda m: (
+        m.requires_grad_(False),
+        freeze(m),
+        unfreeze(m),
+    ),
+    "trained by hand in between": lambda m: (
+        freeze(m),
+        m.encoder.positions.requires_grad_(True),
+        freeze(m),
+        unfreeze(m),
+    ),
+    "a schedule of what was frozen by hand": lambda m: (
+        m.encoder.requires_grad_(False),
+        thaws(gradual_unfreeze(m, [EMBED, [POSITIONS, LAYERS], "head"])),
+    ),
+    "a schedule whose first group was frozen by hand": lambda m: (
+        m.encoder.embed.requires_grad_(False),
+        thaws(gradual_unfreeze(m, [EMBED, POSITIONS, LAYERS, "head"])),
+    ),
+    "a schedule whose last group was frozen by hand but for the head": lambda m: (
+        m.requires_grad_(False),
+        m.head.requires_grad_(True),
+        thaws(gradual_unfreeze(m, [EMBED, [POSITIONS, LAYERS, "head"]])),
+    ),
+    "a rotation over what was frozen by hand": lambda m: (
+        m.encoder.requires_grad_(False),
+        thaws(rotate(m, [EMBED, POSITIONS, f"{LAYERS}.*"], k=4, every=1, always="head")),
+    ),
+    "a state in which it trains": lambda m: (
+        freeze(m),
+        load_frozen_state_dict(m, frozen_state_dict(Keeps().requires_grad_(True))),
+    ),
+}
+
+
+def thaws(schedule: FreezeSchedule) -> None:
+    for _ in range(4):
+        schedule.step()
+
+
+def _frozen_for_a_moment(model: nn.Module) -> None:
+    with frozen(model):
+        pass
+    assert not any(_record.KEY in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("case", THAWED)
+def test_unfreezing_thaws_what_was_frozen_by_hand_or_is_named_by_itself(case: str) -> None:
+    model = Keeps()
+    THAWED[case](model)
+    assert trains(model) == names(model, "")
+
+
+def test_the_reports_name_what_was_found_frozen() -> None:
+    model = Keeps()
+    (note,) = freeze(model).notes
+    assert note.startswith(f"{FIXED} was frozen already, so unfreeze leaves it frozen")
+    assert freeze(model).notes == ()
+    result = unfreeze(model)
+    (note,) = result.notes
+    assert note.startswith(f"{FIXED} was frozen before freeze was called and stays frozen")
+    assert FIXED in result.matched and FIXED not in result.changed
+    assert result.frozen_names == (FIXED,)
+    # What the note says to do.
+    assert f"name it by itself: unfreeze(model, {FIXED!r})" in note
+    assert unfreeze(model, FIXED).notes == ()
+    several = nn.Sequential(*(nn.Linear(1, 1) for _ in range(4)))
+    several[:3].requires_grad_(False)
+    assert freeze(several).notes[0].startswith("0.weight, 0.bias, 1.weight and 3 more were frozen")
+    assert "more were frozen before freeze was called and stay" in unfreeze(several).notes[0]
+
+
+def test_what_is_left_frozen_is_left_under_all_its_names() -> None:
+    model = Tied()
+    model.embed.weight.requires_grad_(False)
+    freeze(model.head)
+    freeze(model)
+    result = unfreeze(model, "head")
+    assert trains(model) == {"head.bias"}
+    assert not any("trainable too" in note for note in result.notes)
+    unfreeze(model, "body")
+    assert trains(model) == names(model, "head.bias", "body")
+
+
+def test_a_norm_that_was_frozen_by_hand_is_given_back_as_it_was(net: Net) -> None:
+    net.layers[0].requires_grad_(False)
+    before = trains(net)
+    assert len(freeze(net).held) == len(unfreeze(net).released) == 4
+    assert trains(net) == before and all(m.training for m in net.modules())
+
+
+def test_what_cannot_train_may_be_frozen_and_unfrozen_with_the_rest() -> None:
+    model = nn.Linear(2, 2)
+    model.packed = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    freeze(model)
+    unfreeze(model)
+    assert trains(model) == {"weight", "bias"}
 
 
 # --- compiled and wrapped models -----------------------------------------------------------------
