@@ -18,6 +18,7 @@ from torch_freeze import (
     freeze,
     freeze_except,
     frozen,
+    gradual_unfreeze,
     guard,
     report,
     rotate,
@@ -630,3 +631,91 @@ def test_audit_says_in_a_few_lines_what_is_the_matter_with_many_parameters_of(ca
         if len(finding.names) > 1:
             assert finding.parameter in modules
             assert f"has {len(finding.names)}" in finding.sentence
+
+
+def whisper() -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.WhisperConfig(
+        d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=20,
+        num_mel_bins=4, max_source_positions=8, max_target_positions=8, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )  # fmt: skip
+    example = {"input_features": torch.randn(1, 4, 16), "labels": torch.arange(3, 8)[None]}
+    return transformers.WhisperForConditionalGeneration(config), lambda m: m(**example).loss
+
+
+def vit_mae() -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        image_size=8, patch_size=4, decoder_hidden_size=16, decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2, decoder_intermediate_size=16,
+    )  # fmt: skip
+    image = torch.randn(1, 3, 8, 8)
+    return transformers.ViTMAEForPreTraining(config), lambda m: m(image).loss
+
+
+def faster_rcnn() -> Any:
+    detection = pytest.importorskip("torchvision").models.detection
+    backbone = detection.backbone_utils.resnet_fpn_backbone(
+        backbone_name="resnet18", weights=None, trainable_layers=3
+    )
+    model = detection.FasterRCNN(backbone, num_classes=2, min_size=64, max_size=64)
+    target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+    image = torch.rand(3, 64, 64)
+    return model, lambda m: sum(m([image], [target]).values())
+
+
+# name: (model and loss, how many parameters it keeps frozen, groups that a schedule may take)
+KEEPING: dict[str, tuple[Callable[[], Any], int, list[Any]]] = {
+    "Whisper": (
+        whisper,
+        1,
+        [
+            [f"model.encoder.{part}" for part in ("conv1", "conv2", "embed_positions")],
+            ["model.encoder.layers", "model.encoder.layer_norm"],
+            "model.decoder",
+        ],
+    ),
+    "ViTMAE": (vit_mae, 2, ["vit", "decoder"]),
+    "Faster R-CNN": (faster_rcnn, 5, ["backbone", ["rpn", "roi_heads"]]),
+}
+
+
+@pytest.mark.parametrize("case", KEEPING)
+def test_what_the_model_itself_keeps_frozen_stays_so_on(case: str) -> None:
+    make, count, groups = KEEPING[case]
+    torch.manual_seed(0)
+    model, loss = make()
+    own = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert len(own) == count
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = FrozenAwareSGD(model.parameters(), lr=0.01, weight_decay=0.1)
+
+    def check_and_step() -> None:
+        assert {n for n, p in model.named_parameters() if not p.requires_grad} == own
+        optimizer.zero_grad()
+        loss(model.train()).backward()
+        optimizer.step()
+        assert {n for n, p in model.named_parameters() if torch.equal(p, before[n])} >= own
+
+    freeze(model)
+    noted = unfreeze(model).notes[0]
+    assert min(own) in noted or " more were frozen before" in noted
+    check_and_step()
+    schedule = gradual_unfreeze(model, groups)
+    for _ in groups:
+        schedule.step()
+        assert not own & {n for n, p in model.named_parameters() if p.requires_grad}
+    check_and_step()
+    freeze_except(model, groups[-1])
+    with frozen(model):
+        unfreeze(model)
+        check_and_step()
+    unfreeze(copy.deepcopy(model), groups)
+    unfreeze(model, groups)
+    check_and_step()
+    unfreeze(model, *own)
+    assert all(p.requires_grad for p in model.parameters())
