@@ -41,6 +41,7 @@ from torch_freeze import (
 )
 from torch_freeze._hold import HeldTrain, held_by
 from torch_freeze._select import Tree
+from torch_freeze.integrations._common import check_ddp
 
 
 class Block(nn.Module):
@@ -359,6 +360,24 @@ def test_row_18_wrong_kinds_raise_a_type_error(case: str, net: Net) -> None:
     call, said = WRONG[case]
     with pytest.raises(TypeError, match=said):
         call(net)
+
+
+def test_one_is_singular_and_more_are_plural() -> None:
+    model = nn.PReLU()
+    result = freeze(model)
+    assert str(result).startswith(
+        "freeze: 1 parameter named, 1 changed\nPReLU: 1 parameter, 0 trainable, 1 frozen"
+    )
+    assert repr(result).startswith("<FreezeReport of PReLU: 1 parameter, 1 frozen")
+    with pytest.raises(ValueError, match=r"is true for none of the model's 1 parameter\.$"):
+        freeze(model, lambda name, p: False)
+    assert str(freeze(nn.Linear(2, 1))).startswith("freeze: 2 parameters named, 2 changed\n")
+    assert ", 1 norm held\n" in str(freeze(nn.BatchNorm1d(1)))
+    (note,) = torch_freeze.report(nn.LazyLinear(1, bias=False)).notes
+    assert note == "the lazy parameter weight has no shape yet and counts as 0"
+    shared = nn.ModuleList([nn.PReLU() for _ in range(9)])
+    twice = nn.ModuleList([shared, shared])
+    assert "tied: 1 more tensor has several names" in str(torch_freeze.report(twice))
 
 
 # --- freezing and its opposite -------------------------------------------------------------------
@@ -1181,6 +1200,33 @@ def test_unfreezing_leaves_what_freeze_found_frozen(case: str) -> None:
     model = Keeps()
     KEPT[case](model)
     assert trains(model) == names(model, "") - {FIXED}
+
+
+def test_under_ddp_a_schedule_asks_for_what_it_thaws_alone() -> None:
+    def check(schedule: FreezeSchedule) -> None:
+        check_ddp(
+            schedule,
+            "callback",
+            finds_unused=True,
+            static_graph=False,
+            to_find_unused="",
+            to_be_dynamic="",
+        )
+
+    for make in (
+        lambda m: FreezeSchedule(m, {0: ["encoder"], 1: []}),
+        lambda m: gradual_unfreeze(m, ["head", "encoder"]),
+        lambda m: rotate(m, ["encoder", "head"], k=1, every=1),
+    ):
+        model = Keeps()
+        schedule = make(model)
+        check(schedule)
+        schedule.step()
+        assert FIXED not in trains(model)
+        model = Keeps()
+        model.requires_grad_(False)
+        with pytest.raises(RuntimeError, match=r"frozen when DistributedDataParallel wrapped"):
+            check(make(model))
 
 
 # What ends with everything trainable.

@@ -42,6 +42,7 @@ def test_every_block_of_code_is_run_by_one_of_these_tests() -> None:
         "Lightning",
         "Transformers",
         "Accelerate",
+        "Resuming",
         "torch.distributed.checkpoint",
     }
 
@@ -114,6 +115,30 @@ def test_accelerate(tmp_path: Path) -> None:
     first.load_state(str(tmp_path))
     assert [layer.weight.requires_grad for layer in layers.values()] == [False, False, True]
     assert names["accelerator"].ddp_handler.find_unused_parameters
+
+
+def test_resuming(tmp_path: Path) -> None:
+    def build() -> tuple[Any, FrozenAwareSGD]:
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        return model, FrozenAwareSGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    model, optimizer = build()
+    freeze(model, "0", "1")
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    names = run(
+        "Resuming",
+        model=model,
+        optimizer=optimizer,
+        build=build,
+        path=tmp_path / "checkpoint",
+        torch=torch,
+    )
+    resumed = names["model"]
+    assert resumed is not model
+    assert [p.requires_grad for p in resumed.parameters()] == [False] * 4 + [True] * 2
+    assert not resumed.train()[1].training
+    assert len(names["optimizer"].state) == 2
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")

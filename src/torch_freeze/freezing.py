@@ -348,23 +348,13 @@ def chill(
     """Freeze a selection, and note what of it was frozen already beside what was not."""
     if known is None:
         known = _record.read(tree)
-    change = Change()
-    beside = False
+    change = Change(found=_found_beside(selection, known))
     for entry in selection.params.values():
-        parameter = entry.parameter
-        if parameter.requires_grad:
-            parameter.requires_grad = False
+        if entry.parameter.requires_grad:
+            entry.parameter.requires_grad = False
             change.params.append(entry)
-            beside = True
-        elif (froze := known.get(id(parameter))) is None:
-            change.found.append(entry)
-        elif froze:
-            beside = True
-        if parameter.grad is not None:
-            parameter.grad = None
-    if not beside:
-        # All of it was frozen by hand: nothing tells the model's own from the user's.
-        change.found.clear()
+        if entry.parameter.grad is not None:
+            entry.parameter.grad = None
     marks = {id(entry.parameter): True for entry in change.params}
     marks.update((id(entry.parameter), False) for entry in change.found)
     _record.write(tree, marks)
@@ -374,6 +364,22 @@ def chill(
     else:
         change.released = [norm for norm in norms if _hold.release(norm.module)]
     return change
+
+
+def _found_beside(selection: Selection, known: Mapping[int, bool]) -> list[ParamEntry]:
+    """What freezing a selection finds frozen, beside what it freezes or has frozen before.
+
+    Where all of it was frozen by hand, nothing tells the model's own from the user's.
+    """
+    found, beside = [], False
+    for entry in selection.params.values():
+        if entry.parameter.requires_grad:
+            beside = True
+        elif (froze := known.get(id(entry.parameter))) is None:
+            found.append(entry)
+        elif froze:
+            beside = True
+    return found if beside else []
 
 
 def thaw(
@@ -574,35 +580,52 @@ def set_frozen(
 
     What the model itself keeps frozen stays so: see `unfreeze`.
     """
-    rest = Selection(dict(managed.params), dict(managed.modules), heads=dict(managed.heads))
-    rest.units = managed.units
-    subtract(rest, frozen_set)
+    rest = _rest(managed, frozen_set)
     known = _record.read(tree)
-    _note_found(tree, rest, managed, known)
+    kept = _kept_in_modules(tree, rest, managed, known)
+    _record.write(tree, kept)
+    known.update(kept)
     thawed = thaw(tree, rest, frozen_set, caller, known)
     chilled = chill(tree, frozen_set, rest, hold_norm, known)
     _warn_ddp(tree, caller, thawed=thawed.params, chilled=chilled.params, stacklevel=4)
     return bool(thawed or chilled)
 
 
-def _note_found(tree: Tree, rest: Selection, managed: Selection, known: dict[int, bool]) -> None:
-    """Before a schedule thaws what `freeze` never came to: note what a named module keeps frozen.
+def never_thawed(tree: Tree, frozen_set: Selection, managed: Selection) -> set[int]:
+    """What a schedule that goes on with `frozen_set` leaves frozen, by `id` of the ParamEntry."""
+    known = _record.read(tree)
+    known.update(_kept_in_modules(tree, _rest(managed, frozen_set), managed, known))
+    known.update((id(e.parameter), False) for e in _found_beside(frozen_set, known))
+    return _left_frozen(managed, known)
 
-    A module that is frozen as a whole was frozen by hand, and is thawed.
+
+def _rest(managed: Selection, frozen_set: Selection) -> Selection:
+    rest = Selection(dict(managed.params), dict(managed.modules), heads=dict(managed.heads))
+    rest.units = managed.units
+    subtract(rest, frozen_set)
+    return rest
+
+
+def _kept_in_modules(
+    tree: Tree, rest: Selection, managed: Selection, known: Mapping[int, bool]
+) -> dict[int, bool]:
+    """Marks for what a schedule names to be thawed though the module named keeps it frozen.
+
+    That is what `freeze` never came to, beside what trains. A module that is frozen as a whole was
+    frozen by hand, and is thawed.
     """
     unknown = {
         id(entry.parameter)
         for entry in rest.params.values()
         if not entry.parameter.requires_grad and id(entry.parameter) not in known
     }
-    if not unknown:
-        return
     marks: dict[int, bool] = {}
+    if not unknown:
+        return marks
     for head in managed.heads.values():
         if any(id(above) in managed.heads for above in tree.above(head)):
             continue
         params = [entry.parameter for entry in head.parameters()]
         if any(p.requires_grad or known.get(id(p)) for p in params):
             marks.update((id(p), False) for p in params if id(p) in unknown)
-    known.update(marks)
-    _record.write(tree, marks)
+    return marks

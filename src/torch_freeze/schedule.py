@@ -35,9 +35,10 @@ class FreezeSchedule:
     """A table of what is frozen from which epoch or step on.
 
     The parameters that any entry names are managed: at each entry those it names become frozen
-    and the other managed ones trainable. Parameters that no entry names stay as they are. No
-    optimizer is touched: with FrozenAwareSGD over all parameters, learning-rate schedulers,
-    checkpoints and param groups never notice.
+    and the other managed ones trainable. Parameters that no entry names stay as they are, and so
+    does what the model itself keeps frozen (see `unfreeze`). No optimizer is touched: with
+    FrozenAwareSGD over all parameters, learning-rate schedulers, checkpoints and param groups never
+    notice.
 
     Args:
         model: the model; DDP-wrapped or compiled ones too.

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from torch_freeze._select import ParamEntry, Selector, Tree, select
+from torch_freeze.freezing import never_thawed
 from torch_freeze.schedule import FreezeSchedule, RotationSchedule
 
 #: A table {epoch: what is frozen from there on}, or what makes a schedule once the model is there.
@@ -71,7 +72,13 @@ def check_ddp(
     if static_graph:
         raise RuntimeError(f"{changes}been told that the graph never changes. {to_be_dynamic}")
     tree = Tree(schedule.model)
-    unknown = [e.name for e in _freed(schedule, tree) if not e.parameter.requires_grad]
+    now = schedule._frozen_at(tree, max(schedule.last, 0))
+    kept = never_thawed(tree, now, schedule._managed(tree))
+    unknown = [
+        entry.name
+        for entry in _freed(schedule, tree)
+        if not entry.parameter.requires_grad and id(entry) not in kept
+    ]
     if unknown:
         was_or_were = "was" if len(unknown) == 1 else "were"
         raise RuntimeError(
