@@ -277,7 +277,7 @@ def _call_report(tree: Tree, action: str, selection: Selection, change: Change) 
     thawing = action == "unfreeze"
     left = {id(entry) for entry in change.found} if thawing else set()
     notes = _half_named(tree, selection, "trainable" if thawing else "frozen", left)
-    if change.found:
+    if change.found and action != "frozen":
         notes += (_found_frozen(change.found, thawing),)
     return build_report(
         tree,
