@@ -22,7 +22,6 @@ import setuptools
 import torch
 
 import torch_freeze
-from torch_freeze import _build
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTALL = "-m pip install --no-build-isolation"

@@ -181,15 +181,16 @@ import importlib, pathlib, warnings
 import torch, torch_freeze
 
 folder = pathlib.Path(torch_freeze.__file__).parent
-for path in folder.glob("*.py"):
-    importlib.import_module("torch_freeze" if path.stem == "__init__" else f"torch_freeze.{path.stem}")
+for path in set(folder.glob("*.py")) - {folder / "__init__.py"}:
+    importlib.import_module(f"torch_freeze.{path.stem}")
 assert all(hasattr(torch_freeze, name) for name in torch_freeze.__all__)
 assert not torch_freeze.build_info().compiled
 
 
 def train(make, freeze):
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    layers = torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+    model = torch.nn.Sequential(*layers)
     optimizer = make(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     for i in range(6):
         optimizer.zero_grad()
@@ -224,7 +225,8 @@ theirs, _ = train(stock, by_hand)
 assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
-optimizer = torch_freeze.FrozenAwareSGD(model.parameters(), momentum=0.9, frozen_momentum="drop", fused=True)
+options = {"momentum": 0.9, "frozen_momentum": "drop", "fused": True}
+optimizer = torch_freeze.FrozenAwareSGD(model.parameters(), **options)
 model(torch.ones(3, 8)).sum().backward()
 optimizer.step()
 with torch_freeze.guard(model):

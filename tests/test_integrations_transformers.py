@@ -346,7 +346,7 @@ def test_steps_in_backward_want_a_trainer_that_does_not_clip(tmp_path: Path) -> 
             other = make_model()
             clipped = FrozenAwareSGD(other.parameters(), lr=0.1, step_in_backward=True)
             with pytest.raises(
-                RuntimeError, match="max_grad_norm=0 .*_get_grad_norm is overridden"
+                RuntimeError, match=r"max_grad_norm=0 .*_get_grad_norm is overridden"
             ):
                 train(tmp_path, other, [], optimizer=clipped, num_train_epochs=1)
         train(
