@@ -21,7 +21,13 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Mode
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
 import torch_freeze  # noqa: E402
-from torch_freeze import FrozenAwareSGD, gradual_unfreeze, rotate  # noqa: E402
+from torch_freeze import (  # noqa: E402
+    AdvanceOnPlateau,
+    FreezeSchedule,
+    FrozenAwareSGD,
+    gradual_unfreeze,
+    rotate,
+)
 from torch_freeze.integrations.lightning import FreezeCallback  # noqa: E402
 
 BATCHES = 3
@@ -233,6 +239,118 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_has_its_frozen_set(tmp_path: Pa
     assert len(net.trained) == BATCHES - 1
 
 
+# --- schedules that follow a metric --------------------------------------------------------------
+
+
+class Scored(Net):
+    """A Net whose validations have the scores given, one after the other."""
+
+    def __init__(self, scores: list[float], **options: Any) -> None:
+        super().__init__(**options)
+        self.scores = scores
+        self.seen: list[dict[str, Tensor]] = []
+
+    def val_dataloader(self) -> Any:
+        return data()
+
+    def validation_step(self, batch: Tensor) -> None:
+        if not self.trainer.sanity_checking:
+            self.log("score", float(self.scores[self.current_epoch]))
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        assert self.backbone[1].training == self.backbone[0].weight.requires_grad
+        loss = super().training_step(batch)
+        self.log("loss", loss, on_epoch=True, on_step=False)
+        return loss
+
+    def on_train_epoch_start(self) -> None:
+        self.seen.append(weights(self))
+
+
+def plateau(**arguments: Any) -> FreezeCallback:
+    groups = [["backbone.0", "backbone.1"], "backbone.3", "head"]
+    return FreezeCallback(
+        schedule=lambda m: AdvanceOnPlateau(
+            gradual_unfreeze(m, groups), "max", patience=0, **arguments
+        ),
+        monitor="score",
+    )
+
+
+PHASES = [(False, False, True), (False, True, True), (True, True, True)]
+
+
+def test_a_schedule_follows_the_metric_and_stops_the_trainer_at_its_end() -> None:
+    net, callback = Scored([1, 2, 2, 3, 3, 3, 9, 9]), plateau()
+    trainer = fit(net, callback, 8)
+    expected = [0, 0, 0, 1, 1, 2]
+    assert net.trained == [PHASES[phase] for phase in expected for _ in range(BATCHES)]
+    assert callback.schedule is not None
+    assert callback.schedule.last == trainer.current_epoch == 6
+
+
+def test_a_schedule_follows_a_metric_of_training() -> None:
+    net = Scored([])
+    callback = FreezeCallback(
+        schedule=lambda m: AdvanceOnPlateau(
+            gradual_unfreeze(m, ["backbone", "head"]), patience=9, max_evals=2
+        ),
+        monitor="loss",
+    )
+    trainer = fit(net, callback, 9, limit_val_batches=0)
+    assert trainer.current_epoch == 4
+    assert net.trained == [PHASES[0]] * (2 * BATCHES) + [PHASES[2]] * (2 * BATCHES)
+
+
+@pytest.mark.parametrize(
+    ("options", "phases"),
+    [
+        pytest.param({"val_check_interval": 2}, [5, 3, 3], id="within an epoch"),
+        pytest.param({"check_val_every_n_epoch": 2}, [12, 6, 6], id="every other epoch"),
+    ],
+)
+def test_a_schedule_is_stepped_after_every_validation(
+    options: dict[str, int], phases: list[int]
+) -> None:
+    net, callback = Scored([1.0] * 9), plateau()
+    fit(net, callback, 9, **options)
+    assert net.trained == [PHASES[i] for i, batches in enumerate(phases) for _ in range(batches)]
+    assert callback.schedule is not None and callback.schedule.last == 4
+
+
+@pytest.mark.parametrize("unit", ["epoch", "step"])
+def test_a_norm_has_its_own_mode_again_after_validations(unit: Any) -> None:
+    every = 1 if unit == "epoch" else BATCHES - 1
+    entries = {0: ["backbone"], every: [], 2 * every: ["backbone"], 3 * every: []}
+    net = Scored([1.0] * 5)
+    callback = FreezeCallback(schedule=lambda m: FreezeSchedule(m, entries, unit))
+    fit(net, callback, 5)  # Scored compares the norm's mode with what is frozen
+    assert len(set(net.trained)) == 2
+    assert net.backbone[1].training
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+def test_a_resumed_run_goes_on_in_its_phase_with_the_best_weights(
+    tmp_path: Path, stop: int
+) -> None:
+    scores = [1.0, 3, 2, 4, 1, 2, 2]
+    whole = Scored(scores)
+    callback = plateau(restore_best=True)
+    fit(whole, callback, 7)
+    # Back to the best of epoch 1 after epoch 2, to that of epoch 3 after epochs 4 and 5.
+    assert_equal(whole.seen[3], whole.seen[2])
+    assert_equal(whole.seen[5], whole.seen[4])
+    assert_equal(weights(whole), whole.seen[4])
+    first = Scored(scores)
+    fit(first, plateau(restore_best=True), stop).save_checkpoint(tmp_path / "run.ckpt")
+    second, resumed = Scored(scores), plateau(restore_best=True)
+    fit(second, resumed, 7, tmp_path / "run.ckpt")
+    assert_equal(weights(second), weights(whole))
+    assert first.trained + second.trained == whole.trained
+    assert resumed.schedule is not None and callback.schedule is not None
+    assert str(resumed.schedule) == str(callback.schedule)
+
+
 def test_the_report_is_logged_when_what_is_frozen_changes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -266,6 +384,21 @@ def test_log_false_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
         pytest.param(
             lambda: FreezeCallback(schedule=lambda m: None), TypeError, "NoneType",  # type: ignore
             id="no schedule made",
+        ),
+        pytest.param(
+            lambda: FreezeCallback(schedule={0: ["backbone"]}, monitor="loss"),
+            ValueError, "a FreezeSchedule watches no metric", id="a metric for a table",
+        ),
+        pytest.param(
+            lambda: FreezeCallback("backbone", monitor="loss"),
+            ValueError, "no schedule", id="a metric without a schedule",
+        ),
+        pytest.param(
+            lambda: FreezeCallback(schedule=lambda m: AdvanceOnPlateau(gradual_unfreeze(m, ["*"]))),
+            ValueError, "needs the name of a metric. Give monitor=", id="no metric",
+        ),
+        pytest.param(
+            plateau, ValueError, "'score' is not logged; nothing is", id="an unknown metric",
         ),
     ],
 )  # fmt: skip

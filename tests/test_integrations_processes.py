@@ -19,7 +19,13 @@ import torch
 from processes import World, world_of
 from torch import Tensor, nn
 
-from torch_freeze import FreezeSchedule, FrozenAwareSGD, gradual_unfreeze, rotate
+from torch_freeze import (
+    AdvanceOnPlateau,
+    FreezeSchedule,
+    FrozenAwareSGD,
+    gradual_unfreeze,
+    rotate,
+)
 
 dist = torch.distributed
 pytestmark = pytest.mark.skipif(
@@ -42,6 +48,12 @@ SCHEDULES: dict[str, Any] = {
     "a rotation by steps": lambda m: rotate(m, LAYERS, k=1, every=2, always="head", seed=1),
     "gradual unfreezing by steps": lambda m: gradual_unfreeze(m, [*LAYERS, "head"], 2, unit="step"),
 }
+
+
+def on_a_metric(model: nn.Module) -> AdvanceOnPlateau:
+    """Phases that end where the loss has not gone up, and go back to the best weights."""
+    groups = gradual_unfreeze(model, [*LAYERS, "head"])
+    return AdvanceOnPlateau(groups, "max", patience=0, restore_best=True)
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
@@ -142,13 +154,18 @@ def on_lightning(
 
     class Module(Net, pl.LightningModule):
         def training_step(self, x: Tensor) -> Tensor:
-            return self(x)["loss"]
+            loss: Tensor = self(x)["loss"]
+            self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=how != "not averaged")
+            return loss
 
         def configure_optimizers(self) -> Any:
             return FrozenAwareSGD(self.parameters(), **HYPER)
 
     model = Module()
     plan = spoil(model, how) if how else SCHEDULES.get(schedule or "")
+    monitor = None
+    if schedule == "a metric":
+        plan, monitor = on_a_metric, "loss"
     # Without a schedule DDP needs no setting: what is frozen is frozen before it wraps.
     unused_too = plan is not None and how != "unused gradients not looked for"
     ddp = DDPStrategy(find_unused_parameters=unused_too, static_graph=how == "a static graph")
@@ -157,7 +174,9 @@ def on_lightning(
         accelerator="cpu",
         devices=SIZE if device else 1,
         strategy=ddp if device else "auto",
-        callbacks=FreezeCallback(*([] if plan else ["body.0"]), schedule=plan, log=False),
+        callbacks=FreezeCallback(
+            *([] if plan else ["body.0"]), schedule=plan, monitor=monitor, log=False
+        ),
         use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
@@ -187,6 +206,17 @@ class TestLightning:
     @pytest.mark.parametrize("schedule", [*SCHEDULES, None])
     def test_a_fit_equals_one_process(self, world: World, schedule: str | None) -> None:
         assert_as_one(world.run(on_lightning, schedule), on_lightning("", schedule))
+
+    def test_a_metric_that_is_averaged_changes_phase_on_all_ranks(self, world: World) -> None:
+        one = on_lightning("", "a metric")
+        assert len(set(one["trained"])) == 3
+        assert_as_one(world.run(on_lightning, "a metric"), one)
+
+    def test_a_metric_that_differs_between_ranks_is_refused(self, world: World) -> None:
+        for result in world.run(on_lightning, "a metric", "not averaged"):
+            assert "the metric of rank 1 is" in result["raised"], result
+            assert "Log 'loss' with sync_dist=True." in result["raised"]
+            assert len(result["trained"]) == BATCHES
 
     def test_accumulated_batches_are_one_step_on_all_ranks(self, world: World) -> None:
         options = {"accumulate_grad_batches": 2}

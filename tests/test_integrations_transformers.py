@@ -20,7 +20,7 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from torch_freeze import FrozenAwareSGD, gradual_unfreeze, rotate  # noqa: E402
+from torch_freeze import AdvanceOnPlateau, FrozenAwareSGD, gradual_unfreeze, rotate  # noqa: E402
 from torch_freeze.integrations.transformers import FreezeTrainerCallback  # noqa: E402
 
 LAYERS = ["bert.encoder.layer.0", "bert.encoder.layer.1", "bert.encoder.layer.2"]
@@ -69,9 +69,11 @@ def train(
     resume: str | None = None,
     optimizer: Any = "ours",
     kind: type[Trainer] = Trainer,
+    scores: list[float] | None = None,
     **options: Any,
 ) -> tuple[Trainer, list[tuple[bool, ...]]]:
     witness = Witness()
+    evaluated: dict[str, Any] = {"eval_dataset": options.pop("eval_dataset", None)}
     options = {"num_train_epochs": 4, "save_strategy": "no", "max_grad_norm": 1.0, **options}
     arguments = TrainingArguments(
         str(folder),
@@ -86,12 +88,19 @@ def train(
     )
     if optimizer == "ours":
         optimizer = FrozenAwareSGD(model.parameters(), lr=0.1, momentum=0.9)
+    if scores is not None:
+
+        def compute_metrics(_: Any) -> dict[str, float]:
+            return {"score": scores[round(trainer.state.epoch or 0) - 1]}
+
+        evaluated = {"eval_dataset": data(), "compute_metrics": compute_metrics}
     trainer = kind(
         model,
         arguments,
         train_dataset=data(),
         optimizers=(optimizer, None),
         callbacks=[*callbacks, witness],
+        **evaluated,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, witness.trained
@@ -204,6 +213,107 @@ def test_a_resumed_run_goes_on_in_the_middle_of_the_schedule(
     assert trained == all_trained[stop:]
     for name, weight in weights(whole).items():
         assert torch.equal(weights(resumed)[name], weight), name
+
+
+# --- schedules that follow a metric --------------------------------------------------------------
+
+GROUPS = [["bert.embeddings", LAYERS[0]], *LAYERS[1:], ALWAYS]
+PHASES = [(False,) * 3, (False, False, True), (False, True, True), (True,) * 3]
+EVALUATED: dict[str, Any] = {"eval_strategy": "epoch", "num_train_epochs": 8}
+
+
+def plateau(monitor: str | None = "score", **arguments: Any) -> FreezeTrainerCallback:
+    return FreezeTrainerCallback(
+        schedule=lambda m: AdvanceOnPlateau(
+            gradual_unfreeze(m, GROUPS), "max", patience=0, **arguments
+        ),
+        monitor=monitor,
+    )
+
+
+@pytest.mark.parametrize("named", ["to the callback", "as metric_for_best_model"])
+def test_a_schedule_follows_the_metric_and_stops_the_trainer_at_its_end(
+    tmp_path: Path, named: str
+) -> None:
+    callback = plateau("eval_score" if named == "to the callback" else None)
+    best = {} if named == "to the callback" else {"metric_for_best_model": "score"}
+    scores = [1.0, 2, 2, 3, 1, 1, 1, 9]
+    trainer, trained = train(tmp_path, make_model(), [callback], scores=scores, **EVALUATED, **best)
+    expected = [0, 0, 0, 1, 1, 2, 3]
+    assert trained == [PHASES[phase] for phase in expected for _ in range(BATCHES)]
+    assert trainer.state.epoch == 7
+    assert callback.schedule is not None
+    state = callback.schedule.state_dict()
+    trainer.evaluate()
+    assert callback.schedule.state_dict() == state, (
+        "an evaluation after training counts for nothing"
+    )
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5])
+@pytest.mark.parametrize("restore", [True, False], ids=["restored", "not restored"])
+@pytest.mark.parametrize("moved", [True, False], ids=["checkpoint moved", "in place"])
+def test_a_resumed_run_goes_on_in_its_phase_with_the_best_weights(
+    tmp_path: Path, stop: int, restore: bool, moved: bool
+) -> None:
+    options = {"scores": [1.0, 3, 2, 4, 1, 2, 2], **EVALUATED, "num_train_epochs": 7}
+    whole = make_model()
+    first = plateau(restore_best=restore)
+    saving = {"save_strategy": "epoch"}
+    _, all_trained = train(tmp_path, whole, [first], **options, **saving)
+    checkpoint = tmp_path / f"checkpoint-{stop * BATCHES}"
+    assert (checkpoint / "freeze_schedule.pt").exists() == restore
+    again = {}
+    if moved:
+        (tmp_path / "elsewhere").mkdir()
+        checkpoint = checkpoint.rename(tmp_path / "elsewhere" / checkpoint.name)
+        again = {"resume_from_checkpoint": str(checkpoint)}
+    resumed, second = make_model(), plateau(restore_best=restore)
+    _, trained = train(tmp_path, resumed, [second], str(checkpoint), **options, **again)
+    assert trained == all_trained[stop * BATCHES :]
+    for name, weight in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], weight), name
+    assert str(second.schedule) == str(first.schedule)
+
+
+def test_a_resumed_run_without_its_best_weights_is_refused(tmp_path: Path) -> None:
+    options = {"scores": [1.0] * 8, **EVALUATED}
+    saving = {"save_strategy": "epoch", "num_train_epochs": 1}
+    train(tmp_path, make_model(), [plateau()], **{**options, **saving})
+    with pytest.raises(RuntimeError, match=r"there is no .*checkpoint-4/freeze_schedule\.pt"):
+        train(
+            tmp_path, make_model(), [plateau(restore_best=True)],
+            str(tmp_path / "checkpoint-4"), **options,
+        )  # fmt: skip
+
+
+def test_best_weights_that_find_no_checkpoint_are_missed_aloud(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = plateau(restore_best=True)
+    options = {**EVALUATED, "num_train_epochs": 1}
+    trainer, _ = train(tmp_path, make_model(), [callback], scores=[1.0], **options)
+    callback.on_save(trainer.args, trainer.state, trainer.control)
+    assert "checkpoint-4: the best weights are not saved" in caplog.text
+
+
+def test_a_metric_that_no_evaluation_has_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no evaluation has a metric 'eval_f1'; .* eval_score"):
+        train(tmp_path, make_model(), [plateau("f1")], scores=[1.0] * 8, **EVALUATED)
+    with pytest.raises(ValueError, match=r"needs the name of a metric\. Give monitor="):
+        train(tmp_path, make_model(), [plateau(None)], scores=[1.0] * 8, **EVALUATED)
+    table = FreezeTrainerCallback(schedule={0: ["bert"]}, monitor="score")
+    with pytest.raises(ValueError, match="a FreezeSchedule watches no metric"):
+        train(tmp_path, make_model(), [table], scores=[1.0] * 8, **EVALUATED)
+    with pytest.raises(ValueError, match="no schedule"):
+        FreezeTrainerCallback("bert", monitor="score")
+
+
+def test_of_several_data_sets_one_has_the_metric(tmp_path: Path) -> None:
+    callback = plateau("eval_second_loss", max_evals=1)
+    evaluated = {"first": data(), "second": data()}
+    _, trained = train(tmp_path, make_model(), [callback], **EVALUATED, eval_dataset=evaluated)
+    assert trained == [PHASES[phase] for phase in range(4) for _ in range(BATCHES)]
 
 
 def test_the_report_is_logged_when_what_is_frozen_changes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import cProfile
 import io
 import json
 import math
@@ -10,6 +11,7 @@ import pickle
 import re
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +22,11 @@ from torch.optim import lr_scheduler
 from torch_freeze import (
     FreezeSchedule,
     FrozenAwareSGD,
+    export_schedule,
     freeze,
     freeze_out,
     gradual_unfreeze,
+    read_schedule,
     rotate,
 )
 from torch_freeze._hold import held_by
@@ -328,6 +332,74 @@ def test_rotation_holds_the_norms_of_what_rests() -> None:
         assert norms == active == trains(model)
 
 
+# --- many layers --------------------------------------------------------------------------------
+
+# name: the schedule of a model, given the names of all its layers
+LARGE: dict[str, Callable[[Any, list[str]], FreezeSchedule]] = {
+    "a rotation over listed layers": lambda m, names: rotate(m, names, 2, 1),
+    "a rotation over listed globs": lambda m, names: rotate(m, [f"{n}*" for n in names], 2, 1),
+    "a rotation over modules": lambda m, names: rotate(m, list(m), 2, 1),
+    "a table with an entry for each": lambda m, names: FreezeSchedule(
+        m, {i: [name] for i, name in enumerate(names)}
+    ),
+    "gradual unfreezing": lambda m, names: gradual_unfreeze(m, names),
+    "FreezeOut": lambda m, names: freeze_out(m, names, 10**6),
+}
+
+
+def calls(layers: int, kind: str) -> dict[str, int]:
+    """How many function calls each thing done with a schedule takes."""
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(layers)))
+    # Of one length, so that no name's glob matches another's layer.
+    model._modules = {f"{int(name):04}": layer for name, layer in model._modules.items()}
+    made: list[FreezeSchedule] = []
+    state: dict[str, Any] = {}
+    acts: dict[str, Callable[[], Any]] = {
+        "build": lambda: made.append(LARGE[kind](model, list(model._modules))),
+        "step": lambda: made[0].step(),
+        "print": lambda: str(made[0]),
+        "save": lambda: state.update(made[0].state_dict()),
+        "load": lambda: made[0].load_state_dict(state),
+    }
+    counts = {}
+    for name, act in acts.items():
+        profile = cProfile.Profile()
+        profile.runcall(act)
+        counts[name] = sum(entry.callcount for entry in profile.getstats())  # type: ignore[attr-defined]
+    return counts
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_the_work_grows_no_faster_than_the_number_of_layers(kind: str) -> None:
+    few, many = calls(200, kind), calls(400, kind)
+    assert {act: round(many[act] / few[act], 2) for act in few if many[act] > 2.2 * few[act]} == {}
+
+
+def test_a_changed_model_is_seen_at_the_next_step() -> None:
+    model = make(4)
+    schedule = rotate(model, ["0", "1", "2", "3"], k=1, every=1)
+    schedule.step()
+    for i in range(4):
+        model[i] = nn.Linear(4, 4)
+    model.append(nn.Linear(4, 4))
+    schedule.step()
+    assert [name in schedule.active for name in "01234"] == trains(model)
+    del model[3:]
+    with pytest.raises(ValueError, match="'3' matches no parameter or module"):
+        schedule.step()
+
+
+def test_a_long_timeline_shows_what_is_near() -> None:
+    schedule = gradual_unfreeze(make(120), [str(i) for i in range(120)])
+    for _ in range(70):
+        schedule.step()
+    lines = str(schedule).splitlines()
+    assert len(lines) < 60
+    assert "earlier" in lines[2] and "later" in lines[-1]
+    (now,) = (line.split() for line in lines if line.startswith(">"))
+    assert now[1:4] == ["69-", f"{50 * 20}", f"{70 * 20}"]
+
+
 # --- errors at construction ----------------------------------------------------------------------
 
 any_schedule: Any = FreezeSchedule
@@ -478,7 +550,7 @@ OTHERS: dict[str, tuple[Maker, Maker, str]] = {
     "gradual unfreezing that had another last group": (
         lambda m: gradual_unfreeze(m, ["0", "1"]),
         lambda m: gradual_unfreeze(m, ["0", "2"]),
-        r"it has freezes\['2.weight'\]=None, this one freezes\['2.weight'\]=\[\]",
+        r"it has changes\['2.weight'\]=None, this one changes\['2.weight'\]=\[\]",
     ),
     "a table with an entry at another epoch": (
         lambda m: FreezeSchedule(m, {0: ["0"], 2: []}),
@@ -488,7 +560,7 @@ OTHERS: dict[str, tuple[Maker, Maker, str]] = {
     "a table that freezes something else": (
         lambda m: FreezeSchedule(m, {0: ["0", "1"], 2: ["0"]}),
         lambda m: FreezeSchedule(m, {0: ["0", "1"], 2: ["1"]}),
-        r"it has freezes\['0.weight'\]=\[0, 2\], this one freezes\['0.weight'\]=\[0\]",
+        r"it has changes\['0.weight'\]=\[0\], this one changes\['0.weight'\]=\[0, 2\]",
     ),
     "a table of steps": (
         lambda m: FreezeSchedule(m, {0: ["0"]}, unit="step"),
@@ -605,9 +677,9 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], st
         "it has no 'schedule', which a FreezeSchedule saves",
     ),
     "names where there are others": (
-        lambda s: {**s, "freezes": {"0.weight": [0]}},
+        lambda s: {**s, "changes": {"0.weight": [0]}},
         ValueError,
-        r"it has freezes\['0.bias'\]=None",
+        r"it has changes\['0.bias'\]=None",
     ),
     "a position that is no int": (lambda s: {**s, "last": "2"}, TypeError, "'last'"),
     "a position below -1": (lambda s: {**s, "last": -2}, ValueError, "'last'"),
@@ -639,6 +711,148 @@ def test_a_schedule_is_copied_and_pickled_with_its_model(kind: str) -> None:
     for twin in (copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))):
         assert run(twin, twin.model, 4) == expected
         assert trains(model) == before
+
+
+# --- files --------------------------------------------------------------------------------------
+
+FILES: dict[str, Callable[[Any], FreezeSchedule]] = {
+    **SCHEDULES,
+    "a table of everything that can be named": lambda m: FreezeSchedule(
+        m,
+        {
+            0: [m[0], m[1].weight, re.compile(r"^2\."), nn.BatchNorm1d, lambda n, p: n == "3.bias"],
+            10: ["*.weight", re.compile("BIAS", re.I)],
+            20: [],
+        },
+        unit="step",
+        hold_norm=False,
+    ),
+    "gradual unfreezing of steps": lambda m: gradual_unfreeze(
+        m, ["0", ["1", m[2]]], 3, unit="step", hold_norm=False
+    ),
+    "FreezeOut by another rule": lambda m: freeze_out(
+        m, ["0", "1"], 50, t0=0.25, how="linear", scale_lr=False, unit="epoch"
+    ),
+    "a rotation with all its arguments": lambda m: rotate(
+        m, ["0", "1", m[2]], 2, 5, [m[3].bias, "4"], 9, unit="epoch", hold_norm=False
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_schedule_read_from_its_file_is_the_same(kind: str, tmp_path: Path) -> None:
+    model = make(norm=True)
+    schedule = FILES[kind](model)
+    run(schedule, model, 3)
+    export_schedule(schedule, tmp_path / "plan.json")
+    fresh = make(norm=True)
+    again = read_schedule(fresh, tmp_path / "plan.json")
+    assert again.last == -1 and trains(fresh) == [T, T, T, T]
+    again.load_state_dict(schedule.state_dict())
+    assert again._settings() == schedule._settings()
+    export_schedule(again, tmp_path / "again.json")
+    texts = [(tmp_path / f"{name}.json").read_text() for name in ("plan", "again")]
+    assert texts[0] == texts[1] and max(map(len, texts[0].splitlines())) <= 88
+    assert run(again, fresh, 30) == run(schedule, model, 30)
+
+
+def test_a_file_is_replaced_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.json"
+    export_schedule(gradual_unfreeze(make(), ["0", "1"]), path)
+    before = path.read_text()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        export_schedule(rotate(make(), "*", 1, 1), path)
+    assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
+
+
+# name: (what the file says, what the error says)
+BAD_FILES: dict[str, tuple[str, str]] = {
+    "no JSON": ('{"type": "rotate",}', "is not JSON: .* line 1 column"),
+    "no text": ("\udcff", "is not JSON"),
+    "a list": ("[1]", "a schedule is an object, .*; this is a list"),
+    "no type": ('{"groups": []}', "the key 'type' is missing; it is one of 'FreezeSchedule'"),
+    "an unknown type": ('{"type": "Rotate"}', "'type' is 'Rotate'; it must be one of .*'rotate'"),
+    "a type that is a number": ('{"type": 3}', "'type' is 3"),
+    "a misspelt argument": (
+        '{"type": "rotate", "layer": "*", "k": 1, "every": 1}',
+        "rotate has no argument 'layer'; did you mean 'layers'. It has layers, k, every",
+    ),
+    "the model": ('{"type": "rotate", "model": "m"}', "rotate has no argument 'model'"),
+    "an argument left out": ('{"type": "gradual_unfreeze"}', "needs the key 'groups'"),
+    "a key given twice": (
+        '{"type": "FreezeSchedule", "entries": {"0": ["0"], "0": []}}',
+        "has the key '0' twice",
+    ),
+    "one unit in two spellings": (
+        '{"type": "FreezeSchedule", "entries": {"1": ["0"], "01": []}}',
+        "entries has one unit number in two spellings: 1, 01",
+    ),
+    "entries in a list": (
+        '{"type": "FreezeSchedule", "entries": [["0"]]}',
+        "entries must be an object of unit numbers, .*; it is a list",
+    ),
+    "an entry that is no number": (
+        '{"type": "FreezeSchedule", "entries": {"first": ["0"]}}',
+        "entries has the key 'first'",
+    ),
+    "a name that is a number": (
+        '{"type": "gradual_unfreeze", "groups": [["0"], [1]]}',
+        r"groups\[1\]\[0\] must be a name or glob, .* it is 1",
+    ),
+    "groups that are one name": (
+        '{"type": "gradual_unfreeze", "groups": "0"}',
+        "groups must be a list of groups",
+    ),
+    "a regex that is none": (
+        '{"type": "rotate", "layers": {"regex": "("}, "k": 1, "every": 1}',
+        r"layers: '\(' is no regular expression",
+    ),
+    "a flag that is a string": (
+        '{"type": "gradual_unfreeze", "groups": ["0"], "hold_norm": "no"}',
+        'hold_norm must be true or false; it is "no"',
+    ),
+    "a name that matches nothing": (
+        '{"type": "gradual_unfreeze", "groups": ["0", "10"]}',
+        "gradual_unfreeze, group 1: the pattern '10' matches no",
+    ),
+    "a number that is a string": (
+        '{"type": "gradual_unfreeze", "groups": ["0"], "every": "2"}',
+        "every must be an int, got '2'",
+    ),
+    "a mistake in what is driven": (
+        '{"type": "AdvanceOnPlateau", "schedule": {"type": "FreezeSchedule", "entries": {"0": 1}}}',
+        r"schedule.entries\['0'\] must be a name",
+    ),
+    "nothing to drive": (
+        '{"type": "AdvanceOnPlateau", "schedule": "plan"}',
+        'schedule: a schedule is an object, .*; this is "plan"',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_refused_with_its_name_and_the_place(case: str, tmp_path: Path) -> None:
+    content, said = BAD_FILES[case]
+    path = tmp_path / "plan.json"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    model = make()
+    with pytest.raises((ValueError, TypeError), match=f"read_schedule: .*plan.json.* {said}"):
+        read_schedule(model, path)
+    assert trains(model) == [T, T, T, T]
+
+
+def test_what_is_no_schedule_or_no_json_is_not_exported(tmp_path: Path) -> None:
+    schedule = rotate(make(), "*", 1, 1)
+    with pytest.raises(TypeError, match="the first argument is the schedule; got Sequential"):
+        export_schedule(schedule.model, tmp_path / "plan.json")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"name it plan\.json"):
+        export_schedule(schedule, tmp_path / "plan.yaml")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- rows 8, 9 and 10: schedules, learning rates and checkpoints together ------------------------

@@ -62,14 +62,22 @@ def test_lightning() -> None:
             trained.append(tuple(layer.weight.requires_grad for layer in layers))
             for layer in layers:
                 x = layer(x)
+            self.log("val_loss", 1.0)
             return x.square().mean()
 
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = functools.partial(pl.Trainer, accelerator="cpu", enable_model_summary=False, **quiet)
     lightning = types.SimpleNamespace(LightningModule=Module, Trainer=trainer)
-    run("Lightning", pl=lightning, data=torch.utils.data.DataLoader(torch.ones(1, 4)))  # type: ignore[arg-type]
+    loader: Any = torch.utils.data.DataLoader(torch.ones(1, 4))  # type: ignore[arg-type]
+    names = run("Lightning", pl=lightning, data=loader)
     freed = [(False, False, True), (False, True, True), (True, True, True), (True, True, True)]
     assert trained == [state for state in freed for _ in range(2)]
+    trained.clear()
+    following = trainer(max_epochs=20, callbacks=[names["freezing"]])
+    following.fit(names["Net"](), loader)
+    # The first is the best; three more end each phase.
+    assert trained == [freed[0]] * 4 + [freed[1]] * 3 + [freed[2]] * 3
+    assert following.current_epoch == 10
 
 
 def test_transformers(tmp_path: Path) -> None:

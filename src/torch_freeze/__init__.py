@@ -6,10 +6,13 @@ from torch_freeze.freezing import freeze, freeze_except, frozen, unfreeze
 from torch_freeze.frozen_state import frozen_state_dict, load_frozen_state_dict
 from torch_freeze.guard import guard
 from torch_freeze.optim import FrozenAwareSGD
+from torch_freeze.plateau import AdvanceOnPlateau
 from torch_freeze.report import FreezeReport, report
 from torch_freeze.schedule import FreezeSchedule, freeze_out, gradual_unfreeze, rotate
+from torch_freeze.schedule_file import export_schedule, read_schedule
 
 __all__ = [
+    "AdvanceOnPlateau",
     "FINDING_KINDS",
     "BuildInfo",
     "Finding",
@@ -19,6 +22,7 @@ __all__ = [
     "__version__",
     "audit",
     "build_info",
+    "export_schedule",
     "freeze",
     "freeze_except",
     "freeze_out",
@@ -27,6 +31,7 @@ __all__ = [
     "gradual_unfreeze",
     "guard",
     "load_frozen_state_dict",
+    "read_schedule",
     "report",
     "rotate",
     "unfreeze",

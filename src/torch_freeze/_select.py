@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -139,7 +140,7 @@ class Tree:
         self.modules: dict[int, ModuleEntry] = {}
         self.order: list[ModuleEntry] = []
         self.ddp: list[nn.Module] = []
-        self._aliases: dict[str, ParamEntry] | None = None
+        self._names: _Names | None = None
         self._places = 0
         self.root = self._walk(model, "", "", -1)
 
@@ -202,17 +203,70 @@ class Tree:
         selection.add_module(self.root, set())
         return selection
 
+    @property
+    def names(self) -> _Names:
+        """All names, looked up without a walk over the model."""
+        if self._names is None:
+            self._names = _Names([*self.order, *self.params.values()])
+        return self._names
+
     def parameter_named(self, name: str) -> ParamEntry | None:
         """The parameter with this name, whichever of its names it is."""
-        if self._aliases is None:
-            entries = self.params.values()
-            self._aliases = {raw: p for p in entries for raw in p.raw_names or ()}
-            self._aliases.update({name: p for p in entries for name in p.names})
-        return self._aliases.get(name)
+        found = self.names.exactly(name)
+        params = [(own == name, entry) for entry, own in found if isinstance(entry, ParamEntry)]
+        # A name with the wrappers' segments may be another parameter's without, whose it is then.
+        return max(params, key=lambda pair: pair[0])[1] if params else None
 
     def tied(self) -> list[ParamEntry]:
         """Parameters that have more than one name."""
         return [entry for entry in self.params.values() if entry.aliases]
+
+
+class _Names:
+    """Every name in a tree, with and without the wrappers' segments.
+
+    Thousands of listed names, as a schedule may have, are each found without looking at all others;
+    so are the names that a glob may match, when it begins with something literal.
+    """
+
+    def __init__(self, entries: list[ModuleEntry | ParamEntry]) -> None:
+        self._entries = entries
+        self._places: dict[str, tuple[int, ...]] = {}
+        for place, entry in enumerate(entries):
+            for name in (entry.name, *entry.aliases, *(entry.raw_names or ())):
+                known = self._places.get(name, ())
+                if place not in known:
+                    self._places[name] = (*known, place)
+        self._sorted: list[str] | None = None
+
+    def exactly(self, name: str) -> list[tuple[ModuleEntry | ParamEntry, str]]:
+        """What has this name, and the name without the wrappers' segments."""
+        return self._own((place, name) for place in self._places.get(name, ()))
+
+    def matching(
+        self, matches: Callable[[str], object], prefix: str = ""
+    ) -> list[tuple[ModuleEntry | ParamEntry, str]]:
+        """What has a matching name, modules first; `prefix` is one that all such names have."""
+        names: Iterable[str] = self._places
+        if prefix:
+            if self._sorted is None:
+                self._sorted = sorted(self._places)
+            first = bisect_left(self._sorted, prefix)
+            behind = bisect_left(self._sorted, True, first, key=lambda n: not n.startswith(prefix))
+            names = self._sorted[first:behind]
+        return self._own(
+            sorted((place, name) for name in names if matches(name) for place in self._places[name])
+        )
+
+    def _own(self, found: Iterable[tuple[int, str]]) -> list[tuple[ModuleEntry | ParamEntry, str]]:
+        own = []
+        for place, name in found:
+            entry = self._entries[place]
+            if name in entry.names:
+                own.append((entry, name))
+            if entry.raw_names and name in entry.raw_names:
+                own.append((entry, entry.raw_names[name]))
+        return own
 
 
 @dataclass(slots=True)
@@ -313,13 +367,12 @@ def _select_one(
     tree: Tree, item: Selector, selection: Selection, seen: set[int], caller: str
 ) -> None:
     if isinstance(item, str):
-        if not _by_name(tree, _glob(tree, item), selection, seen):
+        if not _add(_by_name(tree, item), selection, seen):
             raise ValueError(_no_match(tree, item, caller))
     elif isinstance(item, re.Pattern):
         if not isinstance(item.pattern, str):
             raise TypeError(f"{caller}: the regex {item.pattern!r} is over bytes; names are str.")
-        found = item.search
-        if not _by_name(tree, lambda name: found(name) is not None, selection, seen):
+        if not _add(tree.names.matching(item.search), selection, seen):
             raise ValueError(_no_match(tree, item, caller))
     elif isinstance(item, nn.Module):
         entry = tree.modules.get(id(item)) or tree.modules.get(id(unwrap(item)))
@@ -385,45 +438,30 @@ def _if_parametrized(tree: Tree) -> str:
     return f" For a parametrized weight name what it is computed from: {named}."
 
 
-def _glob(tree: Tree, pattern: str) -> Callable[[str], bool]:
+def _by_name(tree: Tree, pattern: str) -> list[tuple[ModuleEntry | ParamEntry, str]]:
     # A name may itself hold glob characters (ParameterDict keys): what exists is meant literally.
-    if not any(char in pattern for char in "*?["):
-        return pattern.__eq__
-    if any(_named(module, pattern.__eq__) for module in tree.order):
-        return pattern.__eq__
-    if tree.parameter_named(pattern) is not None:
-        return pattern.__eq__
-    matches = re.compile(fnmatch.translate(pattern)).match
-    return lambda name: matches(name) is not None
+    found = tree.names.exactly(pattern)
+    literal = re.split(r"[*?[]", pattern, maxsplit=1)[0]
+    if found or literal == pattern:
+        return found
+    return tree.names.matching(re.compile(fnmatch.translate(pattern)).match, literal)
 
 
-def _by_name(
-    tree: Tree, matches: Callable[[str], bool], selection: Selection, seen: set[int]
+def _add(
+    found: list[tuple[ModuleEntry | ParamEntry, str]], selection: Selection, seen: set[int]
 ) -> bool:
-    found = False
-    for module in tree.order:
-        for name in _named(module, matches):
-            # The model itself has no name: "*" is all in it, and no module of its own.
-            if name:
-                found = True
-                selection.names.add(name)
-                selection.add_module(module, seen)
-    for param in tree.params.values():
-        for name in _named(param, matches):
-            found = True
-            selection.names.add(name)
-            selection.add_param(param)
-    return found
-
-
-def _named(entry: ModuleEntry | ParamEntry, matches: Callable[[str], bool]) -> list[str]:
-    """The names of `entry` that match, with or without the wrappers' segments."""
-    names = [entry.name] if matches(entry.name) else []
-    if entry.aliases:
-        names += [name for name in entry.aliases if matches(name)]
-    if entry.raw_names is not None:
-        names += [name for raw, name in entry.raw_names.items() if matches(raw)]
-    return names
+    added = False
+    for entry, name in found:
+        # The model itself has no name: "*" is all in it, and no module of its own.
+        if not name:
+            continue
+        added = True
+        selection.names.add(name)
+        if isinstance(entry, ModuleEntry):
+            selection.add_module(entry, seen)
+        else:
+            selection.add_param(entry)
+    return added
 
 
 def _no_match(tree: Tree, pattern: str | re.Pattern[str], caller: str) -> str:

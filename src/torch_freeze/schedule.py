@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import re
@@ -15,12 +16,12 @@ from torch import nn
 from ._flow import numel_of
 from ._select import (
     ModuleEntry,
+    ParamEntry,
     Selection,
     Selector,
     Tree,
     as_selectors,
     check_model,
-    flatten,
     select,
 )
 from .freezing import set_frozen, subtract
@@ -29,6 +30,8 @@ from .report import _count, _fit
 
 Unit: TypeAlias = Literal["epoch", "step"]
 _WIDTH = 120
+#: Entries that a printed timeline shows; of more, those around the present one.
+_ROWS = 50
 
 
 class FreezeSchedule:
@@ -91,9 +94,10 @@ class FreezeSchedule:
             _check_int("FreezeSchedule", "unit number", number, least=0)
         _check_unit("FreezeSchedule", unit)
         self.model = model
-        self.unit: Unit = unit
+        self.unit: Unit | Literal["evaluation"] = unit
         self.hold_norm = hold_norm
         self._entries = {number: as_selectors(entries[number]) for number in sorted(entries)}
+        self._named = _distinct(self._entries.values())
         #: Number of the unit that the last `step()` began; -1 before the first.
         self.last = -1
         tree = Tree(model)
@@ -111,7 +115,7 @@ class FreezeSchedule:
         if not self._applies(self.last):
             return False
         tree = Tree(self.model)
-        frozen, managed = self._frozen_at(tree, self.last), self._managed(tree)
+        frozen, managed = self._split(tree, self.last)
         return set_frozen(tree, frozen, managed, self.hold_norm, type(self).__name__)
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,6 +138,112 @@ class FreezeSchedule:
                 under an entry, layers. Nothing is changed then.
             TypeError: `state` is not a mapping.
         """
+        self._check_state(state)
+        apply_frozen_state(Tree(self.model), state, "load_state_dict")
+        self.last = state["last"]
+
+    def __str__(self) -> str:
+        tree = Tree(self.model)
+        managed = self._managed(tree)
+        everything = _elements(tree.everything())
+        covered = _elements(managed)
+        head = f"{type(self).__name__}, {self._where()}: "
+        head += f"manages {_count(covered)} of {_count(everything)} "
+        head += "parameters; the others stay as they are" if covered < everything else "parameters"
+        counted, number_now = self._counted()
+        lines = [head, f"  {counted:>6}   {'frozen':>9}  {'trainable':>9}  what is frozen"]
+        numbers = list(self._timeline())
+        now = max((i for i, number in enumerate(numbers) if number <= number_now), default=None)
+        first = max(0, min((now or 0) - _ROWS // 2, len(numbers) - _ROWS))
+        end = min(first + _ROWS, len(numbers))
+        if first:
+            lines.append(f"         ... {first} earlier")
+        for i, frozen in enumerate(self._counts_at(tree, numbers[first:end]), first):
+            line = f"{'>' if i == now else ' '} {numbers[i]:>6}-  {_count(frozen):>9}  "
+            line += f"{_count(covered - frozen):>9}  {self._describe(tree, numbers[i])}"
+            lines.append(_fit(line, _WIDTH))
+        if end < len(numbers):
+            lines.append(f"         ... {len(numbers) - end} later")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        numbers = [str(number) for number in self._timeline()]
+        shown = ", ".join(numbers[:20]) + (", ..." if len(numbers) > 20 else "")
+        return (
+            f"<{type(self).__name__} of {type(self.model).__name__}, {self.unit} {self.last}, "
+            f"entries at {shown}>"
+        )
+
+    def _where(self) -> str:
+        """Where in the schedule we are, for the first line of what is printed."""
+        return f"at {self.unit} {self.last}" if self.last >= 0 else "not begun"
+
+    def _counted(self) -> tuple[str, int]:
+        """What the numbers of the timeline count, and where in it we are."""
+        return self.unit, self.last
+
+    def _applies(self, number: int) -> bool:
+        return number in self._entries
+
+    def _split(self, tree: Tree, number: int) -> tuple[Selection, Selection]:
+        """What is frozen at a unit, and what is managed."""
+        return self._frozen_at(tree, number), self._managed(tree)
+
+    def _counts_at(self, tree: Tree, numbers: Iterable[int]) -> list[int]:
+        """How many elements are frozen at each of these units."""
+        return [_elements(self._frozen_at(tree, number)) for number in numbers]
+
+    def _frozen_at(self, tree: Tree, number: int) -> Selection:
+        """What is frozen at a unit; of the managed parameters."""
+        current = max((n for n in self._entries if n <= number), default=None)
+        return Selection() if current is None else self._frozen_by(tree, current)
+
+    def _frozen_by(self, tree: Tree, number: int) -> Selection:
+        """What the entry of this number freezes."""
+        return select(tree, self._entries[number], "step")
+
+    def _managed(self, tree: Tree) -> Selection:
+        return select(tree, self._named, "step")
+
+    def _frees(self, tree: Tree) -> list[ParamEntry]:
+        """The parameters that are trainable at some unit."""
+        always = [next(iter(self._entries))]
+        changes = self._changes(tree)
+        return [
+            entry for key, entry in self._managed(tree).params.items() if changes[key] != always
+        ]
+
+    def _settings(self) -> dict[str, Any]:
+        """What the schedule is, with which a saved state must agree."""
+        return {
+            "schedule": type(self).__name__,
+            "unit": self.unit,
+            "hold_norm": self.hold_norm,
+            **self._plan,
+        }
+
+    def _resolved(self, tree: Tree) -> dict[str, Any]:
+        """The names that the entries stand for, taken when the schedule is built."""
+        changes = self._changes(tree)
+        params = self._managed(tree).params.items()
+        return {
+            "entries": list(self._entries),
+            "changes": {entry.name: changes[key] for key, entry in params},
+        }
+
+    def _changes(self, tree: Tree) -> dict[int, list[int]]:
+        """For each managed parameter: frozen from the first number, free from the second, ..."""
+        changes: dict[int, list[int]] = {key: [] for key in self._managed(tree).params}
+        before: set[int] = set()
+        for number in self._entries:
+            frozen = set(self._frozen_by(tree, number).params)
+            for key in frozen ^ before:
+                changes[key].append(number)
+            before = frozen
+        return changes
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise where `state` is not one that this schedule saved."""
         if not isinstance(state, Mapping):
             raise TypeError(f"load_state_dict: expected a mapping, got {type(state).__name__}.")
         missing = [key for key in ("last", "frozen", "held") if key not in state]
@@ -148,64 +258,6 @@ class FreezeSchedule:
                 "built with the same arguments as the one that saved it."
             )
         _check_int("load_state_dict", "'last'", state["last"], least=-1)
-        apply_frozen_state(Tree(self.model), state, "load_state_dict")
-        self.last = state["last"]
-
-    def __str__(self) -> str:
-        tree = Tree(self.model)
-        managed = self._managed(tree)
-        everything = _elements(tree.everything())
-        covered = _elements(managed)
-        where = f"at {self.unit} {self.last}" if self.last >= 0 else "not begun"
-        head = f"{type(self).__name__}, {where}: manages {_count(covered)} of {_count(everything)} "
-        head += "parameters; the others stay as they are" if covered < everything else "parameters"
-        lines = [head, f"  {self.unit:>6}   {'frozen':>9}  {'trainable':>9}  what is frozen"]
-        numbers = list(self._timeline())
-        now = max((number for number in numbers if number <= self.last), default=None)
-        for number in numbers:
-            frozen = _elements(self._frozen_at(tree, number))
-            line = f"{'>' if number == now else ' '} {number:>6}-  {_count(frozen):>9}  "
-            line += f"{_count(covered - frozen):>9}  {self._describe(tree, number)}"
-            lines.append(_fit(line, _WIDTH))
-        return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return (
-            f"<{type(self).__name__} of {type(self.model).__name__}, {self.unit} {self.last}, "
-            f"entries at {', '.join(map(str, self._timeline()))}>"
-        )
-
-    def _applies(self, number: int) -> bool:
-        return number in self._entries
-
-    def _frozen_at(self, tree: Tree, number: int) -> Selection:
-        """What is frozen at a unit; of the managed parameters."""
-        current = max((n for n in self._entries if n <= number), default=None)
-        return Selection() if current is None else self._frozen_by(tree, current)
-
-    def _frozen_by(self, tree: Tree, number: int) -> Selection:
-        """What the entry of this number freezes."""
-        return select(tree, self._entries[number], "step")
-
-    def _managed(self, tree: Tree) -> Selection:
-        return select(tree, [s for wanted in self._entries.values() for s in wanted], "step")
-
-    def _settings(self) -> dict[str, Any]:
-        """What the schedule is, with which a saved state must agree."""
-        return {
-            "schedule": type(self).__name__,
-            "unit": self.unit,
-            "hold_norm": self.hold_norm,
-            **self._plan,
-        }
-
-    def _resolved(self, tree: Tree) -> dict[str, Any]:
-        """The names that the entries stand for, taken when the schedule is built."""
-        freezes: dict[str, list[int]] = {e.name: [] for e in self._managed(tree).params.values()}
-        for number in self._entries:
-            for entry in self._frozen_at(tree, number).params.values():
-                freezes[entry.name].append(number)
-        return {"entries": list(self._entries), "freezes": freezes}
 
     def _difference(self, state: Mapping[str, Any]) -> str:
         """Where a saved state is of another schedule than this; "" where it is of this one."""
@@ -217,17 +269,24 @@ class FreezeSchedule:
                 continue
             if isinstance(saved, list) and isinstance(own, list):
                 saved, own = dict(enumerate(saved)), dict(enumerate(own))
-            if isinstance(saved, dict) and isinstance(own, dict):
+            while isinstance(saved, dict) and isinstance(own, dict):
                 at = next(k for k in {**own, **saved} if saved.get(k) != own.get(k))
                 key, saved, own = f"{key}[{at!r}]", saved.get(at), own.get(at)
             return f"it has {key}={saved!r}, this one {key}={own!r}"
         return ""
 
+    def _arguments(self) -> tuple[str, dict[str, Any]]:
+        """The public name that makes this schedule, and what to call it with after the model."""
+        return "FreezeSchedule", {"entries": self._entries, **self._common_arguments()}
+
+    def _common_arguments(self) -> dict[str, Any]:
+        return {"unit": self.unit, "hold_norm": self.hold_norm}
+
     def _timeline(self) -> Iterable[int]:
         return self._entries
 
     def _describe(self, tree: Tree, number: int) -> str:
-        return ", ".join(_spell(tree, item) for item in self._entries[number]) or "nothing"
+        return _spell_all(tree, self._entries[number]) or "nothing"
 
 
 def gradual_unfreeze(
@@ -276,7 +335,7 @@ def gradual_unfreeze(
     listed = _groups(model, groups, "gradual_unfreeze")
     last = len(listed) - 1
     counts = {every * i: last - i for i in range(last + 1)}
-    return GradualUnfreezeSchedule(model, listed, counts, unit, hold_norm)
+    return GradualUnfreezeSchedule(model, listed, counts, every, unit, hold_norm)
 
 
 def freeze_out(
@@ -357,7 +416,9 @@ def freeze_out(
     power = 3 if how == "cubic" else 1
     last = len(listed) - 1
     shares = [(t0 + (1 - t0) * i / last if last else 1.0) ** power for i in range(last + 1)]
-    return FreezeOutSchedule(model, listed, total_steps, shares, scale_lr, unit, hold_norm)
+    made = FreezeOutSchedule(model, listed, total_steps, shares, scale_lr, unit, hold_norm)
+    made.t0, made.how = t0, how
+    return made
 
 
 def rotate(
@@ -425,29 +486,78 @@ class _GroupSchedule(FreezeSchedule):
     ) -> None:
         self._groups = groups
         self._counts = counts
-        entries = {number: flatten(groups[:count]) for number, count in counts.items()}
-        super().__init__(model, entries, unit, hold_norm=hold_norm)
+        super().__init__(model, {number: [] for number in counts}, unit, hold_norm=hold_norm)
 
     def _frozen_by(self, tree: Tree, number: int) -> Selection:
-        return self._select(tree, 0, self._counts[number])
+        count = self._counts[number]
+        of_groups, owner = self._owned(tree)
+        frozen = Selection()
+        for group in of_groups[:count]:
+            frozen.params.update((k, e) for k, e in group.params.items() if owner[k] < count)
+            frozen.modules.update((k, e) for k, e in group.modules.items() if owner[k] < count)
+            frozen.heads.update((k, e) for k, e in group.heads.items() if owner[k] < count)
+        return frozen
 
-    def _select(self, tree: Tree, first: int, end: int) -> Selection:
-        """The groups from `first` to before `end`, less what is tied to something after them."""
-        chosen = select(tree, flatten(self._groups[first:end]), "step")
-        after = select(tree, flatten(self._groups[end:]), "step")
-        # Only what is tied: of groups that name the same name twice the first counts.
-        params = {key: entry for key, entry in after.params.items() if entry.aliases}
-        modules = {key: entry for key, entry in after.modules.items() if entry.aliases}
-        subtract(chosen, Selection(params, modules))
-        return chosen
+    def _counts_at(self, tree: Tree, numbers: Iterable[int]) -> list[int]:
+        sizes = [0] * len(self._groups)
+        _, owner = self._owned(tree)
+        for key, entry in self._managed(tree).params.items():
+            sizes[owner[key]] += numel_of(entry)
+        upto = [0, *itertools.accumulate(sizes)]
+        return [upto[self._counts[number]] for number in numbers]
 
     def _managed(self, tree: Tree) -> Selection:
         # Not flattened: a group is one unit, in which what the model keeps frozen stays so.
         return select(tree, self._groups, "step")
 
+    def _owned(self, tree: Tree) -> tuple[list[Selection], dict[int, int]]:
+        """What each group names, and which group a parameter or module belongs to."""
+        of_groups = [select(tree, group, "step") for group in self._groups]
+        owner: dict[int, int] = {}
+        for i, group in enumerate(of_groups):
+            entries: Iterable[ParamEntry | ModuleEntry]
+            for entries in (group.params.values(), group.modules.values()):
+                for entry in entries:
+                    # Only of what is tied the last: of groups that name one name twice the first.
+                    if entry.aliases or id(entry) not in owner:
+                        owner[id(entry)] = i
+        return of_groups, owner
+
+    def _changes(self, tree: Tree) -> dict[int, list[int]]:
+        # By group, not by parameter and entry: of these there may be thousands each.
+        of_group: list[list[int]] = [[] for _ in self._groups]
+        before = 0
+        for number in self._entries:
+            count = self._counts[number]
+            for i in range(min(before, count), max(before, count)):
+                of_group[i].append(number)
+            before = count
+        _, owner = self._owned(tree)
+        return {key: of_group[owner[key]] for key in self._managed(tree).params}
+
+    def _describe(self, tree: Tree, number: int) -> str:
+        named = itertools.chain.from_iterable(self._groups[: self._counts[number]])
+        return _spell_all(tree, named) or "nothing"
+
 
 class GradualUnfreezeSchedule(_GroupSchedule):
     """One group more trains every few units. Made by `gradual_unfreeze`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[list[Selector]],
+        counts: dict[int, int],
+        every: int,
+        unit: Unit,
+        hold_norm: bool,
+    ) -> None:
+        self.every = every
+        super().__init__(model, groups, counts, unit, hold_norm)
+
+    def _arguments(self) -> tuple[str, dict[str, Any]]:
+        own = {"groups": self._groups, "every": self.every}
+        return "gradual_unfreeze", {**own, **self._common_arguments()}
 
 
 class FreezeOutSchedule(_GroupSchedule):
@@ -467,6 +577,8 @@ class FreezeOutSchedule(_GroupSchedule):
         #: Share of the run after which each group is frozen.
         self.shares = shares
         self.scale_lr = scale_lr
+        self.t0: float = 0.8
+        self.how: Literal["cubic", "linear"] = "cubic"
         counts = {0: 0}
         for i, share in enumerate(shares):
             # Rounding noise must not add a step: 0.3 * 10 is more than 3.
@@ -481,13 +593,12 @@ class FreezeOutSchedule(_GroupSchedule):
             options: further options for every group, such as momentum.
         """
         tree = Tree(self.model)
-        taken: set[int] = set()
-        made: list[list[torch.Tensor]] = []
-        for i in range(len(self._groups)):
-            chosen = self._select(tree, i, i + 1).params.values()
-            made.append([e.parameter for e in chosen if id(e) not in taken])
-            taken.update(id(e) for e in chosen)
-        rest: list[torch.Tensor] = [e.parameter for e in tree.params.values() if id(e) not in taken]
+        of_groups, owner = self._owned(tree)
+        made: list[list[torch.Tensor]] = [
+            [entry.parameter for key, entry in group.params.items() if owner[key] == i]
+            for i, group in enumerate(of_groups)
+        ]
+        rest: list[torch.Tensor] = [e.parameter for e in tree.params.values() if id(e) not in owner]
         if rest:
             made.append(rest)
         return [{"params": params, "lr": lr, **options} for params in made]
@@ -505,6 +616,11 @@ class FreezeOutSchedule(_GroupSchedule):
     def _settings(self) -> dict[str, Any]:
         own = {"total_steps": self.total_steps, "shares": list(self.shares)}
         return {**super()._settings(), **own}
+
+    def _arguments(self) -> tuple[str, dict[str, Any]]:
+        own = {"groups": self._groups, "total_steps": self.total_steps, "t0": self.t0}
+        own |= {"how": self.how, "scale_lr": self.scale_lr}
+        return "freeze_out", {**own, **self._common_arguments()}
 
 
 # No slots: LambdaLR saves the __dict__ of a callable in its state_dict.
@@ -566,7 +682,8 @@ class RotationSchedule(FreezeSchedule):
         """Names of the layers training now; none before the first `step()`."""
         if self.last < 0:
             return ()
-        return tuple(entry.name for entry in self._drawn(Tree(self.model), self.last))
+        units = self._units(Tree(self.model))
+        return tuple(entry.name for entry in self._drawn(units, self.last))
 
     def _units(self, tree: Tree) -> list[ModuleEntry]:
         heads = select(tree, self._layers, "rotate").heads
@@ -576,8 +693,7 @@ class RotationSchedule(FreezeSchedule):
             if not any(id(above) in heads for above in tree.above(entry)) and entry.parameters()
         ]
 
-    def _drawn(self, tree: Tree, number: int) -> list[ModuleEntry]:
-        units = self._units(tree)
+    def _drawn(self, units: list[ModuleEntry], number: int) -> list[ModuleEntry]:
         # A generator of its own per period: no state to save, none shared with the user's code.
         draw = random.Random(f"{self.seed} {number // self.every}")
         return [units[i] for i in sorted(draw.sample(range(len(units)), self.k))]
@@ -585,20 +701,30 @@ class RotationSchedule(FreezeSchedule):
     def _applies(self, number: int) -> bool:
         return number % self.every == 0
 
-    def _frozen_at(self, tree: Tree, number: int) -> Selection:
+    def _split(self, tree: Tree, number: int) -> tuple[Selection, Selection]:
+        units = self._units(tree)
         training = select(tree, self._always, "rotate")
+        managed = tree.everything()
+        managed.units += [[entry] for entry in units]
+        managed.units += [list(unit) for unit in training.units]
         seen: set[int] = set()
-        for entry in self._drawn(tree, number):
+        for entry in self._drawn(units, number):
             training.add_module(entry, seen)
-        frozen = self._managed(tree)
+        frozen = tree.everything()
         subtract(frozen, training)
-        return frozen
+        return frozen, managed
+
+    def _frozen_at(self, tree: Tree, number: int) -> Selection:
+        return self._split(tree, number)[0]
 
     def _managed(self, tree: Tree) -> Selection:
-        managed = tree.everything()
-        managed.units += [[entry] for entry in self._units(tree)]
-        managed.units += select(tree, self._always, "rotate").units
-        return managed
+        return self._split(tree, 0)[1]
+
+    def _frees(self, tree: Tree) -> list[ParamEntry]:
+        freed = select(tree, self._always, "rotate").params
+        for entry in self._units(tree):
+            freed.update((id(p), p) for p in entry.parameters())
+        return list(freed.values())
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "k": self.k, "every": self.every, "seed": self.seed}
@@ -610,13 +736,17 @@ class RotationSchedule(FreezeSchedule):
             "always": [entry.name for entry in always],
         }
 
+    def _arguments(self) -> tuple[str, dict[str, Any]]:
+        own = {"layers": self._layers, "k": self.k, "every": self.every, "always": self._always}
+        return "rotate", {**own, "seed": self.seed, **self._common_arguments()}
+
     def _timeline(self) -> Iterable[int]:
         first = max(self.last, 0) // self.every * self.every
         return range(first, first + 6 * self.every, self.every)
 
     def _describe(self, tree: Tree, number: int) -> str:
-        drawn = ", ".join(entry.name for entry in self._drawn(tree, number))
-        always = ", ".join(_spell(tree, item) for item in self._always)
+        drawn = ", ".join(entry.name for entry in self._drawn(self._units(tree), number))
+        always = _spell_all(tree, self._always)
         return f"all but {drawn}" + (f" and {always}" if always else "")
 
 
@@ -649,6 +779,25 @@ def _check_unit(caller: str, unit: str) -> None:
 
 def _elements(selection: Selection) -> int:
     return sum(numel_of(entry) for entry in selection.params.values())
+
+
+def _distinct(listed: Iterable[list[Selector]]) -> list[Selector]:
+    """Each selector once: a long table names the same layers in entry after entry."""
+    items = itertools.chain.from_iterable(listed)
+    # A tensor's own == compares its elements.
+    return list({i if isinstance(i, (str, re.Pattern)) else id(i): i for i in items}.values())
+
+
+def _spell_all(tree: Tree, items: Iterable[Selector]) -> str:
+    """Selectors as a reader would write them, as many as a line has room for."""
+    said: list[str] = []
+    length = 0
+    for item in items:
+        said.append(_spell(tree, item))
+        length += len(said[-1]) + 2
+        if length > 2 * _WIDTH:
+            break
+    return ", ".join(said)
 
 
 def _spell(tree: Tree, item: Selector) -> str:

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from torch_freeze._select import ParamEntry, Selector, Tree, select
+from torch_freeze._select import Selector, Tree
 from torch_freeze.freezing import never_thawed
-from torch_freeze.schedule import FreezeSchedule, RotationSchedule
+from torch_freeze.plateau import AdvanceOnPlateau, as_metric, check_same_metric
+from torch_freeze.schedule import FreezeSchedule
 
 #: A table {epoch: what is frozen from there on}, or what makes a schedule once the model is there.
 Plan: TypeAlias = Mapping[int, Selector] | Callable[[nn.Module], FreezeSchedule]
@@ -29,6 +30,25 @@ def make_schedule(plan: Plan, model: nn.Module, caller: str) -> FreezeSchedule:
             f"the model; it made a {type(schedule).__name__}."
         )
     return schedule
+
+
+def check_monitor(schedule: FreezeSchedule, monitor: str | None, caller: str, mend: str) -> None:
+    """Raise where a metric is to be watched and no name is given, or the other way round."""
+    if isinstance(schedule, AdvanceOnPlateau) and monitor is None:
+        raise ValueError(f"{caller}: an AdvanceOnPlateau needs the name of a metric. {mend}")
+    if not isinstance(schedule, AdvanceOnPlateau) and monitor is not None:
+        raise ValueError(
+            f"{caller}: {monitor=} is given, but a {type(schedule).__name__} watches no metric; "
+            "let the schedule make an AdvanceOnPlateau."
+        )
+
+
+def end_evaluation(schedule: AdvanceOnPlateau, metric: object, caller: str, mend: str) -> bool:
+    """Step a schedule with a metric that must be the same on all processes."""
+    value = as_metric(metric, caller)
+    if _several_processes():
+        check_same_metric(value, caller, mend=mend)
+    return schedule.step(value)
 
 
 def catch_up(schedule: FreezeSchedule, unit: int) -> bool:
@@ -72,11 +92,11 @@ def check_ddp(
     if static_graph:
         raise RuntimeError(f"{changes}been told that the graph never changes. {to_be_dynamic}")
     tree = Tree(schedule.model)
-    now = schedule._frozen_at(tree, max(schedule.last, 0))
+    now = schedule._frozen_at(tree, max(schedule._counted()[1], 0))
     kept = never_thawed(tree, now, schedule._managed(tree))
     unknown = [
         entry.name
-        for entry in _freed(schedule, tree)
+        for entry in schedule._frees(tree)
         if not entry.parameter.requires_grad and id(entry) not in kept
     ]
     if unknown:
@@ -91,9 +111,10 @@ def check_ddp(
 
 def check_ranks(schedule: FreezeSchedule, caller: str) -> None:
     """Raise, on all processes, where they do not have the same schedule at the same place."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not _several_processes():
         return
-    told = repr(schedule.state_dict())
+    # Kept weights, which each process has copied from its own model, are not compared.
+    told = repr({key: value for key, value in schedule.state_dict().items() if key != "weights"})
     digests: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, hashlib.sha256(told.encode()).hexdigest())
     differ = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
@@ -105,18 +126,8 @@ def check_ranks(schedule: FreezeSchedule, caller: str) -> None:
         )
 
 
-def _freed(schedule: FreezeSchedule, tree: Tree) -> list[ParamEntry]:
-    """The parameters that are trainable at some unit of a schedule."""
-    if isinstance(schedule, RotationSchedule):
-        freed = select(tree, schedule._always, "rotate").params
-        for entry in schedule._units(tree):
-            freed.update((id(p), p) for p in entry.parameters())
-        return list(freed.values())
-    managed = schedule._managed(tree).params
-    always = set(managed)
-    for number in schedule._timeline():
-        always &= set(schedule._frozen_at(tree, number).params)
-    return [entry for key, entry in managed.items() if key not in always]
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _first(names: list[str]) -> str:
