@@ -12,8 +12,8 @@ from torch_freeze.schedule import FreezeSchedule, freeze_out, gradual_unfreeze, 
 from torch_freeze.schedule_file import export_schedule, read_schedule
 
 __all__ = [
-    "AdvanceOnPlateau",
     "FINDING_KINDS",
+    "AdvanceOnPlateau",
     "BuildInfo",
     "Finding",
     "FreezeReport",
