@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 from digits import DigitsOutcome, run_digits
+from load import LOAD_MODELS, LoadOutcome, load_table, load_targets, run_load
 from machine import company, describe, granted_share, headline, slug
 from measure import Budget
 from memory_plot import save_memory
@@ -38,7 +39,7 @@ from targets import Reached, networks, run_targets
 from targets import parts as target_parts
 from verdict import unequal, verdict
 
-SUITES = ("synthetic", "models", "digits", "targets", "memory")
+SUITES = ("synthetic", "models", "digits", "targets", "memory", "load")
 TARGET_OF = {"cpu": "a CPU of 2 cores", "cuda": "a GPU"}
 DEFAULT_SUITES = ("synthetic", "models", "digits")
 
@@ -273,7 +274,7 @@ def _write_markdown(
 _BAR = "{percentage:3.0f}% |{bar:30}| {elapsed}{postfix}"
 
 
-def _parts(suites: Sequence[str], workloads: int, targets: int, memory: int) -> int:
+def _parts(suites: Sequence[str], workloads: int, targets: int, memory: int, load: int) -> int:
     """How often the suites will tell their progress."""
     told = {
         "synthetic": 3 * 2,
@@ -281,6 +282,7 @@ def _parts(suites: Sequence[str], workloads: int, targets: int, memory: int) -> 
         "digits": 2,
         "targets": targets,
         "memory": memory,
+        "load": load,
     }
     return sum(told[suite] for suite in suites)
 
@@ -314,6 +316,11 @@ def run(options: argparse.Namespace) -> int:
                 explicit=options.models is not None,
             )
         )
+    load_models = options.models or list(LOAD_MODELS)
+    if "load" in suites:
+        load_models = list(
+            usable(load_models, _needs_of_model, explicit=options.models is not None)
+        )
     if options.threads:
         torch.set_num_threads(options.threads)
 
@@ -328,12 +335,14 @@ def run(options: argparse.Namespace) -> int:
     digits: DigitsOutcome | None = None
     targets: list[Reached] = []
     memory: list[MemoryOutcome] = []
+    load: list[LoadOutcome] = []
     shown: list[str] = []
     total = _parts(
         suites,
         len(models) * len(shares),
         target_parts(target_models, device),
         parts(memory_models, device),
+        2 * len(load_models),
     )
     # disable=None: no bar where stderr is no terminal.
     with tqdm(total=total, disable=None, leave=False, bar_format=_BAR) as bar:
@@ -373,6 +382,13 @@ def run(options: argparse.Namespace) -> int:
                 show(memory_table(found))
             reached = memory_targets(memory)
             show(targets_table(reached, "memory to reach"))
+            targets += reached
+        if "load" in suites:
+            for under_load in run_load(load_models, setting, quick=options.quick):
+                load.append(under_load)
+                show(load_table(under_load))
+            reached = load_targets(load)
+            show(targets_table(reached, "under load"))
             targets += reached
     if outcomes or digits:
         shown.append(legend(device.type, outcomes, trained=digits is not None))

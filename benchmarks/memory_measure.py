@@ -174,9 +174,13 @@ def in_child(function: Callable[..., Any], *arguments: Any, imports: Sequence[st
     try:
         came_back, value = receiver.recv()
     except EOFError:
-        process.join()
+        process.join()  # for its status
         raise RuntimeError(f"a child process ended with status {process.exitcode}") from None
-    process.join()
+    except BaseException:  # Ctrl-C among them
+        process.kill()
+        raise
+    finally:
+        process.join()
     if not came_back:
         raise RuntimeError(value)
     return value

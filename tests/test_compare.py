@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import random
 import re
+import signal
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import compare
+import load
 import machine
 import measure
 import models
@@ -607,6 +611,63 @@ class TestTargets:
         assert [line.status for line in lines] == ["reached", "reached"]
         assert lines[0].figure == "0"
         assert lines[1].figure.startswith("0 B (before: ")
+
+
+class TestLoad:
+    def test_the_busy_process_computes_and_is_ended(self) -> None:
+        with pytest.raises(KeyError), load.busy_core() as process:  # noqa: PT012
+            assert process.poll() is None
+            raise KeyError
+        assert process.returncode == -signal.SIGKILL
+
+    def test_the_busy_process_ends_with_a_killed_parent(self) -> None:
+        code = (
+            "import load, os\n"
+            "with load.busy_core() as process:\n"
+            "    print(process.pid, flush=True)\n"
+            "    os.kill(os.getpid(), 9)\n"
+        )
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # Returns when the busy process, too, has let go of stdout.
+        ended = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            stdout=subprocess.PIPE,
+            timeout=300,
+            check=False,
+        )
+        assert ended.returncode == -signal.SIGKILL
+        assert int(ended.stdout) > 0
+
+    @pytest.mark.parametrize(
+        ("slow", "fused", "statuses"),
+        [
+            pytest.param([20.0, 20.0], 20.0, ["reached", "reached"], id="at both bounds"),
+            pytest.param([20.0, 21.0], 22.0, ["missed", "reached"], id="the 90th percentile"),
+            pytest.param([20.0, 20.0], 19.0, ["reached", "missed"], id="one run of two"),
+        ],
+    )
+    def test_figures_under_load_are_held_against_their_targets(
+        self, slow: list[float], fused: float, statuses: list[str]
+    ) -> None:
+        runs: list[load.Samples] = [
+            {("ours", 1): [10.0], ("ours", 2): [time], ("all/fused", 2): [stock]}
+            for time, stock in zip(slow, (30.0, fused), strict=True)
+        ]
+        found = load.LoadOutcome("made-up", "busy", 1, 1, 2, runs)
+        lines = load.load_targets([found])
+        assert [line.status for line in lines] == statuses
+
+    def test_the_suite_steps_everyone_beside_an_idle_and_a_busy_core(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(load, "QUICK_RUNS", {"idle": 1, "busy": 1})
+        arguments = ["--suite", "load", "--models", "tiny", "--quick", "--steps", "1"]
+        assert compare.main([*arguments, "--threads", "2"]) == 0
+        printed = capsys.readouterr().out
+        assert printed.count("\nFrozenAwareSGD  ") == 2 * 2
+        assert printed.count("\nall fused ") == 2 * 2
+        assert len(re.findall(r"^three linear layers, \w+: ", printed, re.MULTILINE)) == 4
 
 
 class TestCommand:
