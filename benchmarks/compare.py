@@ -1,27 +1,37 @@
 """Measure FrozenAwareSGD against every form of stock SGD.
 
 Run ``python benchmarks/compare.py --help`` for the options. Ends with status 0, with 1 if a
-contestant computed something else than stock does, and with 2 if asked for what cannot be done.
+contestant computed something else than stock does, with 2 if asked for what cannot be done, and
+with 130 after Ctrl-C; what was measured until then is saved.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import functools
 import random
-import re
+import signal
 import sys
+import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+# Imports take seconds; until they are done, Ctrl-C ends this without a traceback.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
+from check import missing
+from contestants import Kind, other_packages
 from digits import DigitsOutcome, run_digits
-from load import LOAD_MODELS, LoadOutcome, load_table, load_targets, run_load
+from load import LOAD_MODELS, QUICK_RUNS, RUNS, LoadOutcome, load_table, load_targets, run_load
 from machine import company, describe, granted_share, headline, slug
 from measure import Budget
-from memory_plot import save_memory
+from memory_plot import draw_memory
 from memory_report import memory_legend, memory_table, memory_targets
 from memory_suite import (
     MEMORY_MODELS,
@@ -32,10 +42,11 @@ from memory_suite import (
     run_memory,
 )
 from models import ALL_MODELS, MODELS, MissingPackageError, NotEnoughMemoryError, require
-from plots import save
+from plots import draw, picture_kinds
+from saving import NowhereToWriteError, as_json, as_markdown, make_room, write
 from suites import Outcome, Setting, run_models, run_synthetic
-from tables import digits_table, legend, outcome_table, targets_table
-from targets import Reached, networks, run_targets
+from tables import WIDTH, digits_table, indented, legend, outcome_table, targets_table
+from targets import Reached, networks, target_lines, target_outcomes
 from targets import parts as target_parts
 from verdict import unequal, verdict
 
@@ -44,7 +55,11 @@ TARGET_OF = {"cpu": "a CPU of 2 cores", "cuda": "a GPU"}
 DEFAULT_SUITES = ("synthetic", "models", "digits")
 
 
-@dataclasses.dataclass(frozen=True)
+FOLDER = Path("compare-results")
+"""Where results go, in the current folder, with the time in their names."""
+
+
+@dataclass(frozen=True)
 class Extent:
     """How much a run covers where the options do not say it."""
 
@@ -53,13 +68,17 @@ class Extent:
     budget: Budget
 
 
-QUICK = Extent(("resnet50", "mobilenet_v3_small"), "0,head", Budget(0.2, least=3))
-USUAL = Extent(("resnet50", "vit_b_16", "mobilenet_v3_small"), "0,50,head", Budget(0.8, least=3))
+QUICK = Extent(("mobilenet_v3_small",), "0,head", Budget(0.2, least=3))
+USUAL = Extent(("resnet50", "mobilenet_v3_small"), "0,head", Budget(0.5, least=3))
 FULL = Extent(ALL_MODELS, "0,50,90,head", Budget(1.5))
 
 
 class NoGpuError(RuntimeError):
     """A GPU was asked for and there is none."""
+
+
+class NoPictureError(RuntimeError):
+    """A picture was asked for that cannot be drawn."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,20 +132,6 @@ def _above_zero(kind: type[int] | type[float]) -> Callable[[str], Any]:
     return parse
 
 
-def _output(text: str) -> Path:
-    path = Path(text)
-    if not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path.absolute().parent}")
-    return path
-
-
-def _folder(text: str) -> Path:
-    path = Path(text)
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path.absolute()}")
-    return path
-
-
 def make_parser() -> Parser:
     """The command line's options."""
     parser = Parser(
@@ -151,7 +156,8 @@ def make_parser() -> Parser:
         type=_shares,
         help=f"percents of the elements, or head for all but it (default: {USUAL.frozen})",
     )
-    add("--quick", action="store_true", help="fewer models, shares and rounds: a look")
+    add("--quick", action="store_true", help="one network and fewer rounds: a look")
+    add("--full", action="store_true", help="more networks, shares and rounds")
     add(
         "--steps",
         type=_above_zero(int),
@@ -160,15 +166,16 @@ def make_parser() -> Parser:
     add("--seconds", type=_above_zero(float), help="time per measure and workload")
     add("--threads", type=_above_zero(int), help="threads torch may use on the CPU")
     add("--compiled", action="store_true", help="also a stock step through torch.compile")
-    add("--json", type=_output, metavar="FILE", help="write all samples, the machine and versions")
-    add("--plot", type=_output, metavar="FILE", help="write a PNG picture")
-    add("--markdown", type=_output, metavar="FILE", help="write what is printed, and the machine")
     add(
         "--results",
-        type=_folder,
+        type=Path,
         metavar="FOLDER",
-        help="write all three into it, named after the GPU or the CPU",
+        help="save the results there, named after the GPU or the CPU; by default they go to "
+        f"{FOLDER}, with the time in their names",
     )
+    add("--json", type=Path, metavar="FILE", help="all samples, the machine and versions, there")
+    add("--plot", type=Path, metavar="FILE", help="the picture there; its ending says what kind")
+    add("--markdown", type=Path, metavar="FILE", help="what is printed, and the machine, there")
     return parser
 
 
@@ -191,7 +198,7 @@ def plan(options: argparse.Namespace) -> tuple[list[str], list[str], list[float 
     """Suites, models, frozen shares and time budget that follow from the options."""
     asked = options.suite or list(DEFAULT_SUITES)
     suites = [suite for suite in SUITES if suite in asked or "all" in asked]
-    extent = QUICK if options.quick else FULL if "all" in asked else USUAL
+    extent = QUICK if options.quick else FULL if options.full else USUAL
     models = options.models or list(extent.models)
     shares = options.frozen or _shares(extent.frozen)
     budget = extent.budget
@@ -239,194 +246,292 @@ def _memory_plan(options: argparse.Namespace) -> tuple[list[str], float | str]:
     return options.models or list(usual), shares[0] if shares else 50.0
 
 
+def _files(options: argparse.Namespace, described: dict[str, Any], suites: list[str]) -> list[Path]:
+    """Where the JSON, the Markdown and the picture of this run go.
+
+    Raises:
+        NoPictureError: the picture asked for is of no kind, or there is nothing to draw.
+    """
+    stem = slug(described) + (f"_{suites[0]}" if suites in (["memory"], ["load"]) else "")
+    if options.results is None:
+        stem = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{stem}"
+    folder = options.results or FOLDER
+    known = picture_kinds()
+    if options.plot and options.plot.suffix[1:].lower() not in known:
+        raise NoPictureError(
+            f"--plot: cannot draw {options.plot.name!r}; known endings: {', '.join(known)}"
+        )
+    if options.plot and suites == ["load"]:
+        raise NoPictureError("--plot: the load suite draws no picture")
+    return [
+        options.json or folder / f"{stem}.json",
+        options.markdown or folder / f"{stem}.md",
+        options.plot or folder / f"{stem}.png",
+    ]
+
+
+@dataclass
+class Job:
+    """What a run will do, once all of it is known to be possible."""
+
+    device: torch.device
+    suites: list[str]
+    models: list[str]
+    shares: list[float | str]
+    target_models: list[str]
+    memory_models: list[str]
+    memory_share: float | str
+    load_models: list[str]
+    budget: Budget
+    quick: bool
+    compiled: bool
+    others: list[Kind]
+    left_out: dict[str, str]
+    described: dict[str, Any]
+    files: list[Path]
+
+    def parts(self) -> dict[str, int]:
+        """How often each suite tells its progress."""
+        told = {
+            "synthetic": 3 * 2,
+            "models": 3 * len(self.models) * len(self.shares),
+            "digits": 2,
+            "targets": target_parts(self.target_models, self.device),
+            "memory": parts(self.memory_models, self.device),
+            "load": 2 * len(self.load_models),
+        }
+        return {suite: told[suite] for suite in self.suites}
+
+    def seconds(self) -> dict[str, float]:
+        """Roughly how long each part of a suite takes on two idle cores."""
+        each = self.budget.seconds
+        rounds = RUNS if not self.quick else QUICK_RUNS
+        return {
+            "synthetic": 0.3 + 1.2 * each,
+            "models": 2.2 + each,
+            "digits": 2.5,
+            "targets": 1.5 + 1.5 * each,
+            "memory": 3.0 if self.quick else 15.0,
+            "load": sum(rounds.values()) / 2 * (1.5 + each),
+        }
+
+
+def prepare(options: argparse.Namespace) -> Job:
+    """Find out what will be done, and that it can be.
+
+    Raises:
+        MissingPackageError: something asked for by name needs a package that is not installed.
+        NotEnoughMemoryError: a model asked for by name does not fit.
+        NoGpuError: a GPU was asked for and there is none.
+        NoPictureError: a picture was asked for that cannot be drawn.
+        NowhereToWriteError: the results could not be saved.
+    """
+    lacking = missing()
+    if lacking:
+        raise MissingPackageError(lacking)
+    device = choose_device(options.device)
+    suites, models, shares, budget = plan(options)
+    suites = list(usable(suites, _needs_of_suite, explicit=options.suite is not None))
+    named = options.models is not None
+    memory_models, memory_share = _memory_plan(options)
+    if "models" in suites:
+        models = list(usable(models, _needs_of_model, explicit=named))
+    target_models: list[str] = []
+    if "targets" in suites:
+        target_models = list(usable(networks(device), _needs_of_model, explicit=False))
+    if "memory" in suites:
+        fits = functools.partial(require_memory_for, device=device)
+        memory_models = list(usable(memory_models, fits, explicit=named))
+    load_models = options.models or list(LOAD_MODELS)
+    if "load" in suites:
+        load_models = list(usable(load_models, _needs_of_model, explicit=named))
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    described = describe(device)
+    files = _files(options, described, suites)
+    make_room(files)
+    others, left_out = other_packages(device)
+    return Job(
+        device=device,
+        suites=suites,
+        models=models,
+        shares=shares,
+        target_models=target_models,
+        memory_models=memory_models,
+        memory_share=memory_share,
+        load_models=load_models,
+        budget=budget,
+        quick=options.quick,
+        compiled=options.compiled,
+        others=others,
+        left_out=left_out,
+        described=described,
+        files=files,
+    )
+
+
+@dataclass
+class Found:
+    """What was measured so far."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    digits: DigitsOutcome | None = None
+    targets: list[Reached] = field(default_factory=list)
+    memory: list[MemoryOutcome] = field(default_factory=list)
+    load: list[LoadOutcome] = field(default_factory=list)
+    shown: list[str] = field(default_factory=list)
+    shares_of_time: list[float] = field(default_factory=list)
+
+    def anything(self) -> bool:
+        """Whether there is a figure to save."""
+        return bool(self.outcomes or self.digits or self.memory or self.load)
+
+
+_BAR = "{percentage:3.0f}% |{bar:20}| {elapsed}, about {remaining} left {postfix}"
+
+
+def measure(job: Job, found: Found) -> None:
+    """Run the suites, printing each table when it is there."""
+    tqdm = require("tqdm", "tqdm", "the progress bar").tqdm
+    seconds, parts_of = job.seconds(), job.parts()
+    total = sum(seconds[suite] * count for suite, count in parts_of.items())
+    # disable=None: no bar where stderr is no terminal.
+    with tqdm(total=total, disable=None, leave=False, bar_format=_BAR, ncols=79) as bar:
+        weight = before = 0.0
+
+        def progress(text: str) -> None:
+            nonlocal before
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(before)  # of the part that is over
+            before = weight
+
+        def show(text: str) -> None:
+            found.shown.append(text)
+            tqdm.write(text + "\n", file=sys.stdout)
+
+        setting = Setting(
+            job.device, job.budget, job.compiled, random.Random(0), progress, job.others
+        )
+        show(textwrap.fill(headline(job.described), WIDTH))
+        left = [indented(f"{name}: {why}") for name, why in job.left_out.items()]
+        if left and set(job.suites) - {"memory", "load"}:
+            show("\n".join(["Not among the contestants:", *left]))
+        takes = f"{total / 60:.1f} minutes" if total > 100 else f"{round(total, -1):.0f} seconds"
+        tqdm.write(f"This takes about {takes} on two idle cores.\n", file=sys.stdout)
+        for suite in job.suites:
+            weight = seconds[suite]
+            if suite == "synthetic":
+                for outcome in run_synthetic(setting):
+                    found.outcomes.append(outcome)
+                    show(outcome_table(outcome))
+            elif suite == "models":
+                for outcome in run_models(job.models, job.shares, setting):
+                    found.outcomes.append(outcome)
+                    show(outcome_table(outcome))
+            elif suite == "digits":
+                found.digits = run_digits(setting)
+                show(digits_table(found.digits))
+            elif suite == "targets":
+                measured = []
+                for outcome in target_outcomes(setting, job.target_models):
+                    found.outcomes.append(outcome)
+                    measured.append(outcome)
+                    if job.device.type == "cuda":
+                        show(outcome_table(outcome))
+                reached = target_lines(setting, measured, job.target_models)
+                found.targets += reached
+                show(targets_table(reached, f"speed to reach on {TARGET_OF[job.device.type]}"))
+            elif suite == "memory":
+                for taken in run_memory(
+                    job.memory_models, job.memory_share, setting, quick=job.quick
+                ):
+                    found.memory.append(taken)
+                    show(memory_table(taken))
+                reached = memory_targets(found.memory)
+                found.targets += reached
+                show(targets_table(reached, "memory to reach"))
+            elif suite == "load":
+                for under_load in run_load(job.load_models, setting, quick=job.quick):
+                    found.load.append(under_load)
+                    show(load_table(under_load))
+                reached = load_targets(found.load)
+                found.targets += reached
+                show(targets_table(reached, "under load"))
+
+
 def _without_functions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in pairs if not callable(value)}
 
 
-def _write_json(path: Path, found: dict[str, Any]) -> None:
-    text = json.dumps(found, indent=1, default=str)
-    # Samples in a line, and not each in its own.
-    text = re.sub(
-        r"\[\s+([-+.eE\d,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text
+def finish(job: Job, found: Found, *, cut_short: str | None = None) -> bool:
+    """Print what it all means and save it.
+
+    Returns:
+        Whether every file lies where it was wanted.
+    """
+    outcomes, digits, memory = found.outcomes, found.digits, found.memory
+    explained = []
+    if outcomes or digits:
+        explained.append(legend(job.device.type, outcomes, trained=digits is not None))
+    if memory:
+        explained.append(memory_legend(job.device.type))
+    described = job.described | {"share of its threads' time": found.shares_of_time}
+    summary = verdict(
+        outcomes,
+        digits,
+        found.targets,
+        memory=memory,
+        warnings=[cut_short, company(found.shares_of_time)],
     )
-    path.write_text(text + "\n")
-
-
-def _write_markdown(
-    path: Path, described: dict[str, Any], shown: Sequence[str], summary: str
-) -> None:
-    facts = {key: value for key, value in described.items() if not isinstance(value, (dict, list))}
-    facts |= {key: value for key, value in described["versions"].items() if value is not None}
-    path.write_text(
-        "\n\n".join(
-            [
-                f"# {headline(described)}",
-                f"`{' '.join(['python', *sys.argv])}`",
-                "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items())]),
-                *(f"```\n{text}\n```" for text in shown),
-                "## Verdict",
-                summary.partition("\n")[2] + "\n",
-            ]
-        )
-    )
-
-
-_BAR = "{percentage:3.0f}% |{bar:30}| {elapsed}{postfix}"
-
-
-def _parts(suites: Sequence[str], workloads: int, targets: int, memory: int, load: int) -> int:
-    """How often the suites will tell their progress."""
-    told = {
-        "synthetic": 3 * 2,
-        "models": 3 * workloads,
-        "digits": 2,
-        "targets": targets,
-        "memory": memory,
-        "load": load,
+    print("\n\n".join([*explained, summary]) + "\n")
+    contents = {
+        "command": sys.argv,
+        "machine": described,
+        "left out": job.left_out,
+        "budget": dataclasses.asdict(job.budget),
+        "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
+        "digits": dataclasses.asdict(digits) if digits else None,
+        "targets": [dataclasses.asdict(line) for line in found.targets],
+        "memory": [dataclasses.asdict(taken, dict_factory=_without_functions) for taken in memory],
+        "load": [dataclasses.asdict(taken) for taken in found.load],
+        "verdict": summary.splitlines(),
     }
-    return sum(told[suite] for suite in suites)
+    json_file, markdown_file, plot_file = job.files
+    placed = [
+        write(json_file, as_json(contents)),
+        write(markdown_file, as_markdown(described, [*found.shown, *explained], summary)),
+    ]
+    kind = plot_file.suffix[1:]
+    drawn = [*outcomes, *([digits.as_workload()] if digits else [])]
+    if drawn:
+        placed.append(write(plot_file, draw(drawn, headline(described), kind)))
+    if memory:
+        name = plot_file.with_stem(f"{plot_file.stem}_memory") if drawn else plot_file
+        placed.append(write(name, draw_memory(memory, headline(described), kind)))
+    return all(placed)
 
 
 def run(options: argparse.Namespace) -> int:
     """Do what the options ask for and return the exit status.
 
     Raises:
-        MissingPackageError: something asked for by name needs a package that is not installed.
-        NotEnoughMemoryError: a model asked for by name does not fit.
-        NoGpuError: a GPU was asked for and there is none.
+        RuntimeError: it cannot be done; see `prepare`.
     """
-    device = choose_device(options.device)
-    tqdm = require("tqdm", "tqdm", "the progress bar").tqdm
-    require("tabulate", "tabulate", "the tables")
-    if options.plot or options.results:
-        require("matplotlib", "matplotlib", "--plot")
-    suites, models, shares, budget = plan(options)
-    suites = list(usable(suites, _needs_of_suite, explicit=options.suite is not None))
-    if "models" in suites:
-        models = list(usable(models, _needs_of_model, explicit=options.models is not None))
-    target_models: list[str] = []
-    if "targets" in suites:
-        target_models = list(usable(networks(device), _needs_of_model, explicit=False))
-    memory_models, memory_share = _memory_plan(options)
-    if "memory" in suites:
-        memory_models = list(
-            usable(
-                memory_models,
-                lambda key: require_memory_for(key, device),
-                explicit=options.models is not None,
-            )
-        )
-    load_models = options.models or list(LOAD_MODELS)
-    if "load" in suites:
-        load_models = list(
-            usable(load_models, _needs_of_model, explicit=options.models is not None)
-        )
-    if options.threads:
-        torch.set_num_threads(options.threads)
-
-    described = describe(device)
-    if options.results:
-        stem = slug(described) + ("_memory" if suites == ["memory"] else "")
-        for kind, suffix in (("json", "json"), ("markdown", "md"), ("plot", "png")):
-            if getattr(options, kind) is None:
-                setattr(options, kind, options.results / f"{stem}.{suffix}")
-    shares_of_time = [granted_share()]
-    outcomes: list[Outcome] = []
-    digits: DigitsOutcome | None = None
-    targets: list[Reached] = []
-    memory: list[MemoryOutcome] = []
-    load: list[LoadOutcome] = []
-    shown: list[str] = []
-    total = _parts(
-        suites,
-        len(models) * len(shares),
-        target_parts(target_models, device),
-        parts(memory_models, device),
-        2 * len(load_models),
-    )
-    # disable=None: no bar where stderr is no terminal.
-    with tqdm(total=total, disable=None, leave=False, bar_format=_BAR) as bar:
-
-        def progress(text: str) -> None:
-            bar.set_postfix_str(text, refresh=False)
-            bar.update()
-
-        setting = Setting(device, budget, options.compiled, random.Random(0), progress)
-
-        def show(text: str) -> None:
-            shown.append(text)
-            tqdm.write(text + "\n", file=sys.stdout)
-
-        show(headline(described))
-        if "synthetic" in suites:
-            for outcome in run_synthetic(setting):
-                outcomes.append(outcome)
-                show(outcome_table(outcome))
-        if "models" in suites:
-            for outcome in run_models(models, shares, setting):
-                outcomes.append(outcome)
-                show(outcome_table(outcome))
-        if "digits" in suites:
-            digits = run_digits(setting)
-            show(digits_table(digits))
-        if "targets" in suites:
-            measured, targets = run_targets(setting, models=target_models)
-            outcomes += measured
-            if device.type == "cuda":
-                for outcome in measured:
-                    show(outcome_table(outcome))
-            show(targets_table(targets, f"speed to reach on {TARGET_OF[device.type]}"))
-        if "memory" in suites:
-            for found in run_memory(memory_models, memory_share, setting, quick=options.quick):
-                memory.append(found)
-                show(memory_table(found))
-            reached = memory_targets(memory)
-            show(targets_table(reached, "memory to reach"))
-            targets += reached
-        if "load" in suites:
-            for under_load in run_load(load_models, setting, quick=options.quick):
-                load.append(under_load)
-                show(load_table(under_load))
-            reached = load_targets(load)
-            show(targets_table(reached, "under load"))
-            targets += reached
-    if outcomes or digits:
-        shown.append(legend(device.type, outcomes, trained=digits is not None))
-        print(shown[-1])
-    if memory:
-        shown.append(memory_legend(device.type))
-        print(shown[-1])
-    shares_of_time.append(granted_share())
-    described["share of its threads' time"] = shares_of_time
-    summary = verdict(outcomes, digits, targets, memory=memory, warning=company(shares_of_time))
-    print(f"\n{summary}")
-
-    if options.json:
-        _write_json(
-            options.json,
-            {
-                "command": sys.argv,
-                "machine": described,
-                "budget": dataclasses.asdict(budget),
-                "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
-                "digits": dataclasses.asdict(digits) if digits else None,
-                "targets": [dataclasses.asdict(line) for line in targets],
-                "memory": [
-                    dataclasses.asdict(found, dict_factory=_without_functions) for found in memory
-                ],
-                "verdict": summary.splitlines(),
-            },
-        )
-    if options.markdown:
-        _write_markdown(options.markdown, described, shown, summary)
-    if options.plot and outcomes:
-        save(options.plot, outcomes, headline(described))
-    if options.plot and memory:
-        plot: Path = options.plot
-        if outcomes:
-            plot = plot.with_stem(f"{plot.stem}_memory")
-        save_memory(plot, memory, headline(described))
-    return 1 if unequal(outcomes, digits, memory) else 0
+    job, found = prepare(options), Found()
+    found.shares_of_time.append(granted_share())
+    try:
+        measure(job, found)
+    except BaseException as error:
+        if found.anything():
+            found.shares_of_time.append(granted_share())
+            why = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else repr(error)
+            finish(job, found, cut_short=f"Ended early by {why}: this was measured before.")
+        raise
+    found.shares_of_time.append(granted_share())
+    placed = finish(job, found)
+    if unequal(found.outcomes, found.digits, found.memory):
+        return 1
+    return 0 if placed else 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -435,9 +540,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return run(options)
-    except (MissingPackageError, NotEnoughMemoryError, NoGpuError) as error:
+    except (
+        MissingPackageError,
+        NotEnoughMemoryError,
+        NoGpuError,
+        NoPictureError,
+        NowhereToWriteError,
+    ) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

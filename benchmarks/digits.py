@@ -7,10 +7,10 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from contestants import OURS, REFERENCE, Contestant, Entry, Hyper, select
-from measure import Memory, Summary, memory, no_collector, ratio, summarise, wait_for
+from contestants import OURS, REFERENCE, Contestant, Entry, Hyper
+from measure import Equality, Memory, Summary, memory, no_collector, ratio, summarise, wait_for
 from models import Workload, require
-from suites import Setting
+from suites import Outcome, Row, Setting
 from torch import Tensor, nn
 
 CURVE_TOLERANCE = 1e-4
@@ -146,6 +146,39 @@ class DigitsOutcome:
         """How many times as long as FrozenAwareSGD an iteration takes."""
         return ratio(row.iteration, self.ours.iteration)
 
+    def as_workload(self) -> Outcome:
+        """The iterations as those of any workload, for picture and verdict."""
+        model = DigitNet()
+        return Outcome(
+            suite="digits",
+            key="digits",
+            title="Digits, all but the head frozen",
+            device=self.device,
+            tensors=sum(1 for _ in model.parameters()),
+            frozen_tensors=sum(1 for _ in model.backbone.parameters()),
+            elements=self.elements,
+            trainable_elements=self.trainable_elements,
+            frozen_percent=100 - 100 * self.trainable_elements / self.elements,
+            step_bytes=20 * self.trainable_elements,
+            momentum=_FINETUNE.momentum,
+            weight_decay=_FINETUNE.weight_decay,
+            batch=f"{_BATCH} images of 8x8",
+            rows=[
+                Row(
+                    row.contestant,
+                    Equality(
+                        row.largest_gap == 0,
+                        row.largest_gap,
+                        row.largest_gap,
+                        tolerance=CURVE_TOLERANCE,
+                    ),
+                    {"iteration": row.iteration},
+                    row.memory,
+                )
+                for row in self.rows
+            ],
+        )
+
 
 @dataclass
 class _Run:
@@ -181,7 +214,7 @@ def run_digits(setting: Setting, *, pretrain_epochs: int = 6, epochs: int = 8) -
     data = load_digits(5, device)
     before = accuracy(start, data.test)
 
-    contestants = [REFERENCE, *select(any_frozen=True, compiled=setting.compiled)]
+    contestants = [REFERENCE, *setting.select(any_frozen=True)]
     setting.progress("digits: fine-tuning")
     runs = [_start(contestant, start) for contestant in contestants]
     with no_collector():

@@ -35,7 +35,7 @@ _CONTESTANTS = (
     Contestant("all", "foreach"),
     Contestant("all", "fused"),
 )
-_FUSED = _CONTESTANTS[-1].key
+_FUSED = _CONTESTANTS[-1]
 _BURST, _BURST_NS = 5, 20e6
 """Steps and time at most in a turn, after an untimed step: slow ones leave their time to others."""
 # It ends with its parent, even if that is killed.
@@ -45,8 +45,13 @@ while os.getppid() == int(sys.argv[1]):
     sum(range(100_000))
 """
 
-Samples = dict[tuple[str, int], list[float]]
-"""Nanoseconds of steps, by contestant and threads."""
+Samples = dict[str, list[float]]
+"""Nanoseconds of steps, by contestant and threads: see `at`."""
+
+
+def at(contestant: Contestant, threads: int) -> str:
+    """The key of one contestant's steps with so many threads."""
+    return f"{contestant.key} with {threads}"
 
 
 @dataclass
@@ -60,13 +65,13 @@ class LoadOutcome:
     threads: int
     runs: list[Samples]
 
-    def time(self, key: str, threads: int) -> Summary:
+    def time(self, contestant: Contestant, threads: int) -> Summary:
         """Of the steps of all runs."""
-        return summarise([step for run in self.runs for step in run[key, threads]])
+        return summarise([step for run in self.runs for step in run[at(contestant, threads)]])
 
-    def medians(self, key: str) -> list[float]:
+    def medians(self, contestant: Contestant) -> list[float]:
         """Of each run, at the usual number of threads."""
-        return [median(run[key, self.threads]) for run in self.runs]
+        return [median(run[at(contestant, self.threads)]) for run in self.runs]
 
 
 @contextmanager
@@ -90,7 +95,7 @@ def one_run(shapes: Sequence[Sequence[int]], counts: Sequence[int], budget: Budg
         p.grad = torch.full_like(p, 1e-3)
     entries = [c.build([parameters], Hyper(weight_decay=1e-4)) for c in _CONTESTANTS]
     turns = [(entry, threads) for entry in entries for threads in counts]
-    samples: Samples = {(entry.contestant.key, threads): [] for entry, threads in turns}
+    samples: Samples = {at(entry.contestant, threads): [] for entry, threads in turns}
     rounds, begin = 0, time.perf_counter()
     with no_collector():
         while not budget.spent(rounds, time.perf_counter() - begin):
@@ -102,7 +107,7 @@ def one_run(shapes: Sequence[Sequence[int]], counts: Sequence[int], budget: Budg
                     start = time.perf_counter_ns()
                     entry.stepper.step()
                     burst.append(time.perf_counter_ns() - start)
-                samples[entry.contestant.key, threads] += burst
+                samples[at(entry.contestant, threads)] += burst
             turns.append(turns.pop(0))  # nobody always runs after the same one
             rounds += 1
     return samples
@@ -141,15 +146,15 @@ def load_table(outcome: LoadOutcome) -> str:
     """Everyone at each number of threads."""
     headers = ["", "threads", "median", "90th\nperc.", "median over\none thread's"]
     headers += ["90th over\nthat median", "times\nours"]
-    ours = outcome.time(OURS.key, outcome.threads).median
+    ours = outcome.time(OURS, outcome.threads).median
     rows = []
     for contestant in _CONTESTANTS:
-        alone = outcome.time(contestant.key, 1).median
+        alone = outcome.time(contestant, 1).median
         for threads in sorted({1, outcome.threads}):
-            found = outcome.time(contestant.key, threads)
+            found = outcome.time(contestant, threads)
             rows.append(
                 [
-                    contestant.label("cpu"),
+                    contestant.label,
                     f"{threads}",
                     duration(found.median),
                     duration(found.high),
@@ -170,8 +175,8 @@ def load_targets(outcomes: Sequence[LoadOutcome]) -> list[Reached]:
     lines = []
     for outcome in outcomes:
         case = f"{outcome.title}, {outcome.state}: "
-        alone = outcome.time(OURS.key, 1).median
-        found = outcome.time(OURS.key, outcome.threads)
+        alone = outcome.time(OURS, 1).median
+        found = outcome.time(OURS, outcome.threads)
         value, what, most = (
             (found.high, "90th percentile", 2)
             if outcome.state == "busy"
@@ -187,7 +192,7 @@ def load_targets(outcomes: Sequence[LoadOutcome]) -> list[Reached]:
         )
         ratios = [
             stock / ours
-            for stock, ours in zip(outcome.medians(_FUSED), outcome.medians(OURS.key), strict=True)
+            for stock, ours in zip(outcome.medians(_FUSED), outcome.medians(OURS), strict=True)
         ]
         slower = sum(ratio < 1 for ratio in ratios)
         lines.append(

@@ -304,6 +304,12 @@ def _twin(tensor: Tensor) -> Tensor:
     return room[shift:].view(tensor.shape).copy_(tensor)
 
 
+def _tensor(value: Any) -> Tensor | None:
+    """A value in an optimizer's state, if it is a tensor or, as flashoptim's, wraps one."""
+    value = value.materialize() if hasattr(value, "materialize") else value
+    return value if isinstance(value, Tensor) else None
+
+
 def _some_steps(
     contestant: Contestant, groups: Groups, hyper: Hyper
 ) -> tuple[list[Tensor], float | None]:
@@ -328,7 +334,7 @@ def _some_steps(
             compile_seconds += time.perf_counter() - begin
     moved = [p.detach() for p in flat]
     for p in flat:
-        momentum = entry.optimizer.state.get(p, {}).get("momentum_buffer")
+        momentum = _tensor(entry.optimizer.state.get(p, {}).get("momentum_buffer"))
         moved.append(torch.empty(0) if momentum is None else momentum)
     return moved, compile_seconds if contestant.kind == "compiled" else None
 
@@ -430,12 +436,8 @@ def held_bytes(tensors: Iterable[Tensor | None]) -> int:
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Every tensor in an optimizer's state."""
-    return [
-        value
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    ]
+    values = (_tensor(v) for state in optimizer.state.values() for v in state.values())
+    return [value for value in values if value is not None]
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from memory_report import contestant_label
 from memory_suite import CaseOutcome, MemoryOutcome
 from models import require
+from plots import encode
 
 _STYLES: dict[str, tuple[str, str, float]] = {
     "stock/default": ("#d1495b", "-", 3.0),
@@ -39,7 +38,7 @@ def _draw(axes: Any, outcome: CaseOutcome) -> dict[str, Any]:
             linestyle=dashes,
             linewidth=width,
         )
-        lines[contestant_label(rows[key].contestant, outcome.device)] = line
+        lines[rows[key].contestant.label] = line
     for border in (1, 2):
         axes.axvline(border, color="#bbbbbb", linewidth=0.8, zorder=0)
     axes.set_xlim(0, 3)
@@ -51,15 +50,15 @@ def _draw(axes: Any, outcome: CaseOutcome) -> dict[str, Any]:
     return lines
 
 
-def save_memory(path: Path, outcomes: Sequence[MemoryOutcome], machine: str) -> None:
-    """Draw each case's iteration, a line for every contestant, and write a PNG file.
+def draw_memory(outcomes: Sequence[MemoryOutcome], machine: str, kind: str) -> bytes:
+    """Draw each case's iteration, a line for every contestant, as a file of that kind.
 
     Raises:
         models.MissingPackageError: matplotlib is not installed.
     """
-    matplotlib = require("matplotlib", "matplotlib", "--plot")
+    matplotlib = require("matplotlib", "matplotlib", "the picture")
     matplotlib.use("Agg")
-    pyplot = require("matplotlib.pyplot", "matplotlib", "--plot")
+    pyplot = require("matplotlib.pyplot", "matplotlib", "the picture")
     cases = [outcome for outcome in outcomes if isinstance(outcome, CaseOutcome)]
     models = list(dict.fromkeys(outcome.model for outcome in cases))
     columns = list(dict.fromkeys(outcome.case for outcome in cases))
@@ -93,5 +92,4 @@ def save_memory(path: Path, outcomes: Sequence[MemoryOutcome], machine: str) -> 
         fontsize=8,
         frameon=False,
     )
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    return encode(figure, kind)

@@ -16,7 +16,7 @@ from memory_suite import (
     RotationOutcome,
     TimeOutcome,
 )
-from tables import NOTHING, WIDTH, ratio_text, render
+from tables import NOTHING, WIDTH, indented, megabytes, ratio_text, render
 from targets import Reached, status
 from units import duration
 
@@ -24,17 +24,12 @@ SLOWER = 1.02
 """How much longer an iteration may take that steps in backward."""
 
 
-def contestant_label(contestant: MemoryContestant, device: str) -> str:
-    """The name in tables and plot; says what stock's default is on ``device``."""
-    if contestant == DEFAULT:
-        return f"{contestant.label}{'=foreach' if device == 'cuda' else '=loop'}"
-    return contestant.label
-
-
 def _mb(size: int | None) -> str:
     if size is None:
         return NOTHING
-    return "<0.1" if 0 < size < 0.05e6 else f"{size / 1e6:.1f}" if size else "0"
+    if not size:
+        return "0"
+    return "<0.1" if size < 0.05e6 else f"{size / 1e6:.{0 if size >= 999.95e6 else 1}f}"
 
 
 def _mark(agreement: Agreement) -> str:
@@ -42,12 +37,12 @@ def _mark(agreement: Agreement) -> str:
 
 
 def _notes(outcome: Compared) -> list[str]:
-    notes = [f"  {label}: not run: {why[:90]}" for label, why in outcome.unavailable.items()]
+    notes = [f"{label}: not run: {why}" for label, why in outcome.unavailable.items()]
     notes += [
-        f"  {label}: NOT EQUAL, not measured: {gap:.0e} from stock's result"
+        f"{label}: NOT EQUAL, not measured: {gap:.0e} from stock's result"
         for label, gap in outcome.unequal.items()
     ]
-    return notes
+    return [indented(note) for note in notes]
 
 
 def _table(outcome: Compared, title: str, headers: list[str], rows: list[list[str]]) -> str:
@@ -56,13 +51,13 @@ def _table(outcome: Compared, title: str, headers: list[str], rows: list[list[st
 
 def _case_table(outcome: CaseOutcome) -> str:
     with_rss = any(row.figures.rss for row in outcome.rows)
-    headers = ["", "gradients\nMB", "state\nMB", "temporaries\nof step() MB", "peak\nMB"]
-    headers += ["peak,\ntimes ours", *(["peak RSS\nMB"] if with_rss else []), "same\nresult"]
+    headers = ["", "grads\nMB", "state\nMB", "tempo-\nraries", "peak\nMB", "times\nours"]
+    headers += [*(["RSS\nMB"] if with_rss else []), "equal"]
     ours = next((row.figures.peak for row in outcome.rows if row.contestant == OURS), None)
     rows = []
     for row in outcome.rows:
         found = row.figures
-        cells = [contestant_label(row.contestant, outcome.device)]
+        cells = [row.contestant.label]
         sizes = (found.gradients, found.state, found.temporaries, found.peak)
         cells += [_mb(size) for size in sizes]
         cells.append(f"{found.peak / ours:.3f}x" if ours else NOTHING)
@@ -77,9 +72,8 @@ def _case_table(outcome: CaseOutcome) -> str:
 
 
 def _freeze_table(outcome: FreezeOutcome) -> str:
-    headers = ["MB before -> after one step"]
-    headers += ["gradients of\nwhat is frozen", "momentum of\nwhat is frozen", "all\nstate"]
-    headers += ["peak", "same\nresult"]
+    headers = ["MB before -> after", "frozen\ngrads", "frozen\nmomentum", "all\nstate"]
+    headers += ["peak", "equal"]
     rows = []
     for row in outcome.rows:
         before, after = row.before, row.after
@@ -89,20 +83,18 @@ def _freeze_table(outcome: FreezeOutcome) -> str:
             (before.state, after.state),
             (row.peak_before, row.peak_after),
         )
-        cells = [f"{_mb(a)} -> {_mb(b)}" for a, b in pairs]
-        rows.append(
-            [contestant_label(row.contestant, outcome.device), *cells, _mark(row.agreement)]
-        )
+        cells = [f"{megabytes(a)} -> {megabytes(b)}" for a, b in pairs]
+        rows.append([row.contestant.label, *cells, _mark(row.agreement)])
     return _table(outcome, outcome.title, headers, rows)
 
 
 def _rotation_table(outcome: RotationOutcome) -> str:
     periods = max((len(row.state) for row in outcome.rows), default=0)
-    headers = ["MB", *(f"state,\nperiod {i + 1}" for i in range(periods))]
-    headers += ["gradients of\nwhat is frozen", "peak", "same\nresult"]
+    headers = ["MB", *(f"state\n{i + 1}" for i in range(periods))]
+    headers += ["frozen\ngrads", "peak", "equal"]
     rows = [
         [
-            contestant_label(row.contestant, outcome.device),
+            row.contestant.label,
             *(_mb(size) for size in row.state),
             _mb(max(row.stale)),
             _mb(row.peak),
@@ -114,7 +106,7 @@ def _rotation_table(outcome: RotationOutcome) -> str:
 
 
 def _time_table(outcome: TimeOutcome) -> str:
-    headers = ["", "iteration", "times FrozenAwareSGD\nwith an ordinary step"]
+    headers = ["", "iteration", "times ours with\nan ordinary step"]
     rows = [
         [label, duration(outcome.time(key).median), ratio_text(outcome.times_ordinary(key))]
         for key, label in outcome.labels.items()
@@ -141,23 +133,25 @@ def memory_legend(device: str) -> str:
         else "every event of torch's allocator, temporaries inside operators included"
     )
     sentences = [
-        "gradients: the most bytes of gradients alive at once, counted at every arrival of one.",
+        "grads: the most bytes of gradients alive at once, counted at every arrival of one; state:"
+        " after the iteration, and with numbers after each period.",
         "temporaries: the most that step() takes for its own duration. peak: the most held above"
         f" the model during an iteration, by {allocator}; activations, gradients, state and"
         " temporaries together. Peaks are compared to a thousandth: FrozenAwareSGD in backward"
         " keeps one element to see a second backward by.",
-        "same result: weights and momentum after the run against those of stock foreach=False given"
+        "equal: weights and momentum after the run against those of stock foreach=False given"
         " the same gradients (on a CPU, of one in four of the decoder's parameters); bits: equal in"
         " every bit, else the largest difference relative to the model's largest value.",
         "one per parameter: torch's tutorial recipe, a stock SGD for each parameter, stepped by a"
         " hook. rebuilt: a new optimizer over what trains, whenever that changes; what the old one"
         " leaves in .grad stays, unless model.zero_grad() is called.",
-        "frozen in the middle of a run: between two iterations, by requires_grad alone. peak"
-        " before: of the last iteration before; after: of the second one after.",
+        "frozen in the middle of a run: between two iterations, by requires_grad alone. Gradients,"
+        " momentum and state before that and after one step; frozen grads, momentum: of what is"
+        " frozen. peak: of the last iteration before, and of the second one after.",
     ]
     if device == "cpu":
         sentences.append(
-            "peak RSS: of a process of its own that did nothing but two iterations; interpreter"
+            "RSS: the peak of a process of its own that did nothing but two iterations; interpreter"
             " and torch included."
         )
     return "\n".join(textwrap.fill(sentence, WIDTH) for sentence in sentences)

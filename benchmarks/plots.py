@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from contestants import OURS, Contestant
@@ -15,6 +15,8 @@ _COLOURS = {
     "foreach": "#edae49",
     "fused": "#30638e",
     "compiled": "#6a4c93",
+    "flashoptim": "#8d6e63",
+    "apex": "#222222",
     "ours": "#2a9d4a",
 }
 _MARKERS = {"all": "o", "filter": "D"}
@@ -34,16 +36,16 @@ def _panels(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
     ]
 
 
-def _place(contestant: Contestant) -> float:
+def _place(contestant: Contestant, kinds: Sequence[str]) -> float:
     """Where in its workload's band a contestant is drawn, so that equal figures do not hide."""
-    kinds = ("default", "foreach", "fused", "compiled")
-    return (kinds.index(contestant.kind) - 1.5) * 0.2 + (
-        0.07 if contestant.scope == "all" else -0.07
-    )
+    place = (kinds.index(contestant.kind) + 0.5) / len(kinds) - 0.5
+    return 0.8 * place + (0.05 if contestant.scope == "all" else -0.05)
 
 
 def _draw_ratios(axes: Any, outcomes: Sequence[Outcome], measure: str, title: str) -> None:
     axes.axvline(1, color=_COLOURS["ours"], linewidth=2, zorder=1)
+    drawn = {row.contestant.kind for outcome in outcomes for row in outcome.rows} - {"ours"}
+    kinds = [kind for kind in _COLOURS if kind in drawn]
     for line, outcome in enumerate(outcomes):
         if line % 2:
             axes.axhspan(line - 0.5, line + 0.5, color="#f2f2f2", zorder=0)
@@ -64,7 +66,7 @@ def _draw_ratios(axes: Any, outcomes: Sequence[Outcome], measure: str, title: st
                 continue
             axes.errorbar(
                 times.median,
-                line + _place(row.contestant),
+                line + _place(row.contestant, kinds),
                 xerr=[[times.median - times.low], [times.high - times.median]],
                 fmt=_MARKERS[row.contestant.scope],
                 markersize=5,
@@ -83,7 +85,7 @@ def _draw_ratios(axes: Any, outcomes: Sequence[Outcome], measure: str, title: st
 
 
 def _plain_ticks(axes: Any) -> None:
-    ticker = require("matplotlib.ticker", "matplotlib", "--plot")
+    ticker = require("matplotlib.ticker", "matplotlib", "the picture")
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.8), max(high, 2.5))
     low, high = axes.get_xlim()
@@ -95,7 +97,7 @@ def _plain_ticks(axes: Any) -> None:
 
 
 def _legend(figure: Any, outcomes: Sequence[Outcome]) -> None:
-    lines = require("matplotlib.lines", "matplotlib", "--plot")
+    lines = require("matplotlib.lines", "matplotlib", "the picture")
     seen: dict[str, Row] = {}
     for outcome in outcomes:
         for row in outcome.rows:
@@ -107,7 +109,6 @@ def _legend(figure: Any, outcomes: Sequence[Outcome]) -> None:
         if row.contestant == OURS:
             continue
         scope = "all parameters" if row.contestant.scope == "all" else "filtered parameters"
-        kind = row.contestant.label(outcomes[0].device).partition(" ")[2]
         colour = _COLOURS[row.contestant.kind]
         handles.append(
             lines.Line2D(
@@ -117,21 +118,39 @@ def _legend(figure: Any, outcomes: Sequence[Outcome]) -> None:
                 marker=_MARKERS[row.contestant.scope],
                 markerfacecolor=colour if row.contestant.scope == "all" else "white",
                 linestyle="",
-                label=f"stock {kind}, {scope}",
+                label=f"{'stock ' * row.contestant.stock}{row.contestant.kind}, {scope}",
             )
         )
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 
 
-def save(path: Path, outcomes: Sequence[Outcome], machine: str) -> None:
-    """Draw every workload's ratios, one panel per measure, and write a PNG file.
+def picture_kinds() -> list[str]:
+    """The endings that the name of a picture may have.
 
     Raises:
         models.MissingPackageError: matplotlib is not installed.
     """
-    matplotlib = require("matplotlib", "matplotlib", "--plot")
+    bases = require("matplotlib.backend_bases", "matplotlib", "the picture")
+    return sorted(bases.FigureCanvasBase.get_supported_filetypes())
+
+
+def encode(figure: Any, kind: str) -> bytes:
+    """A figure as the contents of a file of that kind."""
+    contents = io.BytesIO()
+    figure.savefig(contents, format=kind, dpi=130)
+    require("matplotlib.pyplot", "matplotlib", "the picture").close(figure)
+    return contents.getvalue()
+
+
+def draw(outcomes: Sequence[Outcome], machine: str, kind: str) -> bytes:
+    """Draw every workload's ratios, one panel per measure, as a file of that kind.
+
+    Raises:
+        models.MissingPackageError: matplotlib is not installed.
+    """
+    matplotlib = require("matplotlib", "matplotlib", "the picture")
     matplotlib.use("Agg")
-    pyplot = require("matplotlib.pyplot", "matplotlib", "--plot")
+    pyplot = require("matplotlib.pyplot", "matplotlib", "the picture")
     panels = _panels(outcomes)
     figure, grid = pyplot.subplots(
         1,
@@ -150,11 +169,10 @@ def save(path: Path, outcomes: Sequence[Outcome], machine: str) -> None:
     first.set_ylim(len(outcomes) - 0.5, -0.5)
     first.tick_params(axis="y", labelsize=8)
     figure.suptitle(
-        "How long stock SGD takes, measured against FrozenAwareSGD\n"
+        "How long other optimizers take, measured against FrozenAwareSGD\n"
         "medians; bars: 10th to 90th percentile of the ratios round by round",
         fontsize=12,
     )
     figure.text(0.995, 0.005, machine, ha="right", va="bottom", fontsize=6, color="#555555")
     _legend(figure, outcomes)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    return encode(figure, kind)

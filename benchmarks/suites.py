@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from contestants import OURS, Contestant, Entry, select
+from contestants import OURS, Contestant, Entry, Kind, select
 from measure import (
     FLUSHED_BYTES,
     WALKED_BYTES,
@@ -54,6 +54,12 @@ class Setting:
     rng: random.Random
     progress: Callable[[str], object]
     """Called with a few words when one part of a workload begins."""
+    others: Sequence[Kind] = ()
+    """Other packages' SGD that is to be measured, too."""
+
+    def select(self, *, any_frozen: bool) -> list[Contestant]:
+        """The contestants for one workload."""
+        return select(any_frozen=any_frozen, compiled=self.compiled, others=self.others)
 
 
 @dataclass
@@ -90,7 +96,7 @@ class Outcome:
     batch: str
     rows: list[Row] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
-    """Contestants this torch cannot run here, and what it said."""
+    """Contestants that cannot be run on it, and what they said."""
     passes: dict[str, tuple[int, list[float]]] = field(default_factory=dict)
     """Bytes and samples of the reference passes."""
     beside: dict[str, list[float]] = field(default_factory=dict)
@@ -141,8 +147,8 @@ class Outcome:
         return Summary(share.median * scale, share.low * scale, share.high * scale)
 
 
-def fastest_stock(outcome: Outcome, measure: str) -> tuple[Row, Summary] | None:
-    """The stock form with the least median, and its times over FrozenAwareSGD's."""
+def fastest_other(outcome: Outcome, measure: str) -> tuple[Row, Summary] | None:
+    """Who of the others has the least median, and its times over FrozenAwareSGD's."""
     compared = [
         (row, times)
         for row in outcome.rows
@@ -204,14 +210,14 @@ def _admit(outcome: Outcome, workload: Workload, setting: Setting) -> list[Entry
     workload.fill_gradients()
     expected = reference_result(workload)
     entries = []
-    for contestant in select(any_frozen=workload.any_frozen, compiled=setting.compiled):
+    for contestant in setting.select(any_frozen=workload.any_frozen):
         try:
             equality = check_equality(contestant, workload, expected)
             entries.append(contestant.build(workload.groups, workload.hyper))
-        except RuntimeError as error:
+        except Exception as error:
             if contestant == OURS:
                 raise
-            outcome.unavailable[contestant.key] = str(error).strip().splitlines()[0]
+            outcome.unavailable[contestant.key] = f"{error}".strip().partition("\n")[0]
         else:
             outcome.rows.append(Row(contestant, equality))
     return entries

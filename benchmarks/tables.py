@@ -1,18 +1,18 @@
-"""The figures as text: tables of at most 120 columns, and a verdict in plain words."""
+"""The figures as text: tables of at most 80 columns."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from digits import DigitsOutcome
+from digits import DigitsOutcome, DigitsRow
 from measure import Equality, Summary
 from models import require
 from suites import Outcome, Row
 from targets import Reached
 from units import duration, multiple
 
-WIDTH = 120
+WIDTH = 80
 NOTHING = "-"
 
 
@@ -30,33 +30,35 @@ def ratio_text(times: Summary | None, *, spread: bool = True) -> str:
     return f"{middle} {multiple(times.low)}-{multiple(times.high)}"
 
 
-def megabytes(size: int | None) -> str:
+def megabytes(size: int) -> str:
     """Millions of bytes, without their unit."""
-    if size is None:
-        return NOTHING
     if 0 < size < 0.095e6:
         return "<0.1"
     return f"{size / 1e6:.1f}" if 0 < size < 9.95e6 else f"{size / 1e6:.0f}"
 
 
 def equality_mark(equality: Equality) -> str:
-    """``bits`` for bit-equal, else the largest relative difference, marked if it is too large."""
+    """``bits`` for bit-equal, else the largest relative difference, or NO if it is too large."""
     if equality.bit_equal:
         return "bits"
-    mark = "" if equality.holds else "NO "
-    return f"{mark}{equality.largest_relative:.0e}"
+    return f"{equality.largest_relative:.0e}" if equality.holds else "NO"
 
 
-def render(headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table whose first ``left`` columns are words."""
+def render(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table without the columns that hold no value, its first column wrapped where it must be."""
     tabulate = require("tabulate", "tabulate", "the tables")
+    first, *others = zip(headers, *rows, strict=True)
+    filled = [column for column in others if set(column[1:]) != {NOTHING}]
+    taken = sum(2 + max(map(len, "\n".join(column).split("\n"))) for column in filled)
+    wrapped = [textwrap.fill(cell, max(14, WIDTH - taken)) for cell in first]
+    headers, *rows = zip(wrapped, *filled, strict=True)
     tabulate.MIN_PADDING = 0  # else two blanks more for every column whose header is its widest
     text: str = tabulate.tabulate(
         rows,
         headers,
         tablefmt="simple",
         disable_numparse=True,
-        colalign=["left"] * left + ["right"] * (len(headers) - left),
+        colalign=["left"] + ["right"] * (len(headers) - 1),
     )
     return text
 
@@ -75,130 +77,92 @@ def _title(outcome: Outcome) -> str:
 
 
 def _notes(outcome: Outcome) -> list[str]:
-    notes = [f"  {key}: not run: {why[:90]}" for key, why in outcome.unavailable.items()]
-    notes += [
-        f"  {row.contestant.label(outcome.device)}: compiling took "
-        f"{row.equality.compile_seconds:.1f} s"
-        for row in outcome.rows
-        if row.equality.compile_seconds is not None
-    ]
-    return notes
+    notes = [f"{key}: not run: {why}" for key, why in outcome.unavailable.items()]
+    for row in outcome.rows:
+        equality = row.equality
+        if not equality.holds:
+            off = f"{equality.largest_relative:.0e}"
+            notes.append(f"{row.contestant.label}: NOT stock's result: {off} of the largest value")
+        if equality.compile_seconds is not None:
+            notes.append(f"{row.contestant.label}: compiling took {equality.compile_seconds:.1f} s")
+    share = outcome.share_of_pass(outcome.ours)
+    if share:
+        what = "tensor.copy_()" if outcome.device == "cuda" else "a pass p += g, m *= -1"
+        notes.append(f"FrozenAwareSGD moves {100 * share.median:.0f} % of the bytes/s of {what}")
+    return [*map(indented, notes), *memory_note(outcome.rows)]
+
+
+def indented(note: str) -> str:
+    """A line under a table."""
+    return textwrap.fill(note, WIDTH, initial_indent="  ", subsequent_indent="    ")
+
+
+def memory_note(rows: Sequence[Row | DigitsRow]) -> list[str]:
+    """A line with everyone's memory, if it was measured; names only where not all need the same."""
+    figures = []
+    for name in ("peak", "gradients", "state"):
+        found: dict[str, list[str]] = {}
+        for row in rows:
+            if row.memory is not None:
+                size = megabytes(getattr(row.memory, name))
+                found.setdefault(size, []).append(row.contestant.label)
+        parts = [f"{size} ({', '.join(who)})" for size, who in found.items()]
+        if found:
+            figures.append(f"{name} {', '.join(parts if len(parts) > 1 else found)}")
+    return [indented(f"memory in MB: {'; '.join(figures)}")] if figures else []
 
 
 def _timed(outcome: Outcome, row: Row, measure: str, *, spread: bool = True) -> list[str]:
     return [_middle(row.time(measure)), ratio_text(outcome.times_ours(row, measure), spread=spread)]
 
 
-def model_table(outcome: Outcome) -> str:
-    """One network at one frozen share: every measure of every contestant.
+def outcome_table(outcome: Outcome) -> str:
+    """One workload: every measure of every contestant.
 
-    The width is spent on the spread of what matters most: host and iteration on a CPU, the GPU's
-    own time on a GPU.
+    The width is spent on the spread of what matters most: the GPU's own time where there is one.
     """
     on_gpu = outcome.device == "cuda"
-    headers = [
-        "",
-        "step()\nhost",
-        "times\nours",
-        "step()\ndevice",
-        *(["times\nours"] if on_gpu else []),
-        "itera-\ntion",
-        "times\nours",
-        "peak\nMB",
-        "grads\nMB",
-        "state\nMB",
-        "% of\ncopy" if on_gpu else "% of\nrmw",
-        "same\nresult",
-    ]
+    names = {
+        "warm": "step()\nhost",
+        "cold": "caches\ncold",
+        "device": "step()\ndevice",
+        "iteration": "itera-\ntion",
+    }
+    headers = ["", *(h for name in names.values() for h in (name, "times\nours")), "equal"]
     rows = []
     for row in outcome.rows:
-        share = outcome.share_of_pass(row)
-        kept = row.memory
-        rows.append(
-            [
-                row.contestant.label(outcome.device),
-                *_timed(outcome, row, "warm", spread=not on_gpu),
-                *(_timed(outcome, row, "device") if on_gpu else [NOTHING]),
-                *_timed(outcome, row, "iteration", spread=not on_gpu),
-                megabytes(kept.peak if kept else None),
-                megabytes(kept.gradients if kept else None),
-                megabytes(kept.state if kept else None),
-                f"{100 * share.median:.0f}" if share else NOTHING,
-                equality_mark(row.equality),
-            ]
-        )
+        cells = [row.contestant.label]
+        for measure in names:
+            spread = not on_gpu or measure == "device"
+            cells += _timed(outcome, row, measure, spread=spread)
+        rows.append([*cells, equality_mark(row.equality)])
     return "\n".join([_title(outcome), render(headers, rows), *_notes(outcome)])
-
-
-def synthetic_table(outcome: Outcome) -> str:
-    """One synthetic set: host time with warm and with cold caches."""
-    headers = [
-        "",
-        "step() host\nwarm",
-        "times\nours",
-        "step() host\ncold",
-        "times\nours",
-        "step()\ndevice",
-        *(["times\nours"] if outcome.device == "cuda" else []),
-        "same\nresult",
-    ]
-    rows = [
-        [
-            row.contestant.label(outcome.device),
-            *_timed(outcome, row, "warm"),
-            *_timed(outcome, row, "cold"),
-            *(_timed(outcome, row, "device") if outcome.device == "cuda" else [NOTHING]),
-            equality_mark(row.equality),
-        ]
-        for row in outcome.rows
-    ]
-    return "\n".join([_title(outcome), render(headers, rows), *_notes(outcome)])
-
-
-def outcome_table(outcome: Outcome) -> str:
-    """The table that fits what was measured."""
-    return model_table(outcome) if outcome.batch else synthetic_table(outcome)
 
 
 def digits_table(outcome: DigitsOutcome) -> str:
     """The fine-tuning: same loss curves, and what an iteration costs."""
-    headers = [
-        "",
-        "loss\nfirst",
-        "loss\nlast",
-        "curve\nsame",
-        "right\n%",
-        "itera-\ntion",
-        "times\nours",
-        "peak\nMB",
-        "grads\nMB",
-        "state\nMB",
-    ]
+    headers = ["", "loss\nfirst", "loss\nlast", "equal", "right\n%", "itera-\ntion", "times\nours"]
     rows = []
     for row in outcome.rows:
-        kept = row.memory
         same = "bits" if row.largest_gap == 0 else f"{row.largest_gap:.0e}"
         rows.append(
             [
-                row.contestant.label(outcome.device),
+                row.contestant.label,
                 f"{row.losses[0]:.4f}",
                 f"{row.losses[-1]:.4f}",
-                same if row.holds else f"NO {same}",
+                same if row.holds else "NO",
                 f"{row.accuracy:.1f}",
                 duration(outcome.time(row).median),
                 ratio_text(outcome.times_ours(row)),
-                megabytes(kept.peak if kept else None),
-                megabytes(kept.gradients if kept else None),
-                megabytes(kept.state if kept else None),
             ]
         )
     title = (
-        f"Digits: a CNN that knows 0-4 ({outcome.pretrained_accuracy:.1f} % right) fine-tuned on "
-        "5-9, its backbone frozen\n"
+        f"Digits: a CNN that knows 0-4 ({outcome.pretrained_accuracy:.1f} % right), fine-tuned on "
+        "5-9, backbone frozen\n"
         f"({outcome.trainable_elements:,} of {outcome.elements:,} elements train; "
         f"{outcome.accuracy_before:.1f} % right before, {len(outcome.ours.losses)} iterations)"
     )
-    return "\n".join([title, render(headers, rows)])
+    return "\n".join([title, render(headers, rows), *memory_note(outcome.rows)])
 
 
 def targets_table(lines: Sequence[Reached], heading: str) -> str:
@@ -222,29 +186,26 @@ def legend(device: str, outcomes: Sequence[Outcome], *, trained: bool) -> str:
         f"default: stock with no option set, which on this device is {default}.",
         "times ours: the median over FrozenAwareSGD's, above 1 FrozenAwareSGD is faster; then the"
         " 10th to 90th percentile of the ratios taken round by round.",
-        "same result: weights and momentum after 5 steps against stock foreach=False; bits: equal"
-        " in every bit, else the largest difference relative to the largest value of its tensor.",
+        "equal: weights and momentum after 5 steps against stock foreach=False, on the digits the"
+        " losses; bits: in every bit, else the largest difference over the largest value.",
     ]
     models = [outcome for outcome in outcomes if outcome.batch]
-    if models:
-        sentences.append(
-            "% of copy: bytes a second of the update, of those of tensor.copy_()."
-            if device == "cuda"
-            else "% of rmw: bytes a second of the update, of those of a plain parallel pass that"
-            " reads and writes as many (p += g, m *= -1)."
-        )
     if trained or any(outcome.ours.memory for outcome in outcomes):
         sentences.append(
             "iteration: zero_grad, forward, backward and step on a small batch; the larger the"
             " batch, the less the step matters. peak: weights and state, and the most an iteration"
-            " takes on top. grads, state: held after the step."
+            " takes on top. gradients, state: held after the step."
         )
+    kinds = {row.contestant.kind for outcome in outcomes for row in outcome.rows}
+    if "flashoptim" in kinds:
+        sentences.append(
+            "flashoptim: FlashSGD over the trainable parameters, nothing quantized"
+            f"{', unfused' if device == 'cpu' else ''}."
+        )
+    if "apex" in kinds:
+        sentences.append("apex: FusedSGD over the trainable parameters.")
     batches = {o.title.partition(",")[0]: o.batch for o in models}
     if batches:
         each = "; ".join(f"{name} {batch}" for name, batch in batches.items())
         sentences.append(f"batches: {each}.")
-    if device == "cpu":
-        sentences.append(
-            "On a CPU the host's time is all of a step's time; there is no device time."
-        )
     return "\n".join(textwrap.fill(sentence, WIDTH) for sentence in sentences)

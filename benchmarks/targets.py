@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from statistics import median
 from typing import Literal, Protocol
 
@@ -12,7 +13,7 @@ from contestants import OURS, Entry
 from measure import Summary, allocations, held_bytes, launches
 from models import MODELS as NETWORKS
 from models import LoadedModel, Place, Workload, flat_set, many_groups
-from suites import Outcome, Setting, fastest_stock, run_models, run_synthetic, run_workload
+from suites import Outcome, Setting, fastest_other, run_models, run_synthetic, run_workload
 from units import duration, multiple
 
 Status = Literal["reached", "missed", "not measured", "no target"]
@@ -152,7 +153,7 @@ class AsFast:
 
 @dataclass(frozen=True)
 class Told:
-    """A whole iteration against the fastest stock form: told, whatever it is."""
+    """A whole iteration against the fastest of the others: told, whatever it is."""
 
     case: str
     workload: str
@@ -161,7 +162,7 @@ class Told:
         """FrozenAwareSGD's time, and who of the others comes closest."""
         outcome = found.get(self.workload)
         ours = outcome.ours.time("iteration") if outcome else None
-        best = fastest_stock(outcome, "iteration") if outcome else None
+        best = fastest_other(outcome, "iteration") if outcome else None
         if ours is None or best is None:
             return Reached(self.case, "-", "-", "not measured")
         row, times = best
@@ -315,28 +316,30 @@ def networks(device: torch.device) -> tuple[str, ...]:
 
 
 def parts(models: Sequence[str], device: torch.device) -> int:
-    """How often `run_targets` tells its progress."""
+    """How often the two below tell their progress."""
     if device.type != "cuda":
         return 3 * 2 + 2 * len(models) + bool(models)
     flat = len(_DTYPES) * (1 + len(_PLACES)) + len(_SMALL) + 1
     return 2 * flat + sum(2 * (2 if m == "resnet50" else 3) for m in models) + 1 + bool(models)
 
 
-def run_targets(
-    setting: Setting, *, models: Sequence[str] | None = None
-) -> tuple[list[Outcome], list[Reached]]:
-    """Measure every case of the device's speed table.
-
-    Cases of a network that is not in ``models`` (default: all of the table's) are reported as not
-    measured.
-    """
-    on_gpu = setting.device.type == "cuda"
-    models = networks(setting.device) if models is None else models
-    if on_gpu:
-        outcomes = list(cuda_outcomes(setting, models))
+def target_outcomes(setting: Setting, models: Sequence[str]) -> Iterator[Outcome]:
+    """Measure every case of the device's speed table, but those of a network not in ``models``."""
+    if setting.device.type == "cuda":
+        outcomes = cuda_outcomes(setting, models)
     else:
-        outcomes = [*run_synthetic(setting), *run_models(models, [0.0], setting, ("warm", "cold"))]
-    outcomes = [replace(outcome, suite="targets") for outcome in outcomes]
+        outcomes = chain(
+            run_synthetic(setting), run_models(models, [0.0], setting, ("warm", "cold"))
+        )
+    for outcome in outcomes:
+        yield replace(outcome, suite="targets")
+
+
+def target_lines(
+    setting: Setting, outcomes: Iterable[Outcome], models: Sequence[str]
+) -> list[Reached]:
+    """The device's speed table; what is not among the outcomes is reported as not measured."""
+    on_gpu = setting.device.type == "cuda"
     found = {outcome.key: outcome for outcome in outcomes}
     lines = [target.line(found) for target in (CUDA_TARGETS if on_gpu else TARGETS)]
     if on_gpu:
@@ -347,4 +350,4 @@ def run_targets(
         lines += memory_lines(models[0], setting)
     else:
         lines.append(Reached("memory", "-", "0", "not measured"))
-    return outcomes, lines
+    return lines

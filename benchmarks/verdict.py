@@ -5,11 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from contestants import OURS
 from digits import DigitsOutcome
 from memory_report import memory_summary, memory_unequal
 from memory_suite import MemoryOutcome
-from suites import Outcome, fastest_stock
+from suites import Outcome, fastest_other
 from tables import WIDTH
 from targets import Reached
 from units import duration, multiple
@@ -32,17 +31,13 @@ def unequal(
 ) -> list[str]:
     """Every contestant whose result is not the reference's, with its workload."""
     found = [
-        f"{row.contestant.label(outcome.device)} on {outcome.title}"
+        f"{row.contestant.label} on {outcome.title}"
         for outcome in outcomes
         for row in outcome.rows
         if not row.equality.holds
     ]
     if digits is not None:
-        found += [
-            f"{row.contestant.label(digits.device)} on the digits"
-            for row in digits.rows
-            if not row.holds
-        ]
+        found += [f"{row.contestant.label} on the digits" for row in digits.rows if not row.holds]
     return found + memory_unequal(memory)
 
 
@@ -52,13 +47,13 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _synthetic_line(outcome: Outcome, measure: str) -> str | None:
-    best, ours = fastest_stock(outcome, measure), outcome.ours.time(measure)
+    best, ours = fastest_other(outcome, measure), outcome.ours.time(measure)
     if best is None or ours is None:
         return None
     row, times = best
     line = (
-        f"{outcome.title}, {_NAMES[measure]}: {duration(ours.median)}; the fastest stock form "
-        f"({row.contestant.label(outcome.device)}) takes {multiple(times.median)}x that"
+        f"{outcome.title}, {_NAMES[measure]}: {duration(ours.median)}; the fastest other, "
+        f"{row.contestant.label}, takes {multiple(times.median)}x that"
     )
     default = outcome.row("all/default")
     if default is not None and (usual := outcome.times_ours(default, measure)) is not None:
@@ -69,7 +64,7 @@ def _synthetic_line(outcome: Outcome, measure: str) -> str | None:
 def _model_line(name: str, outcomes: Sequence[Outcome], measure: str) -> str | None:
     usual, best = [], []
     for outcome in outcomes:
-        default, fastest = outcome.row("all/default"), fastest_stock(outcome, measure)
+        default, fastest = outcome.row("all/default"), fastest_other(outcome, measure)
         times = outcome.times_ours(default, measure) if default else None
         if times is not None and fastest is not None:
             usual.append(times.median)
@@ -78,7 +73,7 @@ def _model_line(name: str, outcomes: Sequence[Outcome], measure: str) -> str | N
         return None
     return (
         f"{name}, {_NAMES[measure]}: stock's default takes {_range(usual)} FrozenAwareSGD's time, "
-        f"the fastest stock form {_range(best)}."
+        f"the fastest other {_range(best)}."
     )
 
 
@@ -88,7 +83,7 @@ def _no_gain(outcomes: Sequence[Outcome]) -> list[str]:
         even: list[str] = []
         slower: list[str] = []
         for outcome in outcomes:
-            best = fastest_stock(outcome, measure)
+            best = fastest_other(outcome, measure)
             if best is None or best[1].median >= GAIN:
                 continue
             entry = f"{outcome.title} ({multiple(best[1].median)}x)"
@@ -96,15 +91,15 @@ def _no_gain(outcomes: Sequence[Outcome]) -> list[str]:
             beaten = best[1].median < 1 / GAIN and best[1].high < 1
             (slower if beaten else even).append(entry)
         if even:
-            lines.append(f"No gain over the fastest stock form in {name}: {'; '.join(even)}.")
+            lines.append(f"No gain over the fastest other in {name}: {'; '.join(even)}.")
         if slower:
-            lines.append(f"SLOWER than the fastest stock form in {name}: {'; '.join(slower)}.")
+            lines.append(f"SLOWER than the fastest other in {name}: {'; '.join(slower)}.")
     return lines
 
 
 def _memory_line(outcomes: Sequence[Outcome]) -> str | None:
     pairs = [
-        (row.memory, ours, row.contestant.label(outcome.device))
+        (row.memory, ours, row.contestant.label)
         for outcome in outcomes
         for row in outcome.rows
         if (ours := outcome.ours.memory) is not None and row.memory is not None
@@ -124,20 +119,12 @@ def _memory_line(outcomes: Sequence[Outcome]) -> str | None:
 
 
 def _digits_line(digits: DigitsOutcome) -> str:
-    stock = [row for row in digits.rows if row.contestant != OURS]
-    best = min(stock, key=lambda row: digits.times_ours(row).median)
-    times = digits.times_ours(best).median
     curve = (
         "every bit of stock's loss curve"
         if digits.ours.largest_gap == 0
         else f"stock's loss curve within {digits.ours.largest_gap:.0e}"
     )
-    gain = "a gain" if times >= GAIN else "a loss" if times <= 1 / GAIN else "no gain"
-    return (
-        f"Digits: FrozenAwareSGD follows {curve} and ends at {digits.ours.accuracy:.1f} % right; "
-        f"an iteration of the fastest stock form takes {multiple(times)}x that of FrozenAwareSGD "
-        f"({gain})."
-    )
+    return f"Digits: FrozenAwareSGD follows {curve} and ends at {digits.ours.accuracy:.1f} % right."
 
 
 def verdict(
@@ -146,10 +133,10 @@ def verdict(
     targets: Sequence[Reached],
     *,
     memory: Sequence[MemoryOutcome] = (),
-    warning: str | None = None,
+    warnings: Sequence[str | None] = (),
 ) -> str:
-    """The summary at the end of a run; ``warning`` is what a reader must know before all else."""
-    lines: list[str | None] = [warning]
+    """The summary at the end of a run; ``warnings`` are what a reader must know before all else."""
+    lines: list[str | None] = [*warnings]
     wrong = unequal(outcomes, digits, memory)
     if wrong:
         lines.append(
@@ -171,7 +158,7 @@ def verdict(
     lines.append(_memory_line(models))
     if digits is not None:
         lines.append(_digits_line(digits))
-    lines += _no_gain(models or outcomes)
+    lines += _no_gain([*outcomes, *([digits.as_workload()] if digits else [])])
     lines += memory_summary(memory)
     if targets:
         judged = [line for line in targets if line.status in ("reached", "missed")]

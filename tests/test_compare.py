@@ -1,4 +1,4 @@
-"""The comparison computes what it says, shows it in 120 columns, and refuses what it cannot do."""
+"""The comparison computes what it says, shows and saves it, and refuses what it cannot do."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
+import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,17 +25,19 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import check
 import compare
 import load
 import machine
 import measure
 import models
+import saving
 import suites
 import targets
-from contestants import OURS, REFERENCE, Contestant, Hyper, select
+from contestants import OURS, REFERENCE, Contestant, Hyper, other_packages, select
 from digits import DigitsOutcome, DigitsRow
 from measure import Allocations, Budget, Equality, Memory, Summary
-from suites import Outcome, Row, Setting, fastest_stock
+from suites import Outcome, Row, Setting, fastest_other
 from tables import digits_table, legend, outcome_table, targets_table
 from units import duration, multiple
 from verdict import unequal, verdict
@@ -42,6 +48,12 @@ for package in ("tabulate", "tqdm", "matplotlib"):
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved by default goes into the current folder."""
+    monkeypatch.chdir(tmp_path)
 
 
 def same(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> list[bool]:
@@ -179,11 +191,39 @@ class TestContestants:
         everyone = [[id(frozen), id(free)], [id(alone)]]
         assert owned == (everyone if contestant.scope == "all" else [[id(free)]])
 
-    @pytest.mark.parametrize(
-        ("device", "label"), [("cpu", "all default=loop"), ("cuda", "all default=foreach")]
-    )
-    def test_the_label_says_what_default_means(self, device: str, label: str) -> None:
-        assert Contestant("all", "default").label(device) == label
+    def test_another_package_joins_where_it_can_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With stand-ins for the packages: one steps as stock does, one cannot."""
+
+        class FlashSGD(torch.optim.SGD):
+            def __init__(self, *given: Any, quantize: bool, master_weight_bits: None, **kept: Any):
+                super().__init__(*given, **(kept | {"fused": False}))
+
+        def refuse(*given: object, **kept: object) -> object:
+            raise OSError("built for another torch")
+
+        for name, made in (("flashoptim", {"FlashSGD": FlashSGD}), ("apex", {})):
+            monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**made))
+        apex = types.SimpleNamespace(FusedSGD=refuse)
+        monkeypatch.setitem(sys.modules, "apex.optimizers", apex)
+        others, left_out = other_packages(CPU)
+        assert others == ["flashoptim"]
+        assert left_out["apex"] == "OSError: built for another torch"
+        assert "Adam alone" in left_out["torchao"]
+        workload = models.LoadedModel("tiny", CPU).workload("head")
+        joined = dataclasses.replace(setting(1), others=others)
+        found = suites.run_workload("models", workload, joined, ["warm"])
+        assert found.rows[-1].contestant.label == "flashoptim"
+        assert found.rows[-1].equality.bit_equal
+
+    def test_a_package_that_is_missing_is_named_with_the_way_to_install_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("flashoptim", "apex", "apex.optimizers"):
+            monkeypatch.setitem(sys.modules, name, None)
+        others, left_out = other_packages(CPU)
+        assert others == []
+        assert left_out["flashoptim"] == "not installed (pip install flashoptim)"
+        assert "needs a CUDA GPU" in left_out["apex"]
 
 
 class TestFreezing:
@@ -379,13 +419,19 @@ WIDEST = {
 class TestTables:
     @pytest.mark.parametrize("device", ["cpu", "cuda"])
     @pytest.mark.parametrize("suite", ["models", "synthetic"])
-    def test_a_table_fits_120_columns(self, suite: str, device: str) -> None:
+    def test_a_table_fits_80_columns(self, suite: str, device: str) -> None:
         worst = Equality(False, 1.0, 0.5, compile_seconds=123.4)
-        text = outcome_table(outcome(WIDEST, suite=suite, device=device, equality=worst))
-        assert max(map(len, text.splitlines())) <= 120
-        assert text.count("NO 5e-01") == len(WIDEST)
+        without = {"cold" if suite == "models" else "iteration", device == "cpu" and "device"}
+        samples = {
+            key: {m: s for m, s in taken.items() if m not in without}
+            for key, taken in WIDEST.items()
+        }
+        text = outcome_table(outcome(samples, suite=suite, device=device, equality=worst))
+        assert max(map(len, text.splitlines())) <= 80
+        assert len(re.findall(" NO$", text, re.MULTILINE)) == len(WIDEST)
+        assert text.count("NOT stock's result: 5e-01") == len(WIDEST)
 
-    def test_the_digits_table_fits_120_columns(self) -> None:
+    def test_the_digits_table_fits_80_columns(self) -> None:
         rows = [
             DigitsRow(
                 c, [12.3456, 0.1234], [1e9, 2e9, 3e9], 99.9, 0.5, Memory(10**9, 10**9, 10**9, 0)
@@ -393,30 +439,39 @@ class TestTables:
             for c in select(any_frozen=True, compiled=True)
         ]
         text = digits_table(DigitsOutcome("cuda", 99.9, 10.0, 645, 150_661, rows))
-        assert max(map(len, text.splitlines())) <= 120
+        assert max(map(len, text.splitlines())) <= 80
 
-    def test_the_targets_table_fits_120_columns(self) -> None:
+    def test_the_targets_table_fits_80_columns(self) -> None:
         times = measured(1.11e6, all_default=555.5e6, all_fused=555.5e6, filter_fused=555.5e6)
         found = outcome({key: s | {"cold": s["warm"]} for key, s in times.items()})
         lines = [target.line({"frozen998": found}) for target in targets.TARGETS]
         lines += targets.memory_lines("tiny", setting())
         assert any(line.status == "missed" for line in lines)
-        assert max(map(len, targets_table(lines, "to reach").splitlines())) <= 120
+        assert max(map(len, targets_table(lines, "to reach").splitlines())) <= 80
 
     @pytest.mark.parametrize("device", ["cpu", "cuda"])
-    def test_legend_and_verdict_fit_120_columns(self, device: str) -> None:
+    def test_legend_and_verdict_fit_80_columns(self, device: str) -> None:
         outcomes = [
             outcome(WIDEST, device=device),
             outcome(WIDEST, device=device, suite="synthetic"),
         ]
         text = legend(device, outcomes, trained=True) + verdict(outcomes, None, [])
-        assert max(map(len, text.splitlines())) <= 120
+        assert max(map(len, text.splitlines())) <= 80
 
-    def test_a_cpu_has_no_device_time(self) -> None:
+    def test_a_column_without_a_value_is_left_out(self) -> None:
         samples = {k: {m: s for m, s in v.items() if m != "device"} for k, v in WIDEST.items()}
+        assert "device" in outcome_table(outcome(WIDEST))
         text = outcome_table(outcome(samples))
-        ours = next(line for line in text.splitlines() if line.startswith("FrozenAwareSGD"))
-        assert ours.split()[4] == "-"
+        assert "device" not in text
+        assert "-" not in text.partition("FrozenAwareSGD")[2].split()
+
+    def test_memory_is_said_once_where_all_need_the_same(self) -> None:
+        found = outcome(WIDEST)
+        assert "memory in MB: peak 446; gradients 102; state 102" in outcome_table(found)
+        found.rows[1].memory = dataclasses.replace(HELD, peak=548_000_000)
+        text = " ".join(outcome_table(found).split())
+        assert "peak 446 (FrozenAwareSGD, all foreach" in text
+        assert "548 (all default); gradients 102; state 102" in text
 
     @pytest.mark.parametrize(
         ("nanoseconds", "text"),
@@ -445,22 +500,39 @@ def measured(ours: float, **stock: float) -> dict[str, dict[str, list[float]]]:
 
 
 class TestVerdict:
-    def test_the_fastest_stock_form_is_the_one_to_beat(self) -> None:
+    def test_the_fastest_of_the_others_is_the_one_to_beat(self) -> None:
         found = outcome(measured(10, all_default=40, all_fused=20, filter_fused=15))
-        best = fastest_stock(found, "warm")
+        best = fastest_other(found, "warm")
         assert best is not None
         assert (best[0].contestant.key, best[1].median) == ("filter/fused", 1.5)
 
     @pytest.mark.parametrize(
         ("fused", "words"),
         [
-            pytest.param(10.2, "No gain over the fastest stock form in step()", id="no gain"),
-            pytest.param(8.0, "SLOWER than the fastest stock form in step()", id="slower"),
+            pytest.param(10.2, "No gain over the fastest other in step()", id="no gain"),
+            pytest.param(8.0, "SLOWER than the fastest other in step()", id="slower"),
         ],
     )
     def test_it_says_where_there_is_no_gain(self, fused: float, words: str) -> None:
         found = outcome(measured(10, all_default=40, filter_fused=fused))
         assert words in " ".join(verdict([found], None, []).split())
+
+    def test_every_workload_counts(self) -> None:
+        gains = outcome(measured(10, all_default=40))
+        slower = outcome(measured(10, all_fused=3.3), suite="synthetic", title="many tiny ones")
+        digits = DigitsOutcome(
+            "cpu",
+            99.0,
+            10.0,
+            645,
+            150_661,
+            [DigitsRow(OURS, [1.0], [10.0]), DigitsRow(REFERENCE, [1.0], [5.0])],
+        )
+        text = " ".join(verdict([gains, slower], digits, []).split())
+        assert (
+            "SLOWER than the fastest other in step() on the host: many tiny ones (0.33x)." in text
+        )
+        assert "in a whole iteration: Digits, all but the head frozen (0.50x)." in text
 
     def test_slower_is_only_what_stays_slower(self) -> None:
         samples = {"ours": [10.0, 10.0, 10.0], "all/fused": [8.0, 9.0, 30.0]}
@@ -474,7 +546,7 @@ class TestVerdict:
         text = " ".join(verdict([found], None, []).split())
         assert "No gain" not in text
         assert "stock's default takes 4.00x" in text
-        assert "the fastest stock form 2.00x" in text
+        assert "the fastest other 2.00x" in text
 
     def test_a_wrong_result_comes_first(self) -> None:
         wrong = outcome(measured(10, all_fused=20), equality=Equality(False, 1, 0.5))
@@ -493,7 +565,7 @@ class TestMachine:
 
     def test_company_is_warned_of_before_all_else(self) -> None:
         warning = machine.company([1.0, 0.4])
-        text = verdict([outcome(measured(10, all_default=40))], None, [], warning=warning)
+        text = verdict([outcome(measured(10, all_default=40))], None, [], warnings=[None, warning])
         assert text.splitlines()[1].startswith("- This machine is busy: at times")
         assert "40 %" in text
 
@@ -651,7 +723,7 @@ class TestLoad:
         self, slow: list[float], fused: float, statuses: list[str]
     ) -> None:
         runs: list[load.Samples] = [
-            {("ours", 1): [10.0], ("ours", 2): [time], ("all/fused", 2): [stock]}
+            {"ours with 1": [10.0], "ours with 2": [time], "all/fused with 2": [stock]}
             for time, stock in zip(slow, (30.0, fused), strict=True)
         ]
         found = load.LoadOutcome("made-up", "busy", 1, 1, 2, runs)
@@ -672,14 +744,16 @@ class TestLoad:
 
 class TestCommand:
     ARGUMENTS = ("--device", "cpu", "--suite", "models", "--models", "tiny", "--steps", "2")
+    NAME = machine.slug(machine.describe(CPU))
 
     def test_it_measures_and_ends_with_a_verdict(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert compare.main([*self.ARGUMENTS, "--frozen", "0,head"]) == 0
         printed = capsys.readouterr()
         assert printed.out.count("FrozenAwareSGD  ") == 2
         assert "\nVerdict\n" in printed.out
-        assert max(map(len, printed.out.splitlines())) <= 120
+        assert max(map(len, printed.out.splitlines())) <= 80
         assert printed.err == ""
+        assert "This takes about " in printed.out
 
     def test_the_files_hold_samples_machine_and_picture(self, tmp_path: Path) -> None:
         data, picture = tmp_path / "run.json", tmp_path / "run.png"
@@ -696,15 +770,107 @@ class TestCommand:
         assert width > 600
         assert height > 200
 
-    def test_results_are_named_after_the_machine(
+    @pytest.mark.parametrize(
+        ("options", "folder", "time"),
+        [
+            pytest.param([], "compare-results", r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_", id="default"),
+            pytest.param(["--results", "a/new one"], "a/new one", "", id="a folder"),
+        ],
+    )
+    def test_everything_is_saved_and_it_says_where(
+        self,
+        options: list[str],
+        folder: str,
+        time: str,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+        assert compare.main([*self.ARGUMENTS[:2], "--suite", "digits", *options]) == 0
+        saved = sorted((tmp_path / folder).iterdir())
+        assert [f.suffix for f in saved] == [".json", ".md", ".png"]
+        assert all(re.fullmatch(f"{time}{self.NAME}", f.stem) for f in saved)
+        assert all(f.stat().st_size > 1000 for f in saved)
+        printed = capsys.readouterr().out.splitlines()
+        assert printed[-3:] == [f"saved {folder}/{f.name}" for f in saved]
+
+    def test_the_bar_estimates_what_is_left(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        assert compare.main([*self.ARGUMENTS, "--frozen", "0,head"]) == 0
+        assert re.search(r"\d\d:\d\d, about \d\d:\d\d left", capsys.readouterr().err)
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
+    def test_what_was_measured_is_saved_when_a_run_ends_early(
+        self,
+        error: BaseException,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def cut_short(*given: object) -> Iterator[Outcome]:
+            yield outcome(measured(10, all_default=40))
+            raise error
+
+        monkeypatch.setattr(compare, "run_models", cut_short)
+        arguments = [*self.ARGUMENTS, "--results", "results"]
+        if isinstance(error, KeyboardInterrupt):
+            assert compare.main(arguments) == 130
+        else:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                compare.main(arguments)
+        saved = sorted((tmp_path / "results").iterdir())
+        assert [f.suffix for f in saved] == [".json", ".md", ".png"]
+        found = json.loads(saved[0].read_text())
+        assert len(found["outcomes"]) == 1
+        assert found["verdict"][1].startswith("- Ended early by ")
+        assert "Traceback" not in capsys.readouterr().err
+
+    def test_a_full_disk_is_found_before_the_run(self, capsys: pytest.CaptureFixture[str]) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+        try:
+            with pytest.raises(SystemExit) as ended:
+                compare.main(list(self.ARGUMENTS))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert ended.value.code == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert re.fullmatch("compare.py: cannot write .*: File too large\n", printed.err)
+
+    def test_a_file_is_written_whole_or_left_as_it_was(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "spare").mkdir()
+        (tmp_path / "full").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spare"))
+        kept = tmp_path / "full" / "run.json"
+        kept.write_text("before")
+        real = Path.write_bytes
+
+        def fill(self: Path, data: bytes) -> int:
+            if self.parent == kept.parent:
+                real(self, data[:3])
+                raise OSError(28, "No space left on device")
+            return real(self, data)
+
+        monkeypatch.setattr(Path, "write_bytes", fill)
+        assert not saving.write(kept, b"after")
+        assert kept.read_text() == "before"
+        assert [f.name for f in kept.parent.iterdir()] == ["run.json"]
+        assert (tmp_path / "spare" / "run.json").read_text() == "after"
+        printed = capsys.readouterr()
+        assert printed.err == f"cannot write {kept}: No space left on device\n"
+        assert printed.out == f"saved {tmp_path / 'spare' / 'run.json'}\n"
+
+    def test_the_markdown_holds_what_is_printed(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert compare.main([*self.ARGUMENTS, "--results", str(tmp_path)]) == 0
-        name = machine.slug(machine.describe(CPU))
+        name = self.NAME
         assert re.fullmatch("[a-z0-9_]+", name)
-        assert {f.name for f in tmp_path.iterdir()} == {
-            f"{name}.{s}" for s in ("json", "md", "png")
-        }
         text = (tmp_path / f"{name}.md").read_text()
         assert f"| torch | {torch.__version__} |" in text
         printed = capsys.readouterr().out
@@ -731,10 +897,14 @@ class TestCommand:
             pytest.param(["--frozen", "most"], "'most' is no share to freeze", id="share in words"),
             pytest.param(["--threads", "0"], "'0' is not a whole number above 0", id="threads"),
             pytest.param(["--seconds", "nan"], "'nan' is not a number above 0", id="seconds"),
+            pytest.param(["--plot", "x.jpgg"], "cannot draw 'x.jpgg'; known endings", id="ending"),
             pytest.param(
-                ["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at", id="folder"
+                ["--suite", "load", "--plot", "x.png"], "the load suite draws no", id="no picture"
             ),
-            pytest.param(["--results", "/nowhere"], "there is no folder /nowhere", id="results"),
+            pytest.param(
+                ["--json", "/dev/null/x.json"], "cannot write /dev/null/x.json: ", id="no folder"
+            ),
+            pytest.param(["--markdown", "."], "cannot write .: it is a folder", id="a folder"),
         ],
     )
     def test_what_cannot_be_done_is_said_in_one_line(
@@ -746,6 +916,19 @@ class TestCommand:
         assert ended.value.code == 2
         assert words in printed.err
         assert len(printed.err.splitlines()) == 1
+
+    def test_missing_packages_are_said_together_and_before_anything_is_built(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert check.missing() is None
+        for name in ("tabulate", "tqdm"):
+            monkeypatch.setitem(sys.modules, name, None)
+        said = "compare.py needs tabulate, tqdm: pip install tabulate tqdm"
+        assert check.missing() == said
+        isolated = [sys.executable, "-S", "-E", "-B", check.__file__]
+        ended = subprocess.run(isolated, capture_output=True, text=True, check=False)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert ended.stderr.startswith("compare.py needs torch, tabulate, tqdm, matplotlib: pip")
 
     def test_a_missing_gpu_is_said_in_one_line(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -777,11 +960,11 @@ class TestCommand:
             f"skipped {name}" for name in compare.USUAL.models
         ]
 
-    def test_quick_and_all_change_the_extent_and_options_win(self) -> None:
+    def test_quick_and_full_change_the_extent_and_options_win(self) -> None:
         parse = compare.make_parser().parse_args
         assert compare.plan(parse(["--quick"]))[1:3] == (list(compare.QUICK.models), [0.0, "head"])
         suites_, models_, shares, budget = compare.plan(
-            parse(["--suite", "all", "--models", "tiny", "--seconds", "9"])
+            parse(["--suite", "all", "--full", "--models", "tiny", "--seconds", "9"])
         )
         assert suites_ == list(compare.SUITES)
         assert models_ == ["tiny"]
