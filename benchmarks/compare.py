@@ -69,7 +69,7 @@ class Extent:
 
 
 QUICK = Extent(("mobilenet_v3_small",), "0,head", Budget(0.2, least=3))
-USUAL = Extent(("resnet50", "mobilenet_v3_small"), "0,head", Budget(0.5, least=3))
+USUAL = Extent(("resnet50", "mobilenet_v3_small"), "0,50,head", Budget(0.5, least=3))
 FULL = Extent(ALL_MODELS, "0,50,90,head", Budget(1.5))
 
 
@@ -309,7 +309,7 @@ class Job:
         return {
             "synthetic": 0.3 + 1.2 * each,
             "models": 2.2 + each,
-            "digits": 2.5,
+            "digits": 3.0,
             "targets": 1.5 + 1.5 * each,
             "memory": 3.0 if self.quick else 15.0,
             "load": sum(rounds.values()) / 2 * (1.5 + each),
@@ -387,7 +387,7 @@ class Found:
         return bool(self.outcomes or self.digits or self.memory or self.load)
 
 
-_BAR = "{percentage:3.0f}% |{bar:20}| {elapsed}, about {remaining} left {postfix}"
+_BAR = "{percentage:3.0f}% |{bar:20}| {elapsed}, about {remaining} left{postfix}"
 
 
 def measure(job: Job, found: Found) -> None:
@@ -395,8 +395,11 @@ def measure(job: Job, found: Found) -> None:
     tqdm = require("tqdm", "tqdm", "the progress bar").tqdm
     seconds, parts_of = job.seconds(), job.parts()
     total = sum(seconds[suite] * count for suite, count in parts_of.items())
-    # disable=None: no bar where stderr is no terminal.
-    with tqdm(total=total, disable=None, leave=False, bar_format=_BAR, ncols=79) as bar:
+    # disable=None: no bar where stderr is no terminal. smoothing=0: what is left follows from all
+    # that is over, not from the last part.
+    with tqdm(
+        total=total, disable=None, leave=False, bar_format=_BAR, ncols=WIDTH - 1, smoothing=0
+    ) as bar:
         weight = before = 0.0
 
         def progress(text: str) -> None:
