@@ -31,6 +31,7 @@ help: ## list the commands
 	@echo "  USE_CUDA=0/1 TORCH_CUDA_ARCH_LIST MAX_JOBS DEBUG=1    what is compiled, and how"
 
 compare: $(call need,bench) ## compare FrozenAwareSGD with stock SGD, on the GPU if there is one
+	@$(PY) benchmarks/check.py
 	$(compile)
 	$(PY) benchmarks/compare.py $(ARGS)
 
@@ -75,11 +76,9 @@ gpu: build ## GPU tests, compute-sanitizer and benchmark; results go to $OUT or 
 	for tool in memcheck racecheck initcheck; do \
 	  "$$sanitizer" --tool $$tool --error-exitcode 1 $(PY) benchmarks/sanitize.py || exit 1; \
 	done
-	mkdir -p $(RESULTS)
 	$(PY) benchmarks/compare.py --device cuda --suite synthetic,models,digits,targets --results $(RESULTS) $(ARGS)
 
 memory: build ## compare what training takes of memory; results go to $OUT or benchmarks/results
-	mkdir -p $(RESULTS)
 	$(PY) benchmarks/compare.py --suite memory --results $(RESULTS) $(ARGS)
 
 docs: $(call need,docs) ## build the site from docs/ and the docstrings, into site/; warnings are errors
