@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import json
 import pathlib
 import re
@@ -153,3 +155,32 @@ def test_the_memory_table_is_the_recorded_one() -> None:
         model, half, _ = name.partition(", half frozen")
         of_model = peaks[model, "4" if half else "1"]
         assert cells == [f"{of_model[key] / 1e6:,.0f}" for key in MEMORY_COLUMNS.values()], name
+
+
+def documented() -> list[Any]:
+    """What the site has a page for, and the public members of its classes."""
+    found = []
+    for page in sorted((ROOT / "docs" / "reference").glob("*.md")):
+        for path in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE):
+            module, _, name = path.rpartition(".")
+            package = module.rpartition(".")[2]
+            if package in ("lightning", "transformers") and not importlib.util.find_spec(package):
+                continue
+            thing = getattr(importlib.import_module(module), name)
+            members = vars(thing) if inspect.isclass(thing) else {}
+            found += [thing, *(m for key, m in members.items() if not key.startswith("_"))]
+    return [thing for thing in found if thing.__doc__]
+
+
+def test_no_star_of_a_docstring_is_lost_on_the_site() -> None:
+    """Markdown takes two of them for emphasis, unless they are code."""
+    stars = []
+    for thing in documented():
+        text = re.split(r"^Example:", inspect.getdoc(thing) or "", flags=re.MULTILINE)[0]
+        text = re.sub(r"``.+?``|`[^`]+`", "", text, flags=re.DOTALL)
+        text = re.sub(r"^ +\*+\w+:", "", text, flags=re.MULTILINE)  # the name of an argument
+        prose = re.split(r"^\w+:\n", text, maxsplit=1, flags=re.MULTILINE)
+        # Before the sections of arguments and the like, an indented paragraph is code.
+        blocks = [b for b in prose[0].split("\n\n") if not b.startswith("    ")] + prose[1:]
+        stars += [line for block in blocks for line in block.splitlines() if "*" in line]
+    assert stars == []

@@ -40,8 +40,9 @@ def freeze(
     Args:
         model: the model; a DDP-wrapped or compiled one too (names need no "module." then).
         *what: what to freeze, any of
-            a name or glob over parameter and module names ("layer1", "encoder.layer.*.attention",
-            "*.bias"; `*` matches dots too, and a module stands for all below it),
+            a name or glob over parameter and module names (`"layer1"`,
+            `"encoder.layer.*.attention"`, `"*.bias"`; `*` matches dots too, and a module stands
+            for all below it),
             a compiled regex (`search`ed in the same names),
             a module or parameter of the model,
             a module class (every instance, subclasses included),

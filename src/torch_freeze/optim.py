@@ -73,7 +73,7 @@ class FrozenAwareSGD(torch.optim.SGD):
             ``"reset"``, it begins anew once unfrozen; ``"drop"``, the same, and its memory is freed
             at the next `zero_grad` or `step` after freezing. Also per param group.
         momentum_dtype: None for each parameter's own dtype, or `torch.bfloat16`, stored with
-            stochastic rounding: off by less than 2**-7 of the value at each store, right on
+            stochastic rounding: off by less than `2**-7` of the value at each store, right on
             average. For float32 and bfloat16 parameters. Also per param group.
         momentum_seed: of that rounding; grows by one at each step, in the param group.
 

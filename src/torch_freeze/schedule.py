@@ -353,7 +353,7 @@ def freeze_out(
 
     Group i of n (counted from 0) trains until the share t_i of the run. The shares rise linearly
     from `t0` to 1; "cubic" takes their cubes, which freezes early groups sooner and leaves later
-    ones more time. At step t < t_i * total_steps the group's rate is
+    ones more time. At step `t < t_i * total_steps` the group's rate is
 
         lr_i(t) = lr_i(0) / 2 * (1 + cos(pi * t / (t_i * total_steps)))
 
