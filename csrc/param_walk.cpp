@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <string>
+#include <tuple>
 
 namespace torch_freeze {
 namespace {
@@ -150,6 +151,14 @@ inline bool has_kernel(c10::DeviceType device, c10::ScalarType param, c10::Scala
 
 inline c10::ScalarType type_of(const TensorImpl* tensor) { return c10::typeMetaToScalarType(tensor->dtype()); }
 
+// Of an element that a gradient repeats, stock on the CPU rounds the product with a scalar before it adds it, in
+// some places and not in others.
+inline bool is_rounded_otherwise(const TensorImpl* grad) {
+  const auto type = type_of(grad);
+  return (type == c10::kFloat || type == c10::kDouble) && device_of_plain(grad).is_cpu() &&
+         at::has_internal_overlap(const_cast<TensorImpl*>(grad)) == at::MemOverlap::Yes;
+}
+
 inline bool has_own_buffer_type(const GroupUse& use) { return use.momentum_type != c10::ScalarType::Undefined; }
 
 inline caffe2::TypeMeta buffer_type_of(const TensorImpl* param, const GroupUse& use) {
@@ -212,6 +221,57 @@ bool overlap(const TensorImpl* a, const TensorImpl* b) {
   const char* const begin_b = data_of(b);
   return begin_a < begin_b + b->numel_default() * static_cast<int64_t>(b->dtype().itemsize()) &&
          begin_b < begin_a + a->numel_default() * static_cast<int64_t>(a->dtype().itemsize());
+}
+
+// Wrapped tensors and those without fixed sizes.
+inline bool is_opaque(const TensorImpl* tensor) {
+  constexpr c10::DispatchKeySet opaque(
+      {c10::DispatchKey::Python, c10::DispatchKey::NestedTensor, c10::DispatchKey::FuncTorchBatched,
+       c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize});
+  return tensor->key_set().has_any(opaque);
+}
+
+// From a tensor's first byte to behind its last; what its strides leave out counts too. Empty for what has no
+// memory of its own.
+struct Memory {
+  const char* begin = nullptr;
+  const char* end = nullptr;
+  bool operator<(const Memory& other) const { return begin < other.begin; }
+};
+
+Memory memory_of(const TensorImpl* tensor) {
+  if (is_opaque(tensor) || !tensor->has_storage() || tensor->numel() == 0) {
+    return {};
+  }
+  int64_t last = 0;
+  for (int64_t dim = 0; dim < tensor->dim(); ++dim) {
+    last += (tensor->size(dim) - 1) * tensor->stride(dim);
+  }
+  const auto itemsize = static_cast<int64_t>(tensor->itemsize());
+  const auto* const begin =
+      static_cast<const char*>(tensor->unsafe_storage().data()) + tensor->storage_offset() * itemsize;
+  return {begin, begin + (last + 1) * itemsize};
+}
+
+// Sorted and without overlaps.
+void merge(std::vector<Memory>& parts) {
+  std::sort(parts.begin(), parts.end());
+  size_t kept = 0;
+  for (const auto& part : parts) {
+    if (kept > 0 && part.begin < parts[kept - 1].end) {
+      parts[kept - 1].end = std::max(parts[kept - 1].end, part.end);
+    } else {
+      parts[kept++] = part;
+    }
+  }
+  parts.resize(kept);
+}
+
+bool overlap(const std::vector<Memory>& merged, const Memory& memory) {
+  const auto after = std::lower_bound(
+      merged.begin(), merged.end(), memory.end,
+      [](const Memory& part, const char* end) { return part.begin < end; });
+  return after != merged.begin() && memory.begin < std::prev(after)->end;
 }
 
 inline void prefetch_storage(const TensorImpl* tensor) {
@@ -352,11 +412,64 @@ C10_ALWAYS_INLINE PyObject* ParamWalk::state_of(PyObject* param, bool exact) {
   return found;
 }
 
-py::object ParamWalk::rest() const {
+void ParamWalk::leave(const Slot& slot, const GroupUse& use) {
+  rest_.push_back({use.index, slot.index, py::reinterpret_borrow<py::object>(slot.object)});
+}
+
+void ParamWalk::leave_what_overlaps() {
+  std::vector<Memory> left;
+  for (const auto& [group, index, param] : rest_) {
+    left.push_back(memory_of(THPVariable_Unpack(param.ptr()).unsafeGetTensorImpl()));
+    PyObject* const entry = state_of(param.ptr(), THPVariable_CheckExact(param.ptr()));
+    PyObject* const buffer =
+        entry != nullptr && PyDict_Check(entry) ? first_or_lookup(entry, buffer_key_) : nullptr;
+    if (buffer != nullptr && THPVariable_Check(buffer)) {
+      left.push_back(memory_of(THPVariable_Unpack(buffer).unsafeGetTensorImpl()));
+    }
+  }
+  std::vector<std::pair<const WalkBatch*, size_t>> others;
+  for (const auto& batch : batches_) {
+    for (size_t i = 0; i < batch.updates.size(); ++i) {
+      others.emplace_back(&batch, i);
+    }
+  }
+  // What joins the rest can share memory with others again.
+  for (size_t before = 0; before != rest_.size();) {
+    before = rest_.size();
+    merge(left);
+    std::vector<Memory> more;
+    const auto joins = [&](const auto& other) {
+      const auto& [batch, i] = other;
+      const UpdateTensors& tensors = batch->tensors[i];
+      const Memory param = memory_of(tensors.param);
+      const Memory buffer = tensors.buffer == nullptr ? Memory{} : memory_of(tensors.buffer);
+      if (!overlap(left, param) && !overlap(left, buffer)) {
+        return false;
+      }
+      const TensorUpdate& update = batch->updates[i];
+      TORCH_CHECK_VALUE(
+          !batch->launch.stochastic, function_, ": param_groups[", update.group, "]['params'][", update.index,
+          "] or its momentum_buffer shares memory with a tensor that no kernel covers; momentum_dtype is not for "
+          "these. Clone one of them.");
+      rest_.push_back({update.group, update.index, py::reinterpret_borrow<py::object>(tensors.object)});
+      more.push_back(param);
+      more.push_back(buffer);
+      return true;
+    };
+    others.erase(std::remove_if(others.begin(), others.end(), joins), others.end());
+    left.insert(left.end(), more.begin(), more.end());
+  }
+  std::stable_sort(rest_.begin(), rest_.end(), [](const Rest& a, const Rest& b) {
+    return std::tie(a.group, a.index) < std::tie(b.group, b.index);
+  });
+}
+
+py::object ParamWalk::rest() {
+  leave_what_overlaps();
   py::list groups;
   int32_t current = -1;
   py::list params;
-  for (const auto& [group, param] : rest_) {
+  for (const auto& [group, index, param] : rest_) {
     if (group != current) {
       current = group;
       params = py::list();
@@ -426,7 +539,7 @@ C10_ALWAYS_INLINE void ParamWalk::push(
       shared_buffers_ = true;
       if (overlap(slot.buffer, slot.param) || overlap(slot.buffer, grad)) {
         // Its own parameter's memory: what is read and written first then matters, and stock's form says.
-        rest_.emplace_back(use.index, py::reinterpret_borrow<py::object>(slot.object));
+        leave(slot, use);
         return;
       }
     }
@@ -441,7 +554,7 @@ C10_ALWAYS_INLINE void ParamWalk::push(
   if (C10_UNLIKELY(
           (misalignment(param_data, itemsize) | misalignment(grad_data, grad_itemsize) |
            misalignment(momentum, momentum_itemsize)) != 0)) {
-    rest_.emplace_back(use.index, py::reinterpret_borrow<py::object>(slot.object));
+    leave(slot, use);
     return;
   }
   auto& batch = batch_for(device_of_plain(slot.param), param_type, grad_type, use);
@@ -461,7 +574,7 @@ C10_ALWAYS_INLINE void ParamWalk::push(
   const int64_t numel = slot.param->numel();
   batch.updates.push_back(
       {param_data, grad_data, momentum, numel, use.index, static_cast<uint32_t>(slot.index) & kIndexMask, fresh});
-  batch.tensors.push_back({slot.param, grad, slot.buffer});
+  batch.tensors.push_back({slot.object, slot.param, grad, slot.buffer});
   if (C10_UNLIKELY(holding_)) {
     for (const auto* tensor : {slot.param, grad, slot.buffer}) {
       if (tensor != nullptr) {
@@ -691,7 +804,7 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
         continue;
       }
       if (use.stock_form) {
-        rest_.emplace_back(use.index, py::reinterpret_borrow<py::object>(slots[i].object));
+        leave(slots[i], use);
       } else {
         emit(slots[i], use);
       }
@@ -721,12 +834,8 @@ void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
   TensorImpl* const param = slot.param;
   TensorImpl* const grad = slot.grad;
   TensorImpl* const buffer = slot.buffer;
-  // Bad input is found here, before anything is written, whatever takes the tensor later. Only wrapped tensors and
-  // those without fixed sizes are left to say for themselves what fits them.
-  constexpr c10::DispatchKeySet opaque(
-      {c10::DispatchKey::Python, c10::DispatchKey::NestedTensor, c10::DispatchKey::FuncTorchBatched,
-       c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize});
-  const auto is_opaque = [&](const TensorImpl* tensor) { return tensor->key_set().has_any(opaque); };
+  // Bad input is found here, before anything is written, whatever takes the tensor later. Only opaque ones are
+  // left to say for themselves what fits them.
   if (!is_opaque(param)) {
     if (!is_opaque(grad)) {
       check_fit("the gradient", grad, "Set .grad to None and run backward again.", slot, use);
@@ -766,7 +875,7 @@ void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
   if (!is_plain(param) || !is_plain(grad) || (buffer != nullptr && !is_plain(buffer)) ||
       (!slot.exact && overrides_operators(slot.object)) || param->is_inference() ||
       (buffer != nullptr && (buffer->is_inference() || !THPVariable_CheckExact(slot.buffer_object)))) {
-    rest_.emplace_back(use.index, py::reinterpret_borrow<py::object>(slot.object));
+    leave(slot, use);
     return;
   }
   const auto type = type_of(param);
@@ -774,8 +883,8 @@ void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {
       !param->is_non_overlapping_and_dense() ||
       (buffer != nullptr && (type_of(buffer) != type || !same_layout(param, buffer))) ||
       // Stock starts the buffer in the gradient's layout, so such a buffer is stock's to make.
-      (use.has_buffer && buffer == nullptr && !same_layout(param, grad))) {
-    rest_.emplace_back(use.index, py::reinterpret_borrow<py::object>(slot.object));
+      (use.has_buffer && buffer == nullptr && !same_layout(param, grad)) || is_rounded_otherwise(grad)) {
+    leave(slot, use);
     return;
   }
   if (same_layout(param, grad)) {
@@ -872,26 +981,23 @@ bool ParamWalk::has_overlap() const {
   if (!suspicious) {
     return false;
   }
-  std::vector<std::pair<const char*, const char*>> written;
+  std::vector<Memory> written;
   written.reserve(2 * count);
   for (const auto& batch : batches_) {
-    const auto itemsize = static_cast<int64_t>(c10::elementSize(batch.launch.param_type));
-    for (const auto& update : batch.updates) {
-      for (const void* data : {update.param, update.momentum}) {
-        if (data != nullptr) {
-          const auto* begin = static_cast<const char*>(data);
-          written.emplace_back(begin, begin + update.numel * itemsize);
-        }
+    const auto note = [&](const void* data, int64_t numel, c10::ScalarType type) {
+      if (data != nullptr) {
+        const auto* const begin = static_cast<const char*>(data);
+        written.push_back({begin, begin + numel * static_cast<int64_t>(c10::elementSize(type))});
       }
+    };
+    for (const auto& update : batch.updates) {
+      note(update.param, update.numel, batch.launch.param_type);
+      note(update.momentum, update.numel, batch.launch.momentum_type);
     }
   }
-  std::sort(written.begin(), written.end());
-  for (size_t i = 1; i < written.size(); ++i) {
-    if (written[i].first < written[i - 1].second) {
-      return true;
-    }
-  }
-  return false;
+  const size_t before = written.size();
+  merge(written);
+  return written.size() < before;
 }
 
 void ParamWalk::make_fresh_buffers(bool overlap) {

@@ -27,8 +27,9 @@ struct GroupUse {
   const Py_ssize_t* positions = nullptr;
 };
 
-// The tensors behind the pointers of one TensorUpdate.
+// What lies behind the pointers of one TensorUpdate.
 struct UpdateTensors {
+  PyObject* object;  // the parameter, owned by the group's list
   c10::TensorImpl* param;
   c10::TensorImpl* grad;
   c10::TensorImpl* buffer;  // null: none in the state yet, or none wanted
@@ -52,8 +53,9 @@ class ParamWalk {
   // Leaves out what an earlier walk returned as its rest.
   void skip(const pybind11::list& rest);
 
-  // What the kernels do not cover, as [(group index, [parameter, …]), …].
-  pybind11::object rest() const;
+  // What the kernels do not cover and what shares memory with it, as [(group index, [parameter, …]), …]: tensors
+  // that share memory are updated in the order of the list, so either all of them by the kernels or none.
+  pybind11::object rest();
   bool has_rest() const { return !rest_.empty(); }
   // Buffers that do not hold the past of their parameter: none yet, or stale.
   bool has_fresh() const { return !fresh_.empty(); }
@@ -95,11 +97,18 @@ class ParamWalk {
     bool marked = false;             // as stale, in the state
     pybind11::object replaced = {};  // what its entry named before: None, or a buffer of another type
   };
+  struct Rest {
+    int32_t group;
+    Py_ssize_t index;  // in the group's list
+    pybind11::object param;
+  };
   struct CopiedGrad {
     torch::autograd::AutogradMeta* meta;  // of the parameter
     at::Tensor copy;
   };
 
+  void leave(const Slot& slot, const GroupUse& use);
+  void leave_what_overlaps();
   void hold(c10::TensorImpl* tensor);
   void hold_from_here_on();
   static bool is_usual(const Slot& slot, const GroupUse& use);
@@ -127,11 +136,11 @@ class ParamWalk {
   std::vector<c10::TensorImpl*> frozen_;
   std::vector<Fresh> fresh_;
   std::vector<CopiedGrad> copied_;
-  std::vector<at::Tensor> locals_;                          // what DTensors hold on this process
-  std::vector<c10::TensorImpl*> wrappers_;                  // the DTensors themselves
-  std::vector<std::pair<int32_t, pybind11::object>> rest_;  // (group, parameter)
-  std::set<std::pair<int32_t, PyObject*>> skipped_;         // (group, parameter)
-  Py_ssize_t state_position_ = 0;                           // of the entry guessed to come next
+  std::vector<at::Tensor> locals_;          // what DTensors hold on this process
+  std::vector<c10::TensorImpl*> wrappers_;  // the DTensors themselves
+  std::vector<Rest> rest_;
+  std::set<std::pair<int32_t, PyObject*>> skipped_;  // (group, parameter)
+  Py_ssize_t state_position_ = 0;                    // of the entry guessed to come next
   int state_misses_ = 0;
   Py_ssize_t states_found_ = 0;
   bool shared_buffers_ = false;  // somebody else holds a buffer too

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import optim_cases as cases
 import pytest
@@ -185,6 +186,25 @@ def test_odd_gradients(
             buffer = cases.buffer_of(optimizer, p)
             cases.assert_close(buffer, cases.buffer_of(reference, q), "buffer")
             assert not buffer.requires_grad and buffer.is_leaf
+
+
+@pytest.mark.parametrize("dtype", cases.ids(cases.WIDE_DTYPES))
+@pytest.mark.parametrize(
+    "hyper", cases.ids(cases.SOME_HYPERS | {"damped": {"momentum": 0.9, "dampening": 0.3}})
+)
+@pytest.mark.parametrize("odd", [name for name in ODD_GRADIENTS if "expanded" in name])
+def test_an_expanded_gradient_has_stocks_bits(odd: str, hyper: Hyper, dtype: torch.dtype) -> None:
+    """Stock rounds a repeated element's product before the sum, in a row's last places."""
+    gen = cases.generator(3)
+    start = cases.randn((33, 13), gen, dtype)
+    p, q = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizer = FrozenAwareSGD([p], **{"lr": 0.1} | hyper)
+    reference = torch.optim.SGD([q], foreach=False, **{"lr": 0.1} | hyper)
+    for step in range(5):
+        p.grad = q.grad = ODD_GRADIENTS[odd](cases.randn((33, 13), gen, dtype))
+        optimizer.step()
+        reference.step()
+        cases.assert_same_training(optimizer, reference, f"after step {step + 1}:")
 
 
 ODD_PARAMETERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -387,6 +407,102 @@ def test_overlapping_parameters_update_one_after_the_other(kind: str, hyper: Hyp
         cases.assert_close(flats[0], flats[1], f"after step {step + 1}")
         if kind not in ("overlapping but of other strides", "interleaved, never overlapping"):
             cases.assert_same_training(optimizer, reference, f"after step {step + 1}:")
+
+
+Groups = list[dict[str, Any]]
+
+# Over one storage, some with a kernel and some, strided or in a group that asks for it, in stock's form.
+OVERLAPPING_IN_BOTH_FORMS: dict[str, Callable[[Tensor], Groups]] = {
+    "dense, then strided": lambda flat: [{"params": [flat[:40], flat[:60:2]]}],
+    "strided, then dense": lambda flat: [{"params": [flat[:60:2], flat[:40]]}],
+    "strided between two that are dense": lambda flat: [
+        {"params": [flat[:30], flat[20:60:2], flat[50:80]]}
+    ],
+    "a chain, strided at its end": lambda flat: [
+        {"params": [flat[:30], flat[20:50], flat[40:80:2]]}
+    ],
+    "a chain, strided at its start": lambda flat: [
+        {"params": [flat[:30:2], flat[20:50], flat[40:80]]}
+    ],
+    "with others that overlap nothing": lambda flat: [
+        {"params": [flat[:10], flat[30:50], flat[:20:2], flat[60:80:2], flat[50:60]]}
+    ],
+    "across groups": lambda flat: [
+        {"params": [flat[:40]]},
+        {"params": [flat[:60:2], flat[70:80]]},
+        {"params": [flat[30:70]]},
+    ],
+    "a group of stock's form between two": lambda flat: [
+        {"params": [flat[:40]]},
+        {"params": [flat[20:60]], "foreach": False},
+        {"params": [flat[50:80]]},
+    ],
+}
+
+
+def _all_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _in_both_forms(make_groups: Callable[[Tensor], Groups], hyper: Hyper) -> list[Any]:
+    start = cases.randn(80, cases.generator(0))
+    optimizers = []
+    for make in (FrozenAwareSGD, torch.optim.SGD):
+        groups = make_groups(start.clone())
+        for group in groups:
+            group["params"] = [torch.nn.Parameter(p) for p in group["params"]]
+        stock = {} if make is FrozenAwareSGD else {"foreach": False}
+        optimizers.append(make(groups, **hyper, **stock))
+    return optimizers
+
+
+@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
+@pytest.mark.parametrize("make_groups", cases.ids(OVERLAPPING_IN_BOTH_FORMS))
+def test_overlapping_parameters_keep_their_order_where_one_has_no_kernel(
+    make_groups: Callable[[Tensor], Groups], hyper: Hyper
+) -> None:
+    gen = cases.generator(1)
+    optimizer, reference = _in_both_forms(make_groups, hyper)
+    for step in range(5):
+        ours, theirs = _all_parameters(optimizer), _all_parameters(reference)
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            p.requires_grad_(step < 2 or i != step % len(ours))
+            p.grad = cases.randn(p.shape, gen)
+            q.grad = p.grad.clone() if p.requires_grad else None
+        optimizer.step()
+        reference.step()
+        cases.assert_same_training(optimizer, reference, f"after step {step + 1}:")
+
+
+def test_momentum_that_overlaps_keeps_its_order_where_one_has_no_kernel() -> None:
+    gen = cases.generator(2)
+    groups: Callable[[Tensor], Groups] = lambda flat: [{"params": [flat[:20], flat[20:80:2]]}]  # noqa: E731
+    optimizer, reference = _in_both_forms(groups, {"lr": 0.1, "momentum": 0.9})
+    shared = cases.randn(40, gen)
+    for sgd in (optimizer, reference):
+        memory = shared.clone()
+        dense, strided = _all_parameters(sgd)
+        sgd.state[dense]["momentum_buffer"] = memory[:20]
+        sgd.state[strided]["momentum_buffer"] = memory[10:]
+    for step in range(3):
+        cases.set_grads(_all_parameters(optimizer), _all_parameters(reference), gen)
+        optimizer.step()
+        reference.step()
+        cases.assert_same_training(optimizer, reference, f"after step {step + 1}:")
+
+
+def test_what_shares_memory_and_has_no_stock_form_is_refused() -> None:
+    flat = cases.randn(60, cases.generator(0))
+    p, q = torch.nn.Parameter(flat[:40]), torch.nn.Parameter(flat[:60:2])
+    optimizer = FrozenAwareSGD(
+        [{"params": [q]}, {"params": [p], "momentum_dtype": torch.bfloat16}], lr=0.1, momentum=0.9
+    )
+    p.grad, q.grad = torch.ones(40), torch.ones(30)
+    before = flat.clone()
+    with pytest.raises(ValueError, match=r"param_groups\[1\]\['params'\]\[0\] .*shares memory"):
+        optimizer.step()
+    cases.assert_same_bits(flat, before, "the parameters")
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize("threads", [1, 4], ids="{} threads".format)

@@ -8,7 +8,10 @@ Python that runs without its global lock.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import os
+import select
 import subprocess
 import sys
 import threading
@@ -140,6 +143,234 @@ def test_models_freeze_in_threads() -> None:
             assert torch.equal(model[0].weight, held) == bool(step % 2)
 
     _in_threads(*[lambda seed=seed: run(seed) for seed in range(4)])
+
+
+# The step's own threads, seen from outside: it does in several steps what stock does in one thread.
+HELPED = """
+import os, sys
+import torch
+from torch_freeze import FrozenAwareSGD
+
+def others():
+    return {int(task) for task in os.listdir("/proc/self/task")} - {os.getpid()}
+
+def training(make, **kwargs):
+    gen = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(300_000, generator=gen)) for _ in range(4)]
+    for p in params:
+        p.grad = torch.randn(300_000, generator=gen)
+    return params, make(params, lr=0.1, momentum=0.9, weight_decay=0.01, **kwargs)
+
+# Threads of OpenMP do not outlive a fork and may be stopped, so no torch operator compares.
+def bits(params):
+    return [p.detach().numpy().tobytes() for p in params]
+
+def tell(*words):
+    print(*words, flush=True)
+
+torch.set_num_threads(3)
+theirs, reference = training(torch.optim.SGD, foreach=False)
+expected = [bits(theirs)]
+for _ in range(8):
+    reference.step()
+    expected.append(bits(theirs))
+ours, optimizer = training(FrozenAwareSGD)
+"""
+
+
+class Helped:
+    """A process that runs `HELPED` and then `code`, and exchanges lines with the test."""
+
+    def __init__(self, code: str) -> None:
+        path = str(Path(_build.__file__).parents[1])
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HELPED + code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path},
+        )
+        assert self.process.stdin and self.process.stdout
+        self.input, self.output = self.process.stdin, self.process.stdout
+
+    def __enter__(self) -> Helped:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def read(self) -> list[str]:
+        ready, _, _ = select.select([self.output], [], [], 120)
+        assert ready, "the process hangs"
+        return self.output.readline().split()
+
+    def go_on(self) -> None:
+        self.input.write("\n")
+        self.input.flush()
+
+
+class Stopped:
+    """Stops one thread of a child process, as a debugger does."""
+
+    SEIZE, INTERRUPT, DETACH = 0x4206, 0x4207, 17
+    ANY_THREAD = 0x40000000  # __WALL
+
+    def __init__(self, thread: int) -> None:
+        self.thread = thread
+        self._trace(self.SEIZE)
+        self._trace(self.INTERRUPT)
+        os.waitpid(thread, self.ANY_THREAD)
+
+    def let_go(self) -> None:
+        self._trace(self.DETACH)
+
+    def _trace(self, request: int) -> None:
+        ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+        ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+        ptrace.restype = ctypes.c_long
+        if ptrace(request, self.thread, None, None) != 0:
+            pytest.skip(f"no thread can be stopped here: {os.strerror(ctypes.get_errno())}")
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux
+def test_a_step_waits_for_no_thread_that_has_not_begun() -> None:
+    """With all other threads stopped the caller does everything; late, they find nothing to do."""
+    code = """
+for _ in range(2):
+    optimizer.step()
+tell(*others())
+sys.stdin.readline()
+for _ in range(3):
+    optimizer.step()
+tell(bits(ours) == expected[5])
+optimizer.param_groups.clear(), optimizer.state.clear(), ours.clear()
+sys.stdin.readline()
+ours, optimizer = training(FrozenAwareSGD)
+for _ in range(8):
+    optimizer.step()
+tell(bits(ours) == expected[8])
+"""
+    with Helped(code) as helped:
+        threads = [int(thread) for thread in helped.read()]
+        stopped = [Stopped(thread) for thread in threads]
+        assert len(stopped) >= 2
+        helped.go_on()
+        assert helped.read() == ["True"]
+        for thread in stopped:
+            thread.let_go()
+        helped.go_on()
+        assert helped.read() == ["True"]
+
+
+@linux
+def test_a_step_waits_for_what_a_thread_has_begun() -> None:
+    """Its helpers are stopped wherever they are, again and again."""
+    code = """
+before = others()
+optimizer.step()
+tell(*(others() - before))
+for _ in range(40):
+    ours, optimizer = training(FrozenAwareSGD)
+    for _ in range(8):
+        optimizer.step()
+    if bits(ours) != expected[8]:
+        tell("wrong")
+        break
+tell("done")
+"""
+    with Helped(code) as helped:
+        threads = [int(thread) for thread in helped.read()]
+        assert len(threads) == 2
+        while not select.select([helped.output], [], [], 0.001)[0]:
+            stopped = [Stopped(thread) for thread in threads]
+            select.select([helped.output], [], [], 0.001)
+            for thread in stopped:
+                thread.let_go()
+        assert helped.read() == ["done"]
+
+
+@linux
+def test_torch_says_how_many_threads_step() -> None:
+    """Read at every step; the threads sleep in between and never are more."""
+    code = """
+def made(count):
+    torch.set_num_threads(count)
+    before = others()
+    optimizer.step()
+    return others() - before
+
+small = FrozenAwareSGD(ours[:1], lr=0.1)
+small.param_groups[0]["params"] = [torch.nn.Parameter(torch.ones(100))]
+small.param_groups[0]["params"][0].grad = torch.ones(100)
+before = others()
+small.step()
+counts = [len(others() - before)] + [len(made(count)) for count in (1, 2, 2, 4, 3)]
+tell(*counts, bits(ours) == expected[5])
+"""
+    with Helped(code) as helped:
+        assert helped.read() == ["0", "0", "1", "0", "2", "0", "True"]
+
+
+@linux
+def test_the_threads_take_part() -> None:
+    code = """
+before = others()
+optimizer.step()
+helpers = others() - before
+
+def ticks(thread):
+    with open(f"/proc/self/task/{thread}/stat") as stat:
+        return int(stat.read().rpartition(")")[2].split()[11])
+
+while not all(map(ticks, helpers)):
+    optimizer.step()
+tell(len(helpers))
+"""
+    with Helped(code) as helped:
+        assert helped.read() == ["2"]
+
+
+@linux
+def test_a_forked_child_steps_in_threads_of_its_own() -> None:
+    code = """
+optimizer.step()
+child = os.fork()
+if child == 0:
+    alone = len(others())
+    optimizer.step()
+    tell(alone, len(others()), bits(ours) == expected[2])
+    os._exit(0)
+os.waitpid(child, 0)
+optimizer.step()
+tell(bits(ours) == expected[2])
+"""
+    with Helped(code) as helped:
+        assert helped.read() == ["0", "2", "True"]
+        assert helped.read() == ["True"]
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor cannot flush them")
+def test_denormals_are_flushed_in_every_thread_or_in_none() -> None:
+    """As the caller does; what torch's own threads do depends on when they began."""
+    p = torch.nn.Parameter(torch.full((1_000_000,), 1e-38))
+    optimizer = FrozenAwareSGD([p], lr=1.0)
+    for flush in (False, True, False):
+        results = []
+        for count in (1, 4):
+            with cases.threads(count), torch.no_grad():
+                for _ in range(10):
+                    p.fill_(2e-38)
+                    p.grad = torch.full((1_000_000,), 1.5e-38)
+                    torch.set_flush_denormal(flush)
+                    optimizer.step()
+                    torch.set_flush_denormal(False)
+                    results.append(p.detach().clone())
+        assert all(torch.equal(result, results[0]) for result in results)
+        assert bool(results[0].any()) != flush
 
 
 def test_threads_come_and_go_without_a_trace() -> None:

@@ -15,6 +15,21 @@ from torch_freeze import FrozenAwareSGD
 
 COUNTS = (100, 300)
 KINDS = ("trainable", "trainable, no momentum", "frozen", "group")
+ONE_LAUNCH = "momentum of bfloat16, in a state_dict too"
+
+
+def count_launches(marks: ctypes.CDLL) -> None:
+    """Step parameters whose narrow momentum lies side by side and is referred to from elsewhere."""
+    params = [torch.nn.Parameter(torch.ones(64)) for _ in range(8)]
+    optimizer = FrozenAwareSGD(params, lr=0.1, momentum=0.9, momentum_dtype=torch.bfloat16)
+    side_by_side = torch.zeros(8, 64, dtype=torch.bfloat16)
+    for p, buffer in zip(params, side_by_side, strict=True):
+        optimizer.state[p]["momentum_buffer"] = buffer
+        p.grad = torch.ones(64)
+    saved = optimizer.state_dict()
+    marks.start()
+    optimizer.step()
+    marks.stop(f"{ONE_LAUNCH}/{len(saved['state'])}".encode())
 
 
 def count(marks: ctypes.CDLL, kind: str, number: int) -> None:
@@ -44,3 +59,4 @@ if __name__ == "__main__":
     for kind in KINDS:
         for number in COUNTS:
             count(library, kind, number)
+    count_launches(library)
