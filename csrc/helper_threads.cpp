@@ -1,6 +1,8 @@
 #include "helper_threads.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
+#include <sched.h>
 #include <semaphore.h>
 #include <signal.h>
 
@@ -12,6 +14,7 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 namespace torch_freeze {
 
@@ -86,6 +89,29 @@ void await(SharedWork& work) {
   }
 }
 
+// Where it is asked to (OMP_PROC_BIND), OpenMP binds its threads to processors, the first of all included, whose
+// processor would be inherited here. Helpers may use all of OpenMP's.
+void leave_processor_of_parent() {
+  const auto places = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_num_places"));
+  const auto size = reinterpret_cast<int (*)(int)>(dlsym(RTLD_DEFAULT, "omp_get_place_num_procs"));
+  const auto list = reinterpret_cast<void (*)(int, int*)>(dlsym(RTLD_DEFAULT, "omp_get_place_proc_ids"));
+  if (places == nullptr || size == nullptr || list == nullptr) {
+    return;
+  }
+  cpu_set_t all;
+  CPU_ZERO(&all);
+  for (int place = 0; place < places(); ++place) {
+    std::vector<int> processors(static_cast<size_t>(size(place)));
+    list(place, processors.data());
+    for (const int processor : processors) {
+      CPU_SET(processor, &all);
+    }
+  }
+  if (CPU_COUNT(&all) > 0) {
+    pthread_setaffinity_np(pthread_self(), sizeof(all), &all);
+  }
+}
+
 // Shared by all callers. Helpers sleep unless there is work: one that spun would take a core from a data loader.
 class HelperThreads {
  public:
@@ -137,6 +163,7 @@ class HelperThreads {
 
  private:
   void help() {
+    leave_processor_of_parent();
     while (true) {
       for (auto& work : works_) {
         const int64_t chunk = take(work, true);

@@ -466,9 +466,10 @@ def test_overlapping_parameters_keep_their_order_where_one_has_no_kernel(
     for step in range(5):
         ours, theirs = _all_parameters(optimizer), _all_parameters(reference)
         for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
-            p.requires_grad_(step < 2 or i != step % len(ours))
+            trains = step < 2 or i != step % len(ours)
+            p.requires_grad_(trains), q.requires_grad_(trains)
             p.grad = cases.randn(p.shape, gen)
-            q.grad = p.grad.clone() if p.requires_grad else None
+            q.grad = p.grad.clone() if trains else None
         optimizer.step()
         reference.step()
         cases.assert_same_training(optimizer, reference, f"after step {step + 1}:")
@@ -476,8 +477,9 @@ def test_overlapping_parameters_keep_their_order_where_one_has_no_kernel(
 
 def test_momentum_that_overlaps_keeps_its_order_where_one_has_no_kernel() -> None:
     gen = cases.generator(2)
-    groups: Callable[[Tensor], Groups] = lambda flat: [{"params": [flat[:20], flat[20:80:2]]}]  # noqa: E731
-    optimizer, reference = _in_both_forms(groups, {"lr": 0.1, "momentum": 0.9})
+    optimizer, reference = _in_both_forms(
+        lambda flat: [{"params": [flat[:20], flat[20:80:2]]}], {"lr": 0.1, "momentum": 0.9}
+    )
     shared = cases.randn(40, gen)
     for sgd in (optimizer, reference):
         memory = shared.clone()

@@ -181,14 +181,14 @@ ours, optimizer = training(FrozenAwareSGD)
 class Helped:
     """A process that runs `HELPED` and then `code`, and exchanges lines with the test."""
 
-    def __init__(self, code: str) -> None:
+    def __init__(self, code: str, **environment: str) -> None:
         path = str(Path(_build.__file__).parents[1])
         self.process = subprocess.Popen(
             [sys.executable, "-c", HELPED + code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": path} | environment,
         )
         assert self.process.stdin and self.process.stdout
         self.input, self.output = self.process.stdin, self.process.stdout
@@ -332,6 +332,20 @@ tell(len(helpers))
 """
     with Helped(code) as helped:
         assert helped.read() == ["2"]
+
+
+@linux
+def test_threads_may_run_where_those_of_openmp_may() -> None:
+    """Not on the one processor to which it binds the caller."""
+    code = """
+before = others()
+optimizer.step()
+for thread in others() - before:
+    tell(*os.sched_getaffinity(thread))
+"""
+    with Helped(code, OMP_PROC_BIND="true") as helped:
+        for _ in range(2):
+            assert {int(processor) for processor in helped.read()} == os.sched_getaffinity(0)
 
 
 @linux
