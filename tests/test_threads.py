@@ -181,6 +181,9 @@ ours, optimizer = training(FrozenAwareSGD)
 class Helped:
     """A process that runs `HELPED` and then `code`, and exchanges lines with the test."""
 
+    SEIZE, INTERRUPT, DETACH = 0x4206, 0x4207, 17  # requests to ptrace()
+    ANY_THREAD = 0x40000000  # __WALL
+
     def __init__(self, code: str, **environment: str) -> None:
         path = str(Path(_build.__file__).parents[1])
         self.process = subprocess.Popen(
@@ -192,16 +195,18 @@ class Helped:
         )
         assert self.process.stdin and self.process.stdout
         self.input, self.output = self.process.stdin, self.process.stdout
+        self.stopped: list[int] = []
 
     def __enter__(self) -> Helped:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.let_go()
         self.process.kill()
         self.process.communicate()
 
     def read(self) -> list[str]:
-        ready, _, _ = select.select([self.output], [], [], 120)
+        ready, _, _ = select.select([self.output], [], [], 60)
         assert ready, "the process hangs"
         return self.output.readline().split()
 
@@ -209,27 +214,23 @@ class Helped:
         self.input.write("\n")
         self.input.flush()
 
-
-class Stopped:
-    """Stops one thread of a child process, as a debugger does."""
-
-    SEIZE, INTERRUPT, DETACH = 0x4206, 0x4207, 17
-    ANY_THREAD = 0x40000000  # __WALL
-
-    def __init__(self, thread: int) -> None:
-        self.thread = thread
-        self._trace(self.SEIZE)
-        self._trace(self.INTERRUPT)
-        os.waitpid(thread, self.ANY_THREAD)
+    def stop(self, threads: list[int]) -> None:
+        """Stop some of its threads, as a debugger does."""
+        for thread in threads:
+            self._trace(self.SEIZE, thread)
+            self.stopped.append(thread)
+            self._trace(self.INTERRUPT, thread)
+            os.waitpid(thread, self.ANY_THREAD)
 
     def let_go(self) -> None:
-        self._trace(self.DETACH)
+        while self.stopped:
+            self._trace(self.DETACH, self.stopped.pop())
 
-    def _trace(self, request: int) -> None:
+    def _trace(self, request: int, thread: int) -> None:
         ptrace = ctypes.CDLL(None, use_errno=True).ptrace
         ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
         ptrace.restype = ctypes.c_long
-        if ptrace(request, self.thread, None, None) != 0:
+        if ptrace(request, thread, None, None) != 0:
             pytest.skip(f"no thread can be stopped here: {os.strerror(ctypes.get_errno())}")
 
 
@@ -256,12 +257,11 @@ tell(bits(ours) == expected[8])
 """
     with Helped(code) as helped:
         threads = [int(thread) for thread in helped.read()]
-        stopped = [Stopped(thread) for thread in threads]
-        assert len(stopped) >= 2
+        assert len(threads) >= 2
+        helped.stop(threads)
         helped.go_on()
         assert helped.read() == ["True"]
-        for thread in stopped:
-            thread.let_go()
+        helped.let_go()
         helped.go_on()
         assert helped.read() == ["True"]
 
@@ -286,10 +286,9 @@ tell("done")
         threads = [int(thread) for thread in helped.read()]
         assert len(threads) == 2
         while not select.select([helped.output], [], [], 0.001)[0]:
-            stopped = [Stopped(thread) for thread in threads]
+            helped.stop(threads)
             select.select([helped.output], [], [], 0.001)
-            for thread in stopped:
-                thread.let_go()
+            helped.let_go()
         assert helped.read() == ["done"]
 
 
