@@ -411,7 +411,7 @@ def test_overlapping_parameters_update_one_after_the_other(kind: str, hyper: Hyp
 
 Groups = list[dict[str, Any]]
 
-# Over one storage, some with a kernel and some, strided or in a group that asks for it, in stock's form.
+# Over one storage: some have a kernel; some, strided or in a group that asks for it, stock's form.
 OVERLAPPING_IN_BOTH_FORMS: dict[str, Callable[[Tensor], Groups]] = {
     "dense, then strided": lambda flat: [{"params": [flat[:40], flat[:60:2]]}],
     "strided, then dense": lambda flat: [{"params": [flat[:60:2], flat[:40]]}],
