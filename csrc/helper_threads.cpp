@@ -91,7 +91,7 @@ void await(SharedWork& work) {
 
 // Where it is asked to (OMP_PROC_BIND), OpenMP binds its threads to processors, the first of all included, whose
 // processor would be inherited here. Helpers may use all of OpenMP's.
-void leave_processor_of_parent() {
+void leave_processor_of_parent(pthread_t helper) {
   const auto places = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_num_places"));
   const auto size = reinterpret_cast<int (*)(int)>(dlsym(RTLD_DEFAULT, "omp_get_place_num_procs"));
   const auto list = reinterpret_cast<void (*)(int, int*)>(dlsym(RTLD_DEFAULT, "omp_get_place_proc_ids"));
@@ -108,7 +108,7 @@ void leave_processor_of_parent() {
     }
   }
   if (CPU_COUNT(&all) > 0) {
-    pthread_setaffinity_np(pthread_self(), sizeof(all), &all);
+    pthread_setaffinity_np(helper, sizeof(all), &all);
   }
 }
 
@@ -143,7 +143,9 @@ class HelperThreads {
       pthread_sigmask(SIG_SETMASK, &all, &before);
       try {
         for (; started_.load(std::memory_order_relaxed) < count; started_.fetch_add(1)) {
-          std::thread([this] { help(); }).detach();
+          std::thread helper([this] { help(); });
+          leave_processor_of_parent(helper.native_handle());
+          helper.detach();
         }
       } catch (const std::system_error&) {
         // A limit on threads: with fewer the work takes longer.
@@ -163,7 +165,6 @@ class HelperThreads {
 
  private:
   void help() {
-    leave_processor_of_parent();
     while (true) {
       for (auto& work : works_) {
         const int64_t chunk = take(work, true);
