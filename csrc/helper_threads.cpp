@@ -11,8 +11,9 @@
 #include <cerrno>
 #include <cfenv>
 #include <chrono>
+#include <exception>
 #include <mutex>
-#include <system_error>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -144,11 +145,12 @@ class HelperThreads {
       try {
         for (; started_.load(std::memory_order_relaxed) < count; started_.fetch_add(1)) {
           std::thread helper([this] { help(); });
-          leave_processor_of_parent(helper.native_handle());
+          const pthread_t handle = helper.native_handle();
           helper.detach();
+          leave_processor_of_parent(handle);
         }
-      } catch (const std::system_error&) {
-        // A limit on threads: with fewer the work takes longer.
+      } catch (const std::exception&) {
+        // A limit on threads or memory: with fewer threads the work takes longer.
       }
       pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
@@ -189,16 +191,17 @@ class HelperThreads {
 std::atomic<HelperThreads*> shared_threads{nullptr};
 [[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { shared_threads = nullptr; });
 
-HelperThreads& helper_threads() {
+// Null where there is no memory for it.
+HelperThreads* helper_threads() {
   HelperThreads* threads = shared_threads.load(std::memory_order_acquire);
   if (threads == nullptr) {
-    auto* const made = new HelperThreads;
+    auto* const made = new (std::nothrow) HelperThreads;
     if (shared_threads.compare_exchange_strong(threads, made)) {
-      return *made;
+      return made;
     }
     delete made;
   }
-  return *threads;
+  return threads;
 }
 
 }  // namespace
@@ -221,11 +224,11 @@ int64_t Chunks::next() {
 }
 
 bool share_chunks(int64_t count, int64_t helpers, ChunkLoop loop, const void* context) {
-  auto& threads = helper_threads();
-  if (count > kMaxCount || threads.ensure(helpers) == 0) {
+  auto* const threads = helper_threads();
+  if (threads == nullptr || count > kMaxCount || threads->ensure(helpers) == 0) {
     return false;
   }
-  SharedWork* const work = threads.acquire();
+  SharedWork* const work = threads->acquire();
   if (work == nullptr) {
     return false;
   }
@@ -235,7 +238,7 @@ bool share_chunks(int64_t count, int64_t helpers, ChunkLoop loop, const void* co
   std::fegetenv(&work->floating_point);
   work->unfinished.store(count, std::memory_order_relaxed);
   work->open.store(static_cast<uint64_t>(helpers) * kOneHelper + count, std::memory_order_release);
-  threads.wake(helpers);
+  threads->wake(helpers);
   Chunks chunks(*work, -1);
   loop(context, chunks);
   await(*work);
