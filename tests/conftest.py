@@ -34,8 +34,9 @@ def _why_no_gpu() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = _why_no_gpu()
-    if reason:
-        for item in items:
-            if item.get_closest_marker("gpu"):
+    compiled = torch_freeze.build_info().compiled
+    reasons = {"gpu": _why_no_gpu(), "compiled": None if compiled else "no compiled module"}
+    for marker, reason in reasons.items():
+        for item in items if reason else ():
+            if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))

@@ -1413,6 +1413,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.compiled
 def test_row_16_ddp_freezing_a_wrapped_model_warns_of_what_then_happens(
     net: Net, one_process: None
 ) -> None:
@@ -1435,6 +1436,7 @@ def test_row_16_ddp_freezing_a_wrapped_model_warns_of_what_then_happens(
         unfreeze(ddp, "stem")
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("static", [False, True])
 def test_row_16_ddp_that_looks_for_unused_parameters_may_be_frozen(
     net: Net, one_process: None, static: bool
@@ -1459,6 +1461,7 @@ def test_row_16_ddp_that_looks_for_unused_parameters_may_be_frozen(
     assert not audit(ddp)
 
 
+@pytest.mark.compiled
 def test_row_16_a_parameter_ddp_never_averages_is_found(net: Net, one_process: None) -> None:
     freeze(net, "stem")
     ddp = DistributedDataParallel(net, find_unused_parameters=True)

@@ -444,6 +444,7 @@ class NormlessTrainer(Trainer):  # type: ignore[misc]
         return grad_norm
 
 
+@pytest.mark.compiled
 def test_steps_in_backward_want_a_trainer_that_does_not_clip(tmp_path: Path) -> None:
     """It does by default, which nobody who asked for neither would look for."""
     found = []

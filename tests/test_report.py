@@ -158,6 +158,7 @@ def test_sparse_gradients_count_what_they_store() -> None:
     assert report(model).total.gradient_bytes == 2 * 8 + 2 * 4 * 4
 
 
+@pytest.mark.compiled
 def test_a_gradient_applied_in_backward_counts_what_stands_for_it() -> None:
     model = three()
     optimizer = FrozenAwareSGD(model.parameters(), lr=0.1, step_in_backward=True, bucket_mb=0)
