@@ -18,12 +18,14 @@ comma := ,
 # Its package has no __main__ to run with -m.
 clang_format = $(PY) -c 'import clang_format; clang_format.clang_format()'
 
+cxx_files = $(wildcard csrc/* tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
+
 compile = $(PY) setup.py -q build_ext --inplace
 
-.PHONY: help compare test sanitize build wheel lint format typecheck gpu memory docs clean
+.PHONY: help compare test test-cuda sanitize build wheel lint format typecheck gpu memory docs clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  VENV=            run in the current environment, installing nothing (default VENV=.venv)"
 	@echo "  ARGS='...'       arguments for compare.py or pytest: make compare ARGS='--quick'"
@@ -37,6 +39,9 @@ compare: $(call need,bench) ## compare FrozenAwareSGD with stock SGD, on the GPU
 
 test: build ## run the tests and the examples in the docstrings
 	$(PY) -m pytest $(ARGS)
+
+test-cuda: build ## run the GPU tests on simulated CUDA, without a GPU, in several orders of its streams
+	$(PY) tests/cuda_on_cpu/run.py $(ARGS)
 
 sanitize: $(call need,$(EXTRAS)) ## tests under ASan, UBSan and TSan, with a C++ compiled for them
 	PYTHON=$(PY) tests/sanitize.sh address
@@ -55,12 +60,12 @@ wheel: $(call need,torch) $(call need,wheel) ## build a wheel for this torch, an
 lint: $(call need,lint) ## check the style of Python and C++
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(clang_format) --dry-run --Werror $(wildcard csrc/*)
+	$(clang_format) --dry-run --Werror $(cxx_files)
 
 format: $(call need,lint) ## bring Python and C++ into that style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(clang_format) -i $(wildcard csrc/*)
+	$(clang_format) -i $(cxx_files)
 
 typecheck: $(call need,torch) $(call need,lint) ## check the types with mypy --strict
 	$(PY) -m mypy

@@ -1,0 +1,102 @@
+"""Runs the GPU tests on simulated CUDA, under several orders of the work on its streams.
+
+    python tests/cuda_on_cpu/run.py [pytest's arguments]
+    python tests/cuda_on_cpu/run.py --schedule late --run python any_script.py
+
+The schedules: `now`; `late`, as late as CUDA allows; `side-late` and `main-late`, of the one kind
+of streams alone; or a number, the seed of an order in between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TESTS))
+
+import cuda_on_cpu  # noqa: E402
+from cuda_on_cpu import build  # noqa: E402
+
+# Every test under the first two; under the others those on which the order of streams tells.
+SCHEDULES = ("now", "late", "side-late", "main-late", "2", "3")
+ORDER_TELLS = "Graphs or Streams or Devices or InBackward or promises"
+
+
+def environment(schedule: str) -> dict[str, str]:
+    """The environment of a process that runs on the simulation."""
+    preloaded = [str(build.OUT / f"libcudart.so.{build.CUDA}"), str(build.OUT / "libcuda.so.1")]
+    paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {
+        cuda_on_cpu.SCHEDULE: schedule,
+        "LD_PRELOAD": " ".join(preloaded),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",  # the kernels' own work is too small to share
+    }
+
+
+def run_tests(schedule: str, arguments: list[str]) -> Counter[str]:
+    """Run the tests under one schedule, and count how they ended."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "cuda_on_cpu.plugin", "-m", "gpu"]
+    if schedule not in SCHEDULES[:2]:
+        names = ("test_cuda.py", "test_cuda_promises.py")
+        command += ["-k", ORDER_TELLS, *(str(TESTS / name) for name in names)]
+    else:
+        command += ["--ignore-glob=*/test_readme.py", str(TESTS)]
+    begin = time.monotonic()
+    done = subprocess.run(
+        [*command, *arguments],
+        env=environment(schedule),
+        cwd=TESTS.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = done.stdout.splitlines() or [""]
+    counted = {
+        word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", lines[-1])
+    }
+    ended = Counter({word: counted.get(word, 0) for word in ("passed", "failed", "skipped")})
+    ended["failed"] += counted.get("error", 0)
+    if done.returncode != 0 and ended["failed"] == 0:
+        ended["failed"] = 1  # pytest itself did not get to its end
+    print(f"=== schedule {schedule}, {time.monotonic() - begin:.0f} s")
+    print(done.stdout if ended["failed"] else "\n".join(lines[-40:]), flush=True)
+    return ended
+
+
+def main() -> int:
+    """Run a command, or all tests under all schedules."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--schedule", help="this one alone")
+    parser.add_argument("--run", nargs=argparse.REMAINDER, help="a command, in place of the tests")
+    options, arguments = parser.parse_known_args()
+    build.main()
+    if options.run:
+        environ = environment(options.schedule or "now")
+        os.execvpe(options.run[0], options.run, environ)
+    import torch_freeze
+
+    if not torch_freeze.build_info().cuda:
+        raise SystemExit("make test-cuda: the module has no CUDA code; run `USE_CUDA=1 make build`")
+    schedules = [options.schedule] if options.schedule else SCHEDULES
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ended = sum(
+            pool.map(lambda schedule: run_tests(schedule, arguments), schedules), Counter[str]()
+        )
+    counts = ", ".join(f"{ended[word]} {word}" for word in ("passed", "failed", "skipped"))
+    print(f"test-cuda: {counts}, under {len(schedules)} schedules")
+    return 1 if ended["failed"] or not ended["passed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
