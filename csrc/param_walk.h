@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <set>
 #include <utility>
 #include <vector>
@@ -59,6 +60,10 @@ class ParamWalk {
   bool has_rest() const { return !rest_.empty(); }
   // Buffers that do not hold the past of their parameter: none yet, or stale.
   bool has_fresh() const { return !fresh_.empty(); }
+  bool has_fresh(const WalkBatch& batch) const {
+    return std::any_of(
+        fresh_.begin(), fresh_.end(), [&](const Fresh& fresh) { return &batches_[fresh.batch] == &batch; });
+  }
   std::vector<WalkBatch>& batches() { return batches_; }
   // Whether two of the tensors to be written share memory, so that their order matters.
   bool has_overlap() const;

@@ -15,8 +15,8 @@
 #include "param_walk.h"
 
 #ifdef WITH_CUDA
-#include <ATen/Context.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
 
@@ -298,23 +298,41 @@ bool is_intercepted() {
   return c10::impl::tls_local_dispatch_key_set().included_.has_any(interceptors);
 }
 
+// Whether a tensor's bytes are its value: a wrapper or a zero tensor may have none, and a negation may be pending.
+bool holds_its_value(const at::Tensor& tensor) {
+  return !tensor.is_neg() && !tensor.is_conj() && !tensor.key_set().has(c10::DispatchKey::Python) &&
+         tensor.has_storage() && tensor.storage().data() != nullptr;
+}
+
 // A GradScaler's scalar as one float on `device`, whatever it came as.
 at::Tensor on_device(const py::object& scalar, c10::Device device) {
   at::Tensor tensor = THPVariable_Check(scalar.ptr()) ? THPVariable_Unpack(scalar.ptr()).detach()
                                                       : at::scalar_tensor(py::cast<double>(scalar), at::kFloat);
   TORCH_CHECK_VALUE(
       tensor.numel() == 1, kStep, ": grad_scale and found_inf hold one number; got ", tensor.numel());
+  if (!holds_its_value(tensor)) {
+    tensor = at::scalar_tensor(tensor.item<double>(), at::kFloat);
+  }
   return tensor.to(device, at::kFloat);
 }
 
-// A captured step is replayed as it was recorded, with what the host decided then.
-void refuse_capture([[maybe_unused]] const char* why) {
+// A captured step is replayed as it was recorded, with what the host decided then. Only the devices that
+// `concerns` picks are asked, for asking makes a CUDA context on a device that has none.
+template <class Concerns>
+void refuse_capture(
+    [[maybe_unused]] const std::vector<WalkBatch>& batches, [[maybe_unused]] const Concerns& concerns,
+    [[maybe_unused]] const char* why) {
 #ifdef WITH_CUDA
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  if (at::globalContext().hasCUDA() && c10::cuda::device_count() > 0) {
-    C10_CUDA_CHECK(cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream(), &status));
+  for (const auto& batch : batches) {
+    const c10::Device device = batch.launch.device;
+    if (!device.is_cuda() || !concerns(batch)) {
+      continue;
+    }
+    const c10::cuda::CUDAGuard guard(device);
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    C10_CUDA_CHECK(cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream(device.index()), &status));
+    TORCH_CHECK(status == cudaStreamCaptureStatusNone, kStep, " while a CUDA graph is being captured: ", why);
   }
-  TORCH_CHECK(status == cudaStreamCaptureStatusNone, kStep, " while a CUDA graph is being captured: ", why);
 #endif
 }
 
@@ -401,7 +419,8 @@ SgdGroup read_group(const GroupReader& reader, size_t index, const at::Tensor*& 
   SgdGroup group;
   const at::Tensor* lr = reader.tensor(kLr);
   device_lr = nullptr;
-  if (lr != nullptr && lr->is_cuda() && (lr->scalar_type() == at::kFloat || lr->scalar_type() == at::kDouble)) {
+  if (lr != nullptr && lr->is_cuda() && (lr->scalar_type() == at::kFloat || lr->scalar_type() == at::kDouble) &&
+      holds_its_value(*lr)) {
     device_lr = lr;
     group.device_lr = lr->const_data_ptr();
     group.device_lr_is_double = lr->scalar_type() == at::kDouble;
@@ -551,6 +570,18 @@ py::object step(
   if (work.walk.has_rest()) {
     return work.walk.rest();
   }
+  // Before anything is read from a device, which a capture does not allow either.
+  if (work.walk.has_fresh()) {
+    refuse_capture(
+        work.walk.batches(), [&](const WalkBatch& batch) { return work.walk.has_fresh(batch); },
+        "momentum buffers are missing, and would start anew at every replay. Make a step before the capture, so "
+        "that they are there.");
+  }
+  if (work.rounds_stochastically) {
+    refuse_capture(
+        work.walk.batches(), [](const WalkBatch& batch) { return batch.launch.stochastic; },
+        "every replay would round momentum with the same random bits. Use momentum_dtype=None.");
+  }
   // An overflow must leave no trace, a new buffer included. On a GPU asking costs a synchronisation, so it is
   // asked only where there are buffers to be made: never in a steady state.
   if (!found_inf.is_none() && work.walk.has_fresh() && on_device(found_inf, c10::kCPU).item<float>() != 0) {
@@ -558,14 +589,6 @@ py::object step(
     work.walk.drop_frozen_grads();
     settle(work, overlap);
     return py::none();
-  }
-  if (work.walk.has_fresh()) {
-    refuse_capture(
-        "momentum buffers are missing, and would start anew at every replay. Make a step before the capture, so "
-        "that they are there.");
-  }
-  if (work.rounds_stochastically) {
-    refuse_capture("every replay would round momentum with the same random bits. Use momentum_dtype=None.");
   }
   const bool overlap = work.walk.has_overlap();
   work.walk.make_fresh_buffers(overlap);

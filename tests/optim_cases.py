@@ -241,6 +241,42 @@ def set_grads(
         b.grad = None if skip(index) else torch.empty_like(b).detach().copy_(grad)
 
 
+def negated(value: float, device: str) -> Tensor:
+    """A number whose bytes are another's: its negation is pending."""
+    number = torch.complex(torch.tensor(0.0), torch.tensor(-value)).to(device).conj().imag
+    assert number.is_neg() and float(number) == value
+    return number
+
+
+class WithoutMemory(Tensor):
+    """A number on a device that only its own operators can read, as a DTensor's."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> WithoutMemory:
+        made = Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, device=inner.device
+        )
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        unwrap = lambda x: x.inner if isinstance(x, WithoutMemory) else x  # noqa: E731
+        result = func(*map(unwrap, args), **(kwargs or {}))
+        if func in (torch.ops.aten.detach.default, torch.ops.aten._to_copy.default):
+            return WithoutMemory(result)
+        return result
+
+
+# Numbers on a device that are not what their bytes say: (value, device) -> a tensor.
+ODD_NUMBERS: dict[str, Callable[[float, str], Tensor]] = {
+    "a pending negation": negated,
+    "no memory": lambda value, device: WithoutMemory(torch.tensor(value, device=device)),
+}
+
+
 def bits(tensor: Tensor) -> Tensor:
     """The tensor's bits as integers, so that -0.0 differs from 0.0 and NaN equals itself."""
     tensor = tensor.detach().resolve_neg().resolve_conj()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import cuda_on_cpu
 import optim_cases as cases
 import pytest
 import torch
@@ -27,6 +28,8 @@ SIZES = (1, 127, 128, 129, 1000, 4099, 70001)
 def kernels_of(run: Callable[[], Any]) -> list[str]:
     """Names of the kernels that `run` starts on the GPU."""
     torch.cuda.synchronize()
+    if cuda_on_cpu.is_running():
+        return cuda_on_cpu.kernels_of(run)  # CUPTI, which tells the profiler, is not simulated
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         run()
         torch.cuda.synchronize()
@@ -423,6 +426,37 @@ class TestDevices:
         side.synchronize()
         assert torch.equal(p.detach(), torch.full_like(p, -1.0))
 
+    @pytest.mark.parametrize("lr_dtype", cases.ids(cases.WIDE_DTYPES))
+    def test_a_learning_rate_on_another_device(self, lr_dtype: torch.dtype) -> None:
+        gen = cases.generator(23)
+        ours = cases.make_parameters(SIZES, gen, device="cuda:1")
+        theirs = cases.twin(ours)
+        lr = torch.tensor(0.25, dtype=lr_dtype, device="cuda:0")
+        optimizer = FrozenAwareSGD(ours, **(MOMENTUM | {"lr": lr}))
+        reference = Reference(theirs, **(MOMENTUM | {"lr": 0.25}))
+        for _ in range(3):
+            cases.set_grads(ours, theirs, gen)
+            optimizer.step()
+            reference.step()
+        torch.cuda.synchronize("cuda:1")
+        for p, q in zip(ours, theirs, strict=True):
+            cases.assert_same_bits(p, q, "parameter")
+
+
+@pytest.mark.parametrize("number", cases.ids(cases.ODD_NUMBERS))
+def test_a_learning_rate_whose_bytes_are_not_its_value(
+    number: Callable[[float, str], Tensor],
+) -> None:
+    optimizer, reference, gen = pair()
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = number(0.5**step / 4, DEVICE)
+        reference.param_groups[0]["lr"] = 0.5**step / 4
+        cases.set_grads(params_of(optimizer), params_of(reference), gen)
+        optimizer.step()
+        reference.step()
+    for p, q in zip(params_of(optimizer), params_of(reference), strict=True):
+        cases.assert_same_bits(p, q, "parameter")
+
 
 class TestInBackward:
     def train(self, use_side_stream: bool = False, **options: Any) -> tuple[nn.Module, int]:
@@ -473,6 +507,51 @@ class TestInBackward:
             optimizer.step()
         with no_sync():
             model(x).sum().backward()
+            optimizer.step()
+
+    @pytest.mark.parametrize("bucket_mb", [0, 0.006, 0.02, None])
+    def test_gradients_of_one_bucket_come_from_two_streams(self, bucket_mb: float | None) -> None:
+        def train(**options: Any) -> nn.Module:
+            torch.manual_seed(0)
+            branches = [nn.Sequential(*[nn.Linear(32, 32) for _ in range(4)]) for _ in range(2)]
+            model = nn.ModuleList(branches).to(DEVICE)
+            optimizer = FrozenAwareSGD(model.parameters(), **MOMENTUM, **options)
+            streams = [torch.cuda.Stream() for _ in branches]
+            main = torch.cuda.current_stream()
+            gen = cases.generator(5)
+            for _ in range(6):
+                x = torch.randn(8, 32, generator=gen).to(DEVICE)
+                outputs = [x, x]
+                for stream in streams:
+                    stream.wait_stream(main)
+                    x.record_stream(stream)
+                # Layer by layer, so that backward takes turns too: one goes on while one applies.
+                for layer in range(4):
+                    for i, stream in enumerate(streams):
+                        with torch.cuda.stream(stream):
+                            outputs[i] = branches[i][layer](outputs[i])
+                for output, stream in zip(outputs, streams, strict=True):
+                    main.wait_stream(stream)
+                    output.record_stream(main)
+                loss = (outputs[0] * outputs[1]).mean()
+                del outputs, output
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            return model
+
+        ordinary = train()
+        model = train(step_in_backward=True, bucket_mb=bucket_mb)
+        for p, q in zip(model.parameters(), ordinary.parameters(), strict=True):
+            cases.assert_same_bits(p, q, "parameter")
+
+    @pytest.mark.parametrize("foreach", [None, True, False])
+    def test_what_backward_has_left_cannot_be_clipped(self, foreach: bool | None) -> None:
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(DEVICE)
+        optimizer = FrozenAwareSGD(model.parameters(), **MOMENTUM, step_in_backward=True)
+        model(torch.ones(4, 64, device=DEVICE)).sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3, foreach=foreach)
+        with pytest.raises(RuntimeError, match=r"changed .*no clip_grad_norm_"):
             optimizer.step()
 
 

@@ -222,7 +222,7 @@ class TestGraphs:
         optimizer.grad_scale = torch.ones((), device="cuda")  # type: ignore[attr-defined]
         optimizer.found_inf = torch.zeros((), device="cuda")  # type: ignore[attr-defined]
         with (
-            pytest.raises(RuntimeError, match="FrozenAwareSGD.step while a CUDA graph"),
+            pytest.raises(RuntimeError, match=r"FrozenAwareSGD\.step while a CUDA graph"),
             torch.cuda.graph(torch.cuda.CUDAGraph()),
         ):
             optimizer.step()

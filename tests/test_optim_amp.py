@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import optim_cases as cases
@@ -344,6 +345,29 @@ def test_autocast_training_with_a_scaler() -> None:
             scaler.step(sgd)
             scaler.update()
         cases.assert_same_training(optimizer, reference)
+
+
+@pytest.mark.parametrize("overflow", [False, True], ids=["", "with an overflow"])
+@pytest.mark.parametrize("number", cases.ids(cases.ODD_NUMBERS))
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_a_scale_whose_bytes_are_not_its_value(
+    device: str, number: Callable[[float, str], Tensor], overflow: bool
+) -> None:
+    gen = cases.generator(3)
+    ours = cases.make_parameters((5, 70), gen, device=device)
+    theirs = cases.twin(ours)
+    optimizer = FrozenAwareSGD(ours, lr=0.1, momentum=0.9)
+    reference = FrozenAwareSGD(theirs, lr=0.1, momentum=0.9)
+    for step in range(3):
+        cases.set_grads(ours, theirs, gen)
+        _scale_grads(ours, 8.0)
+        withheld = overflow and step != 1
+        optimizer.grad_scale = number(8.0, device)  # type: ignore[attr-defined]
+        optimizer.found_inf = number(float(withheld), device)  # type: ignore[attr-defined]
+        optimizer.step()
+        if not withheld:
+            reference.step()
+    cases.assert_same_training(optimizer, reference)
 
 
 @pytest.mark.gpu
