@@ -1,9 +1,17 @@
-"""Run a function in a child process, so that a crash is a failed test and not the end of all."""
+"""Run a function in a child process, so that a crash is a failed test and not the end of all.
+
+Where there is a GPU, a process that has run backward has no children that can, and one that has
+asked for GPUs has none that can use them. So a process is put aside before any test runs, with all
+test modules loaded, and the children are forked from that.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
+import importlib
+import multiprocessing
 import os
 import pickle
 import resource
@@ -13,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import optim_cases as cases
 import torch
 
 
@@ -26,15 +35,59 @@ class DiedError(Exception):
         return self.how
 
 
-def run(function: Callable[[], Any], seconds: int = 120) -> Any:
-    """What `function` returns in a forked child; it has to be picklable.
+class _Origin:
+    """The process put aside, as this one sees it."""
+
+    pipe: Any = None
+    of = -1  # the process that may use the pipe
+
+
+def put_aside() -> None:
+    """Fork the process that children come from; before this one runs backward or asks for GPUs."""
+    if _Origin.of == os.getpid():
+        return
+    # What the first use of an optimizer imports and the tests' first numbers make: here once, and
+    # not in every child.
+    importlib.import_module("torch._dynamo")
+    cases.randn(1, cases.generator(0))
+    ours, theirs = multiprocessing.Pipe()
+    if _fork() == 0:
+        try:
+            ours.close()
+            while True:
+                function, seconds = theirs.recv()
+                theirs.send(_answer_of_child(function, seconds))
+        finally:
+            os._exit(0)  # at the latest when the other end is closed
+    theirs.close()
+    _Origin.pipe, _Origin.of = ours, os.getpid()
+
+
+def run(function: Callable[..., Any], *args: Any, seconds: int = 120) -> Any:
+    """What `function(*args)` returns in a child; all of it has to be picklable.
 
     The child is single-threaded: no OpenMP pool lives through a fork.
     """
-    reader, writer = os.pipe()
+    assert os.getpid() == _Origin.of, "put_aside() first; from within a child, use fork()"
+    _Origin.pipe.send((functools.partial(function, *args), seconds))
+    return _value_of(*_Origin.pipe.recv())
+
+
+def fork(function: Callable[[], Any], seconds: int = 120) -> Any:
+    """What any `function` returns in a child of this very process; it has to be picklable."""
+    return _value_of(*_answer_of_child(function, seconds))
+
+
+def _fork() -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking while threads exist
-        child = os.fork()
+        return os.fork()
+
+
+def _answer_of_child(function: Callable[[], Any], seconds: int) -> tuple[bytes, int]:
+    """What a child has to say, pickled, and its exit status."""
+    reader, writer = os.pipe()
+    child = _fork()
     if child == 0:
         try:
             os.close(reader)
@@ -55,7 +108,10 @@ def run(function: Callable[[], Any], seconds: int = 120) -> Any:
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
         answer = pipe.read()
-    _, status = os.waitpid(child, 0)
+    return answer, os.waitpid(child, 0)[1]
+
+
+def _value_of(answer: bytes, status: int) -> Any:
     if os.WIFSIGNALED(status):
         raise DiedError(f"died of {signal.Signals(os.WTERMSIG(status)).name}")
     if not answer:

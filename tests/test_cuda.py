@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import apart
 import cuda_on_cpu
 import optim_cases as cases
 import pytest
@@ -583,3 +584,18 @@ class TestNarrowMomentum:
             torch.cuda.graph(torch.cuda.CUDAGraph()),
         ):
             optimizer.step()
+
+
+def _first_weight_trained_on(device: str) -> float:
+    p = nn.Parameter(torch.ones(3, device=device))
+    optimizer = FrozenAwareSGD([p], lr=0.25)
+    p.sum().backward()
+    optimizer.step()
+    return p[0].item()
+
+
+@pytest.mark.parametrize("device", ["cpu", DEVICE])
+def test_children_train_though_this_process_has(device: str) -> None:
+    """As the tests do that might crash: see apart.py."""
+    assert _first_weight_trained_on(DEVICE) == 0.75
+    assert apart.run(_first_weight_trained_on, device) == 0.75

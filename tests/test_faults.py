@@ -179,6 +179,10 @@ def test_a_bad_gradient_in_the_middle_stops_the_whole_step(middle: int) -> None:
 LARGE = 10 << 20
 
 
+def _each(function: Callable[[int], Any], numbers: range) -> list[Any]:
+    return [function(number) for number in numbers]
+
+
 def _out_of_memory(fits: int) -> None:
     """Of three large buffers, `fits` can be made."""
     gc.collect()
@@ -195,7 +199,7 @@ def _out_of_memory(fits: int) -> None:
 )
 @pytest.mark.parametrize("fits", [0, 2], ids=["none fits", "two fit"])
 def test_out_of_memory_making_momentum_buffers_writes_nothing(fits: int) -> None:
-    apart.run(lambda: _out_of_memory(fits))
+    apart.run(_out_of_memory, fits)
 
 
 def _no_python_memory() -> tuple[int, int]:
@@ -261,7 +265,7 @@ def _interrupt_in_hash(number: int) -> bool:
 
 
 def test_an_interrupt_while_buffers_are_entered_takes_them_out_again() -> None:
-    hit = apart.run(lambda: [_interrupt_in_hash(number) for number in range(1, 14)])
+    hit = apart.run(_each, _interrupt_in_hash, range(1, 14))
     assert hit[0] and hit[9], hit
     assert not hit[-1], "more hashes than trainable parameters"
 
@@ -295,7 +299,7 @@ def _interrupt_at_any_time(steps: int) -> int:
 
 
 def test_an_interrupt_at_any_time_leaves_all_or_nothing() -> None:
-    assert apart.run(lambda: _interrupt_at_any_time(300)) > 0
+    assert apart.run(_interrupt_at_any_time, 300) > 0
 
 
 class _Finalized:
@@ -330,7 +334,7 @@ def _collected_in_a_first_step(threshold: int) -> int:
 
 
 def test_a_garbage_collection_in_a_first_step_may_drop_the_gradients() -> None:
-    grads = apart.run(lambda: [_collected_in_a_first_step(t) for t in range(1, 40)])
+    grads = apart.run(_each, _collected_in_a_first_step, range(1, 40))
     assert 0 in grads, "no collection met the step"
 
 

@@ -366,7 +366,7 @@ void run_on_cpu(const c10::OperatorHandle& op, Stack* stack) {
     op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), &made);
     for (size_t i = 0; i < targets.size(); ++i) {
       const auto put = [](const Tensor& target, const Tensor& from) {
-        if (target.defined() && !target.is_same(from) && target.numel() != 0) {
+        if (target.defined() && from.defined() && !target.is_same(from) && target.numel() != 0) {
           target.copy_(from);
         }
       };
