@@ -52,6 +52,21 @@ def test_signature_is_stocks(method: str) -> None:
         assert parameter.default is not inspect.Parameter.empty
 
 
+def test_step_goes_by_its_name_in_errors() -> None:
+    optimizer, _ = _one()
+    with pytest.raises(TypeError, match=r"^FrozenAwareSGD\.step\(\) takes"):
+        optimizer.step(None, None)  # type: ignore[call-overload]
+
+
+def test_step_is_wrapped_as_stocks_for_who_unwraps_it() -> None:
+    """torch's own tests of compiled optimizers take off two wrappers."""
+    optimizer, p = _one()
+    before = p.detach().clone()
+    p.grad = torch.ones_like(p)
+    assert optimizer.step.__wrapped__.__wrapped__(optimizer) is None  # type: ignore[attr-defined]
+    assert not torch.equal(p, before)
+
+
 def test_step_takes_a_closure_and_nothing_else() -> None:
     """GradScaler looks here for a `grad_scaler` argument."""
     parameters = inspect.signature(_one()[0].step).parameters

@@ -184,3 +184,10 @@ def test_no_star_of_a_docstring_is_lost_on_the_site() -> None:
         blocks = [b for b in prose[0].split("\n\n") if not b.startswith("    ")] + prose[1:]
         stars += [line for block in blocks for line in block.splitlines() if "*" in line]
     assert stars == []
+
+
+def test_the_optimizers_page_shows_every_public_member() -> None:
+    page = (ROOT / "docs" / "reference" / "optimizer.md").read_text()
+    listed = re.search(r"FrozenAwareSGD\n.*?members: \[(.*?)\]", page, re.DOTALL)
+    public = {key for key in vars(torch_freeze.FrozenAwareSGD) if not key.startswith("_")}
+    assert listed and public == set(listed[1].split(", "))
