@@ -1,8 +1,8 @@
 """Run a function in a child process, so that a crash is a failed test and not the end of all.
 
 Where there is a GPU, a process that has run backward has no children that can, and one that has
-asked for GPUs has none that can use them. So a process is put aside before any test runs, with all
-test modules loaded, and the children are forked from that.
+asked for GPUs has none that can use them. So a process is put aside before any test module is
+loaded, and the children are forked from that.
 """
 
 from __future__ import annotations
@@ -44,18 +44,17 @@ class _Origin:
 
 def put_aside() -> None:
     """Fork the process that children come from; before this one runs backward or asks for GPUs."""
-    if _Origin.of == os.getpid():
-        return
-    # What the first use of an optimizer imports and the tests' first numbers make: here once, and
-    # not in every child.
-    importlib.import_module("torch._dynamo")
-    cases.randn(1, cases.generator(0))
     ours, theirs = multiprocessing.Pipe()
     if _fork() == 0:
         try:
             ours.close()
+            torch.set_num_threads(1)
             while True:
+                # Once, and not in every child: the import of the function's module, which this
+                # makes, of what torch needs for a first optimizer, and the tests' first numbers.
                 function, seconds = theirs.recv()
+                importlib.import_module("torch._dynamo")
+                cases.randn(1, cases.generator(0))
                 theirs.send(_answer_of_child(function, seconds))
         finally:
             os._exit(0)  # at the latest when the other end is closed

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
+import apart
 import hypothesis
 import pytest
 import torch
@@ -34,10 +34,11 @@ def _why_no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "apart" in sys.modules and not config.option.collectonly:
-        # The test modules are loaded, and torch has not been asked for GPUs, nor run backward.
-        sys.modules["apart"].put_aside()
+def pytest_configure() -> None:
+    apart.put_aside()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     compiled = torch_freeze.build_info().compiled
     reasons = {"gpu": _why_no_gpu(), "compiled": None if compiled else "no compiled module"}
     for marker, reason in reasons.items():
