@@ -724,7 +724,8 @@ void BackwardStep::check_step(
           " between backward and step(). With step_in_backward most gradients have been applied by then, so "
           "nothing can be done to all of them: no clip_grad_norm_ (Transformers' Trainer calls "
           "it unless max_grad_norm=0 is set and, since version 5, _get_grad_norm is overridden), no "
-          "GradScaler.unscale_, no model.zero_grad(). Use clip_value= to clip by value, or step_in_backward=False. "
+          "GradScaler.unscale_, no model.zero_grad(). Use clip_value= to clip by value, or "
+          "step_in_backward=False. "
           "zero_grad() gives this iteration up; what has been applied stays so.");
     };
     std::for_each(pending_.begin(), pending_.end(), check);
