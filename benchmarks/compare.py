@@ -312,7 +312,7 @@ class Job:
             "digits": 3.0,
             "targets": 1.5 + 1.5 * each,
             "memory": 3.0 if self.quick else 15.0,
-            "load": sum(rounds.values()) / 2 * (1.5 + each),
+            "load": sum(rounds.values()) / 2 * (6.9 + each),
         }
 
 
