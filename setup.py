@@ -163,12 +163,17 @@ def configure(torch: ModuleType) -> tuple[setuptools.Extension, dict[str, object
     # the host too, where `#pragma unroll` says nothing.
     warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     host = ["-ffp-contract=off", "-fvisibility=hidden", *warnings]
+    # -fopenmp is for the compiler alone: GOMP_* stay undefined and resolve at load time to the
+    # libgomp that torch brings, so that one pool of threads, sized by torch, serves both. Clang
+    # calls a runtime that torch does not bring; there the linker adds it.
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
     extension = setuptools.Extension(
         NAME,
         sorted(str(source) for source in Path("csrc").glob("*.cpp")),
         language="c++",
         libraries=["c10", "torch", "torch_cpu", "torch_python"],
         library_dirs=cpp_extension.library_paths(),
+        extra_link_args=[] if cpp_extension.check_compiler_is_gcc(compiler) else openmp,
     )
     nvcc: list[str] = []
     codes: list[str] = []
@@ -193,7 +198,7 @@ def configure(torch: ModuleType) -> tuple[setuptools.Extension, dict[str, object
     system = [word for path in includes for word in ("-isystem", path)]
     # Most Pythons' own flags have -g and -DNDEBUG.
     level = ["-O0", "-g", "-UNDEBUG"] if debug else ["-O3", "-g0"]
-    cxx = [*level, *host, "-fno-math-errno", *system]
+    cxx = [*level, *host, "-fno-math-errno", *openmp, *system]
     extension.extra_compile_args = {"cxx": cxx, "nvcc": [*nvcc, *system]}
     return extension, {
         "torch": torch.__version__,

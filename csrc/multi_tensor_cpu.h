@@ -1,11 +1,11 @@
-// The elements of many tensors, shared between threads. Knows no optimizer.
+// One parallel region over the elements of many tensors. Knows no optimizer.
 #pragma once
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 
-#include "helper_threads.h"
 #include "tensor_update.h"
 
 namespace torch_freeze {
@@ -21,76 +21,52 @@ constexpr int64_t kMaxChunkNumel = 262144;
 // aligned tensors stay aligned.
 constexpr int64_t kSplitNumel = 64;
 
-// The elements of all tensors, in their order, cut into numbered chunks. `threads` share them.
-class ChunkSchedule {
- public:
-  ChunkSchedule(int64_t numel, int64_t threads) : numel_(numel), threads_(threads) {}
-
-  int64_t count() const {
-    int64_t count = 0;
-    for (int64_t begin = 0; begin < numel_; begin = end_from(begin)) {
-      ++count;
-    }
-    return count;
-  }
-  int64_t end_from(int64_t begin) const {
-    const int64_t chunk = std::clamp((numel_ - begin) / (2 * threads_), kMinChunkNumel, kMaxChunkNumel);
-    return std::min(begin + chunk, numel_);
-  }
-
- private:
-  int64_t numel_;
-  int64_t threads_;
-};
-
 // Calls `apply(update, begin, end)` so that every element of every update is in exactly one call, from several
-// threads at once where there is enough to do. Each thread gets an `apply` of its own from `make_apply()`, which
-// does not throw.
+// threads at once where there is enough to do. Each thread gets an `apply` of its own from `make_apply()`.
 template <class MakeApply>
 void for_each_span(const TensorUpdate* updates, int64_t count, int64_t numel, const MakeApply& make_apply) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), numel / kMinChunkNumel);
-  if (numel >= kParallelNumel && threads > 1 && !at::in_parallel_region()) {
-    const ChunkSchedule schedule(numel, threads);
-    const auto loop = [&](Chunks& chunks) {
-      auto apply = make_apply();
-      // A thread's chunks only ever move forward, so it finds them and their tensors by walking on from the last.
-      int64_t number = 0;
-      int64_t begin = 0;
-      int64_t end = schedule.end_from(0);
-      int64_t tensor = 0;
-      int64_t tensor_start = 0;  // in the flat space of all elements
-      for (int64_t chunk = chunks.next(); chunk >= 0; chunk = chunks.next()) {
-        for (; number < chunk; ++number) {
-          begin = end;
-          end = schedule.end_from(begin);
-        }
-        while (tensor < count && tensor_start + updates[tensor].numel <= begin) {
-          tensor_start += updates[tensor++].numel;
-        }
-        int64_t start = tensor_start;
-        for (int64_t i = tensor; i < count && start < end; start += updates[i++].numel) {
-          const auto split = [&](int64_t flat) {
-            const int64_t local = std::max<int64_t>(flat - start, 0);
-            return std::min((local + kSplitNumel - 1) / kSplitNumel * kSplitNumel, updates[i].numel);
-          };
-          const int64_t first = split(begin);
-          const int64_t last = split(end);
-          if (first < last) {
-            apply(updates[i], first, last);
-          }
+  if (numel < kParallelNumel || threads <= 1 || at::in_parallel_region()) {
+    auto apply = make_apply();
+    for (int64_t i = 0; i < count; ++i) {
+      apply(updates[i], int64_t{0}, updates[i].numel);
+    }
+    return;
+  }
+  std::atomic<int64_t> taken{0};
+  const auto take = [&](int64_t& begin, int64_t& end) {
+    begin = taken.load();
+    do {
+      const int64_t chunk = std::clamp((numel - begin) / (2 * threads), kMinChunkNumel, kMaxChunkNumel);
+      end = std::min(begin + chunk, numel);
+    } while (begin < numel && !taken.compare_exchange_weak(begin, end));
+    return begin < numel;
+  };
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    auto apply = make_apply();
+    // A thread's chunks only ever move forward, so it finds its tensors by walking on from the last one.
+    int64_t tensor = 0;
+    int64_t tensor_start = 0;  // in the flat space of all elements
+    int64_t begin = 0;
+    int64_t end = 0;
+    while (take(begin, end)) {
+      while (tensor < count && tensor_start + updates[tensor].numel <= begin) {
+        tensor_start += updates[tensor++].numel;
+      }
+      int64_t start = tensor_start;
+      for (int64_t i = tensor; i < count && start < end; start += updates[i++].numel) {
+        const auto split = [&](int64_t flat) {
+          const int64_t local = std::max<int64_t>(flat - start, 0);
+          return std::min((local + kSplitNumel - 1) / kSplitNumel * kSplitNumel, updates[i].numel);
+        };
+        const int64_t first = split(begin);
+        const int64_t last = split(end);
+        if (first < last) {
+          apply(updates[i], first, last);
         }
       }
-    };
-    using Loop = decltype(loop);
-    const auto call = [](const void* context, Chunks& chunks) { (*static_cast<const Loop*>(context))(chunks); };
-    if (share_chunks(schedule.count(), threads - 1, call, &loop)) {
-      return;
     }
-  }
-  auto apply = make_apply();
-  for (int64_t i = 0; i < count; ++i) {
-    apply(updates[i], int64_t{0}, updates[i].numel);
-  }
+  });
 }
 
 }  // namespace torch_freeze
