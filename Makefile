@@ -50,11 +50,12 @@ sanitize: $(call need,$(EXTRAS)) ## tests under ASan, UBSan and TSan, with a C++
 build: $(call need,$(EXTRAS)) ## compile the extension in place; only what changed
 	$(compile)
 
-# Repaired: tagged with the oldest glibc it runs on. What comes with torch stays out of it.
+# Repaired: tagged with the oldest glibc it runs on. What comes with torch stays out of it. auditwheel
+# looks for patchelf on PATH.
 wheel: $(call need,torch) $(call need,wheel) ## build a wheel for this torch, and no other, into dist/
 	rm -rf build/wheel
 	TORCH_FREEZE_PIN_TORCH=1 $(PY) -m pip wheel --no-build-isolation --no-deps -w build/wheel .
-	$(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' \
+	PATH="$(abspath $(dir $(PY))):$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' \
 	  --wheel-dir dist build/wheel/*.whl
 
 lint: $(call need,lint) ## check the style of Python and C++
