@@ -8,10 +8,14 @@ Python that runs without its global lock.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import os
+import select
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +144,160 @@ def test_models_freeze_in_threads() -> None:
             assert torch.equal(model[0].weight, held) == bool(step % 2)
 
     _in_threads(*[lambda seed=seed: run(seed) for seed in range(4)])
+
+
+# A step's threads, seen from outside. Each line ends with the test's leave to go on.
+SHARED = """
+import os, sys, time
+import torch
+from torch_freeze import FrozenAwareSGD
+
+gen = torch.Generator().manual_seed(0)
+
+def training(make, **kwargs):
+    params = [torch.nn.Parameter(torch.randn(300_000, generator=gen)) for _ in range(4)]
+    for p in params:
+        p.grad = torch.randn(300_000, generator=gen)
+    return params, make(params, lr=0.1, momentum=0.9, weight_decay=0.01, **kwargs)
+
+def tell(*words):
+    print(*words, flush=True)
+    sys.stdin.readline()
+
+def threads():
+    return {int(thread) for thread in os.listdir("/proc/self/task")}
+
+def ticks(thread):
+    with open(f"/proc/self/task/{thread}/stat") as stat:
+        return int(stat.read().rpartition(")")[2].split()[11])
+
+ours, optimizer = training(FrozenAwareSGD)
+gen.manual_seed(0)
+theirs, reference = training(torch.optim.SGD, foreach=False)
+taken = []
+
+def step():
+    begin = time.perf_counter()
+    optimizer.step()
+    taken.append(time.perf_counter() - begin)
+    return taken[-1]
+
+torch.set_num_threads(2)
+before = threads()
+step()
+torchs = threads() - before
+tell(*torchs)
+for round in range(2):
+    while step() < 0.5:
+        assert len(taken) < 2000, "no step waits"
+    tell("waited")
+    if round == 0:
+        step()
+        (helper,) = threads() - before - torchs
+        tell(helper)
+        for _ in range(30):
+            step()
+        tell("alone")
+steps = 0
+while steps < 300 or ticks(helper) < 3:
+    step()
+    steps += 1
+print("stepped", flush=True)
+for _ in taken:
+    reference.step()
+torch.set_num_threads(1)
+tell(all(torch.equal(p, q) for p, q in zip(ours, theirs)))
+"""
+
+
+class Traced:
+    """The process of `SHARED`, whose threads can be stopped as a debugger stops them."""
+
+    SEIZE, INTERRUPT, DETACH = 0x4206, 0x4207, 17  # requests to ptrace()
+    ANY_THREAD = 0x40000000  # __WALL
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SHARED],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(Path(_build.__file__).parents[1])},
+        )
+        assert self.process.stdin and self.process.stdout
+        self.input, self.output = self.process.stdin, self.process.stdout
+
+    def wait_till_it_waits(self) -> None:
+        """Till the process has not run for a second."""
+        then: list[str] = []
+        now: list[str] = []
+        while then != now or not now:
+            assert self.read(1) is None
+            assert self.process.poll() is None
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+            then, now = now, stat.rpartition(")")[2].split()[11:13]
+
+    def read(self, seconds: float = 60) -> list[str] | None:
+        """The words of the next line; None where it does not come in time."""
+        ready, _, _ = select.select([self.output], [], [], seconds)
+        return self.output.readline().split() if ready else None
+
+    def go_on(self) -> None:
+        self.input.write("\n")
+        self.input.flush()
+
+    def stop(self, *threads: int) -> None:
+        for thread in threads:
+            self._trace(self.SEIZE, thread)
+            self._trace(self.INTERRUPT, thread)
+            os.waitpid(thread, self.ANY_THREAD)
+
+    def let_go(self, *threads: int) -> None:
+        for thread in threads:
+            self._trace(self.DETACH, thread)
+
+    def _trace(self, request: int, thread: int) -> None:
+        ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+        ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+        ptrace.restype = ctypes.c_long
+        if ptrace(request, thread, None, None) != 0:
+            pytest.skip(f"no thread can be stopped here: {os.strerror(ctypes.get_errno())}")
+
+
+@pytest.mark.compiled
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_after_a_late_thread_steps_wait_only_for_what_a_thread_has_begun() -> None:
+    """One of torch's threads is stopped till a step has waited for it; then other threads help.
+
+    With these stopped too, the caller does everything. At last they are stopped wherever they are,
+    again and again, and no element is left out or stepped twice.
+    """
+    traced = Traced()
+    try:
+        (torchs,) = map(int, traced.read() or ())
+        for round in range(2):
+            traced.stop(torchs)
+            traced.go_on()
+            traced.wait_till_it_waits()
+            traced.let_go(torchs)
+            assert traced.read() == ["waited"]
+            if round == 0:
+                traced.go_on()
+                (helper,) = map(int, traced.read() or ())
+                traced.stop(torchs, helper)
+                traced.go_on()
+                assert traced.read() == ["alone"]
+                traced.let_go(torchs, helper)
+        traced.go_on()
+        while (line := traced.read(0.001)) is None:
+            traced.stop(helper)
+            time.sleep(0.001)
+            traced.let_go(helper)
+        assert line == ["stepped"]
+        assert traced.read() == ["True"]
+    finally:
+        traced.process.kill()
+        traced.process.communicate()
 
 
 def test_threads_come_and_go_without_a_trace() -> None:
