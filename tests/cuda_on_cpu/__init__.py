@@ -55,12 +55,6 @@ def log_of(run: Callable[[], Any]) -> list[Record]:
     return take_log()
 
 
-def kernels_of(run: Callable[[], Any]) -> list[str]:
-    """Return the names of the kernels that `run` starts, ATen's included."""
-    kernels = ("launch", "op", "copy", "fill", "graph")
-    return [record.name for record in log_of(run) if record.kind in kernels]
-
-
 def finish() -> str:
     """Run all that is left on the streams, and return why some of it failed."""
     return _call("finish")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,6 +18,12 @@ ROOT = HERE.parent.parent
 OUT = ROOT / "build" / "cuda_on_cpu"
 CUDA = "13"
 TORCH = ("2.14",)  # what CI has; another asks the runtime for other functions
+# The libraries that are replaced, by the source of the stand-in.
+STAND_INS = {
+    "runtime": f"libcudart.so.{CUDA}",
+    "driver": "libcuda.so.1",
+    "cupti": f"libcupti.so.{CUDA}",
+}
 
 
 def check_versions() -> None:
@@ -47,38 +55,45 @@ def undefined(libraries: Iterable[Path]) -> set[str]:
     return set(re.findall(r"^\s+[Uw] (\S+)$", listed, re.MULTILINE))
 
 
-def stand_in(
-    soname: str, source: Path, wanted: set[str], includes: list[str], *linked: Path
-) -> None:
-    """Link `source` as the library `soname`, with a stub for what is wanted and not in it."""
-    headers = [*HERE.glob("*.h"), Path(__file__)]
-    own = OUT / f"{source.stem}.o"
-    flags = ["-std=c++17", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra"]
-    compile_to(own, [source, *headers], *flags, *includes, "-c", source)
+def stand_in(soname: str, own: Path, wanted: set[str], *linked: Path) -> None:
+    """Link what `own` is compiled from as `soname`, with a stub for what is wanted and not in it."""
     listed = subprocess.run(["nm", str(own)], capture_output=True, text=True, check=True).stdout
     missing = sorted(wanted - set(re.findall(r" T (\S+)$", listed, re.MULTILINE)))
-    stubs = OUT / f"{source.stem}_stubs.c"
+    stubs = OUT / f"{own.stem}_stubs.c"
     stubs.write_text(
         "int cuda_on_cpu_missing(const char*);\n"
         + "".join(f'int {f}(void) {{ return cuda_on_cpu_missing("{f}"); }}\n' for f in missing)
     )
     # The loader takes a library for another of the same name and version.
-    versions = OUT / f"{source.stem}.map"
+    versions = OUT / f"{own.stem}.map"
     versions.write_text(f"{soname} {{ global: *; }};\n")
     named = [f"-Wl,-soname,{soname}", f"-Wl,--version-script={versions}"]
-    compile_to(
-        OUT / soname,
-        [own, *linked],
-        "-shared",
-        "-fPIC",
-        own,
-        *linked,
-        "-x",
-        "c",
-        stubs,
-        *named,
-        "-ldl",
-    )
+    words = ["-shared", "-fPIC", own, *linked, "-x", "c", stubs, *named, "-ldl"]
+    compile_to(OUT / soname, [own, *linked, Path(__file__)], *words)
+
+
+def compile_all(cuda: list[str]) -> dict[str, Path]:
+    """Compile the sources, as many at a time as there are cores; the objects by their names."""
+    headers = [*HERE.glob("*.h"), Path(__file__)]
+    runtime = ["-std=c++17", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra", *cuda]
+    includes = [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
+    # The kernels round where the GPU does: nothing is contracted but the fma that they ask for.
+    rounding = ["-ffp-contract=off", "-Wno-unknown-pragmas"]
+    torch_flags = ["-std=c++20", "-O2", "-march=native", "-fPIC", *rounding, *cuda, *includes]
+    torch_flags += [f"-I{ROOT / 'csrc'}"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made: dict[str, Path] = {}
+        jobs = []
+        for name in ("aten", "kernels", *STAND_INS):
+            source, made[name] = HERE / f"{name}.cpp", OUT / f"{name}.o"
+            inputs, flags = [source, *headers], runtime
+            if name not in STAND_INS:
+                inputs += [*(ROOT / "csrc").glob("*.h"), Path(torch.__file__)]
+                flags = torch_flags
+            jobs.append(pool.submit(compile_to, made[name], inputs, *flags, "-c", source))
+        for job in jobs:
+            job.result()
+    return made
 
 
 def main() -> None:
@@ -98,38 +113,19 @@ def main() -> None:
         *(str(p.parent) for p in nvidia.glob("*/include/cuda_runtime_api.h")),
     ]
     cuda = [word for path in headers if path != "/usr/include" for word in ("-isystem", path)]
-    runtime = f"libcudart.so.{CUDA}"
-    users = [*libraries.glob("*.so"), *nvidia.glob("*/lib/*.so*")]
-    wanted = {name.split("@")[0] for name in undefined(users) if name.endswith(f"@{runtime}")}
-    stand_in(runtime, HERE / "runtime.cpp", wanted, cuda)
-    driver = {f for f in undefined([libraries / "libcaffe2_nvrtc.so"]) if re.match(r"cu[A-Z]", f)}
-    stand_in("libcuda.so.1", HERE / "driver.cpp", driver, [], OUT / runtime)
-
-    includes = [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
-    objects = []
-    for name in ("kernels", "aten"):
-        objects.append(OUT / f"{name}.o")
-        sources = [
-            HERE / f"{name}.cpp",
-            HERE / "runtime.h",
-            *(ROOT / "csrc").glob("*.h"),
-            Path(torch.__file__),
-        ]
-        # The kernels round where the GPU does: nothing is contracted but the fma that they ask for.
-        flags = [
-            "-std=c++20",
-            "-O2",
-            "-march=native",
-            "-fPIC",
-            "-ffp-contract=off",
-            "-Wno-unknown-pragmas",
-        ]
-        compile_to(
-            objects[-1], sources, *flags, *cuda, *includes, f"-I{ROOT / 'csrc'}", "-c", sources[0]
-        )
+    made = compile_all(cuda)
+    users = undefined([*libraries.glob("*.so"), *nvidia.glob("*/lib/*.so*")])
+    runtime = OUT / STAND_INS["runtime"]
+    for name, soname in STAND_INS.items():
+        wanted = {f.split("@")[0] for f in users if f.endswith(f"@{soname}")}
+        if name == "driver":  # its functions have no versions
+            nvrtc = undefined([libraries / "libcaffe2_nvrtc.so"])
+            wanted = {f for f in nvrtc if re.match(r"cu[A-Z]", f)}
+        stand_in(soname, made[name], wanted, *([] if name == "runtime" else [runtime]))
     linked = [f"-l{name}" for name in ("c10", "c10_cuda", "torch", "torch_cpu", "torch_cuda")]
+    objects = [made["aten"], made["kernels"]]
     aten = OUT / "libaten_on_cpu.so"
-    compile_to(aten, objects, "-shared", *objects, OUT / runtime, f"-L{libraries}", *linked)
+    compile_to(aten, [*objects, runtime], "-shared", *objects, runtime, f"-L{libraries}", *linked)
 
 
 if __name__ == "__main__":

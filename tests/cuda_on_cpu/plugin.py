@@ -12,7 +12,6 @@ import cuda_on_cpu
 LEFT_OUT = {
     "sparse CUDA tensors": ("a sparse gradient",),
     "NCCL": ("[nccl, a process per GPU",),
-    "CUPTI, by which a profiler times the GPU": ("test_a_gpu_has_time_of_its_own",),
 }
 
 

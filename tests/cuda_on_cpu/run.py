@@ -33,7 +33,7 @@ ORDER_TELLS = "Graphs or Streams or Devices or InBackward or promises"
 
 def environment(schedule: str) -> dict[str, str]:
     """The environment of a process that runs on the simulation."""
-    preloaded = [str(build.OUT / f"libcudart.so.{build.CUDA}"), str(build.OUT / "libcuda.so.1")]
+    preloaded = [str(build.OUT / soname) for soname in build.STAND_INS.values()]
     paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {
         cuda_on_cpu.SCHEDULE: schedule,

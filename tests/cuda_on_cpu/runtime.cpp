@@ -41,8 +41,9 @@ struct Marker {
 };
 
 struct Task {
-  std::function<void()> run;      // empty where the stream only waits
-  std::shared_ptr<Marker> after;  // of another stream
+  std::function<void()> run;             // empty where the stream only waits
+  std::shared_ptr<Marker> after;         // of another stream
+  std::shared_ptr<const Record> record;  // of what the program asked for
 };
 
 struct Graph {
@@ -143,6 +144,7 @@ struct World {
   std::string missing;     // what was last asked for and is not there
   std::string failure;     // of work on a stream
   bool has_context[kDevices] = {};
+  Observer* observer = nullptr;
 
   World() {
     // What programs see, and the bytes behind it.
@@ -184,19 +186,24 @@ cudaError_t fail(cudaError_t error) {
 
 bool is_main(const CUstream_st* stream) { return stream == world().main[stream->device]; }
 
-void note(
+// The record of work on a stream is kept with the work where somebody is told of it as it runs.
+std::shared_ptr<const Record> note(
     const std::string& kind, const std::string& name, const CUstream_st* stream, uint64_t bytes = 0,
-    unsigned grid = 0, unsigned block = 0) {
+    dim3 grid = {0, 0, 0}, dim3 block = {0, 0, 0}) {
   auto& all = world();
   const auto handle = stream == nullptr || is_main(stream) ? 0 : reinterpret_cast<uintptr_t>(stream);
+  const int device = stream == nullptr ? current_device : stream->device;
   const auto text = [](uint64_t number) { return "\t" + std::to_string(number); };
-  const std::string line = kind + "\t" + name +
-                           text(static_cast<uint64_t>(stream == nullptr ? current_device : stream->device)) +
-                           text(handle) + text(bytes) + text(grid) + text(block) + "\n";
+  const std::string line = kind + "\t" + name + text(static_cast<uint64_t>(device)) + text(handle) + text(bytes) +
+                           text(grid.x * grid.y * grid.z) + text(block.x * block.y * block.z) + "\n";
   all.log += line;
   if (all.trace) {
     std::fprintf(stderr, "simulated CUDA: %s", line.c_str());
   }
+  if (all.observer == nullptr || stream == nullptr) {
+    return nullptr;
+  }
+  return std::make_shared<Record>(Record{kind, name, device, handle, bytes, grid, block, all.observer->asked()});
 }
 
 // What CUDA makes a context for: half a GB of the device, and no fork from here on.
@@ -227,6 +234,15 @@ bool runs_late(const CUstream_st* stream) {
   }
 }
 
+void run_observed(const std::function<void()>& run, const std::shared_ptr<const Record>& record) {
+  auto* const observer = record == nullptr ? nullptr : world().observer;
+  const uint64_t begin = observer == nullptr ? 0 : observer->now();
+  run();
+  if (observer != nullptr) {
+    observer->ran(*record, begin, observer->now());
+  }
+}
+
 void run_first(CUstream_st* stream) {
   Task task = std::move(stream->tasks.front());
   stream->tasks.pop_front();
@@ -234,7 +250,7 @@ void run_first(CUstream_st* stream) {
     return;
   }
   try {
-    task.run();
+    run_observed(task.run, task.record);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "simulated CUDA: work on a stream failed: %s\n", error.what());
     world().failure = error.what();
@@ -380,7 +396,7 @@ char side(const void* address) { return is_device_address(address) ? 'D' : is_pi
 
 cudaError_t copy(void* to, const void* from, size_t bytes, cudaStream_t on, const char* function) {
   auto* const stream = real(on);
-  note("copy", std::string(function) + " " + side(from) + "2" + side(to), stream, bytes);
+  const auto record = note("copy", std::string(function) + " " + side(from) + "2" + side(to), stream, bytes);
   for (const void* end : {static_cast<const void*>(to), from}) {
     if (is_device_address(end) && !is_allocated(end, bytes)) {
       return fail(cudaErrorInvalidValue);
@@ -391,9 +407,9 @@ cudaError_t copy(void* to, const void* from, size_t bytes, cudaStream_t on, cons
   if (side(from) == 'H') {  // pageable memory is read before the call returns
     put(stream,
         {[=, kept = std::vector<char>(source, source + bytes)] { std::memcpy(target, kept.data(), kept.size()); },
-         nullptr});
+         nullptr, record});
   } else {
-    put(stream, {[=] { std::memmove(target, source, bytes); }, nullptr});
+    put(stream, {[=] { std::memmove(target, source, bytes); }, nullptr, record});
   }
   if (side(to) == 'H' && stream->graph == nullptr) {
     drain(stream);  // and written by the time it does
@@ -430,9 +446,7 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments
   auto* const stream = real(on);
   const auto& kernel = kernel_of(function);
   const size_t threads = size_t{block.x} * block.y * block.z;
-  note(
-      "launch", kernel.name, stream, kernel.argument_bytes, grid.x * grid.y * grid.z,
-      static_cast<unsigned>(threads));
+  const auto record = note("launch", kernel.name, stream, kernel.argument_bytes, grid, block);
   if (stream->device != current_device) {
     return fail(cudaErrorInvalidResourceHandle);
   }
@@ -450,7 +464,7 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments
                  auto own = argument;  // a graph is replayed
                  body(own.data(), grid, block, device);
                },
-               nullptr});
+               nullptr, record});
   return runs_late(stream) ? cudaSuccess : check_failure();
 }
 
@@ -499,18 +513,23 @@ void enqueue(cudaStream_t stream, const std::string& kind, const std::string& na
   std::vector<Task> over;  // goes after the lock
   const Lock lock(world().mutex);
   over.swap(world().over);
-  note(kind, name, real(stream));
-  put(real(stream), {std::move(work), nullptr});
+  put(real(stream), {std::move(work), nullptr, note(kind, name, real(stream))});
 }
 
 void run_now(
     cudaStream_t stream, const std::string& kind, const std::string& name, const std::function<void()>& work) {
+  std::shared_ptr<const Record> record;
   {
     const Lock lock(world().mutex);
-    note(kind, name, real(stream));
+    record = note(kind, name, real(stream));
     drain(real(stream));
   }
-  work();  // without the lock: it may want Python's
+  run_observed(work, record);  // without the lock: it may want Python's
+}
+
+void set_observer(Observer* observer) {
+  const Lock lock(world().mutex);
+  world().observer = observer;
 }
 
 void register_kernel(const std::string& part, size_t argument_bytes, KernelBody body) {
@@ -870,11 +889,11 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind)
 }
 cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t stream) {
   const Lock lock(world().mutex);
-  note("fill", "cudaMemsetAsync", real(stream), bytes);
+  const auto record = note("fill", "cudaMemsetAsync", real(stream), bytes);
   if (!is_allocated(address, bytes)) {
     return fail(cudaErrorInvalidValue);
   }
-  put(real(stream), {[=, target = bytes_of(address)] { std::memset(target, value, bytes); }, nullptr});
+  put(real(stream), {[=, target = bytes_of(address)] { std::memset(target, value, bytes); }, nullptr, record});
   return cudaSuccess;
 }
 
@@ -934,7 +953,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t on, cudaEvent_t event, unsigned) {
       return fail(cudaErrorStreamCaptureIsolation);
     }
     if (!event->marker->done) {
-      put(stream, {nullptr, event->marker});
+      put(stream, {nullptr, event->marker, nullptr});
     }
   }
   return cudaSuccess;
@@ -957,7 +976,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t on) {
                    marker->done = true;
                    marker->at = std::chrono::steady_clock::now();
                  },
-                 nullptr});
+                 nullptr, nullptr});
   }
   return cudaSuccess;
 }
@@ -1003,7 +1022,7 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEve
 cudaError_t cudaLaunchHostFunc(cudaStream_t on, cudaHostFn_t function, void* data) {
   const Lock lock(world().mutex);
   note("host", "cudaLaunchHostFunc", real(on));
-  put(real(on), {[=] { function(data); }, nullptr});
+  put(real(on), {[=] { function(data); }, nullptr, nullptr});
   return cudaSuccess;
 }
 
@@ -1098,7 +1117,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t on) {
   note("graph", "cudaGraphLaunch", real(on));
   for (const auto& task : exec->graph->tasks) {
     if (task.run) {
-      put(real(on), {task.run, nullptr});
+      put(real(on), {task.run, nullptr, task.record});
     }
   }
   return runs_late(real(on)) ? cudaSuccess : check_failure();

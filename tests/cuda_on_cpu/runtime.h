@@ -31,6 +31,30 @@ void enqueue(cudaStream_t stream, const std::string& kind, const std::string& na
 void run_now(
     cudaStream_t stream, const std::string& kind, const std::string& name, const std::function<void()>& work);
 
+// Something that the runtime was asked for.
+struct Record {
+  std::string kind;  // launch, op, copy, fill, sync, malloc, free, graph, host or context
+  std::string name;
+  int device;
+  uint64_t stream;  // 0: the main one
+  uint64_t bytes;   // copied, allocated, or of a kernel's argument
+  dim3 grid{0, 0, 0}, block{0, 0, 0};
+  uint32_t correlation = 0;
+};
+
+// Told of the work on streams: as it is asked for, by the thread that asks, which returns a number for it; and as
+// it runs, with the times that `now` gave before and after.
+class Observer {
+ public:
+  virtual uint32_t asked() = 0;
+  virtual uint64_t now() = 0;
+  virtual void ran(const Record& record, uint64_t begin, uint64_t end) = 0;
+
+ protected:
+  ~Observer() = default;
+};
+void set_observer(Observer* observer);
+
 // Gives a body to the kernels that have `part` in their readable names. Null: they do nothing. They take one
 // argument by value, of so many bytes; the body gets a copy of it.
 using KernelBody = std::function<void(void* argument, dim3 grid, dim3 block, int device)>;
