@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import cuda_on_cpu
 import torch
 
 dist = torch.distributed
@@ -56,7 +57,7 @@ def serve(
     if device == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
+        "nccl" if device == "cuda" and not cuda_on_cpu.is_running() else "gloo",
         init_method=f"file://{rendezvous}",
         rank=rank,
         world_size=size,

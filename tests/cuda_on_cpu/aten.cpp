@@ -15,6 +15,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
+#include <torch/csrc/distributed/c10d/Work.hpp>
 
 #include <map>
 #include <set>
@@ -52,6 +53,13 @@ IValue map_tensors(const IValue& value, const Change& change) {
       list.push_back(tensor.has_value() ? std::optional<Tensor>(change(*tensor)) : std::nullopt);
     }
     return list;
+  }
+  if (value.isList() && value.toListRef().size() != 0 && value.toListRef()[0].isTensorList()) {
+    c10::List<c10::List<Tensor>> lists;
+    for (const IValue& list : value.toListRef()) {
+      lists.push_back(map_tensors(list, change).toTensorList());
+    }
+    return lists;
   }
   return value;
 }
@@ -395,6 +403,35 @@ Tensor& copy(Tensor& to, const Tensor& from, bool non_blocking) {
   return to;
 }
 
+// The collectives of torch.distributed, by gloo's on the CPU. Each has ended when it returns.
+void run_collective(const c10::OperatorHandle& op, Stack* stack) {
+  const auto count = op.schema().arguments().size();
+  const Stack arguments(stack->end() - static_cast<std::ptrdiff_t>(count), stack->end());
+  const auto device = device_of(arguments);
+  const c10::cuda::CUDAGuard guard(device);
+  const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
+  TORCH_CHECK(
+      cuda_on_cpu::when_runs(stream) != When::kRecorded, "simulated CUDA: ", op.schema().name(),
+      " cannot be captured");
+  Aliases aliases;
+  Stack given;
+  for (const auto& argument : arguments) {
+    given.push_back(map_tensors(argument, [&](const Tensor& tensor) { return aliases.of(tensor); }));
+  }
+  cuda_on_cpu::run_now(stream, "op", op.schema().name(), [&] {
+    op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), &given);
+    for (const auto& result : given) {
+      if (result.isCustomClass()) {
+        result.toCustomClass<c10d::Work>()->wait();
+      }
+    }
+  });
+  torch::jit::drop(*stack, count);
+  for (const auto& result : given) {
+    stack->push_back(map_tensors(result, [&](const Tensor& tensor) { return aliases.back(tensor, device); }));
+  }
+}
+
 // Operators that only look at sizes, or make memory, or are copies to the host: torch's own serve.
 bool stays(const c10::FunctionSchema& schema) {
   static const std::set<std::string> kOwn = {
@@ -444,6 +481,14 @@ bool install() {
     }
   }
   library.impl("copy_", &copy);
+  static auto& collectives =
+      *new torch::Library(torch::Library::IMPL, "c10d", DispatchKey::CUDA, __FILE__, __LINE__);
+  for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
+    const auto op = c10::Dispatcher::singleton().findSchema(name);
+    if (name.name.rfind("c10d::", 0) == 0 && op && op->hasKernelForDispatchKey(DispatchKey::CUDA)) {
+      collectives.impl(name.name.c_str(), torch::CppFunction::makeFromBoxedFunction<&run_collective>());
+    }
+  }
   return true;
 }
 
