@@ -118,16 +118,17 @@ def test_a_frozen_sparse_gradient_with_decay_is_simply_dropped() -> None:
     assert frozen.grad is None
 
 
-def test_an_embedding_with_sparse_gradients_trains() -> None:
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_an_embedding_with_sparse_gradients_trains(device: str) -> None:
     torch.manual_seed(0)
-    models = [torch.nn.Embedding(10, 4, sparse=True) for _ in range(2)]
+    models = [torch.nn.Embedding(10, 4, sparse=True, device=device) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     optimizer = FrozenAwareSGD(models[0].parameters(), lr=0.1, momentum=0.9)
     reference = torch.optim.SGD(models[1].parameters(), lr=0.1, momentum=0.9, foreach=False)
     for step in range(4):
         for model, sgd in zip(models, (optimizer, reference), strict=True):
             sgd.zero_grad()
-            model(torch.tensor([step, 3, 3])).square().sum().backward()
+            model(torch.tensor([step, 3, 3], device=device)).square().sum().backward()
             sgd.step()
         cases.assert_same_bits(models[0].weight, models[1].weight, f"after step {step + 1}")
 

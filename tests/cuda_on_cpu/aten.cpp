@@ -7,6 +7,7 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
+#include <ATen/SparseTensorImpl.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
@@ -105,6 +106,12 @@ class Aliases {
     if (found != tensors_.end()) {
       return found->second;
     }
+    if (tensor.is_sparse()) {
+      const auto options = tensor.options().device(c10::kCPU);
+      const auto alias = at::_sparse_coo_tensor_unsafe(
+          of(tensor._indices()), of(tensor._values()), tensor.sizes(), options, tensor.is_coalesced());
+      return keep(tensor, alias);
+    }
     TORCH_CHECK(tensor.layout() == c10::kStrided, "simulated CUDA: no ", tensor.layout(), " tensors");
     const auto& storage = tensor.storage();
     auto& own = storages_[storage.unsafeGetStorageImpl()];
@@ -122,9 +129,7 @@ class Aliases {
     alias._set_conj(tensor.is_conj());
     alias._set_neg(tensor.is_neg());
     keep_wrapped_number(tensor, alias);
-    tensors_.emplace(tensor.unsafeGetTensorImpl(), alias);
-    sources_.emplace(impl, tensor);
-    return alias;
+    return keep(tensor, alias);
   }
 
   // What the CPU returned, on the GPU.
@@ -133,6 +138,18 @@ class Aliases {
       return result;
     }
     const auto source = sources_.find(result.unsafeGetTensorImpl());
+    if (result.is_sparse()) {
+      const Tensor indices = back(result._indices(), device);
+      const Tensor values = back(result._values(), device);
+      if (source == sources_.end()) {
+        const auto options = result.options().device(device);
+        return at::_sparse_coo_tensor_unsafe(indices, values, result.sizes(), options, result.is_coalesced());
+      }
+      auto* const impl = static_cast<at::SparseTensorImpl*>(source->second.unsafeGetTensorImpl());
+      impl->raw_resize_(result.sparse_dim(), result.dense_dim(), result.sizes());
+      impl->set_indices_and_values_unsafe(indices, values);
+      return source->second._coalesced_(result.is_coalesced());
+    }
     if (source != sources_.end()) {
       return follow(source->second, result);
     }
@@ -171,11 +188,28 @@ class Aliases {
   }
 
  private:
+  Tensor keep(const Tensor& tensor, const Tensor& alias) {
+    tensors_.emplace(tensor.unsafeGetTensorImpl(), alias);
+    sources_.emplace(alias.unsafeGetTensorImpl(), tensor);
+    return alias;
+  }
+
   std::unordered_map<c10::TensorImpl*, Tensor> tensors_;
   std::unordered_map<c10::StorageImpl*, c10::intrusive_ptr<c10::StorageImpl>> storages_;
   std::unordered_map<c10::StorageImpl*, c10::Storage> originals_;
   std::unordered_map<c10::TensorImpl*, Tensor> sources_;
 };
+
+bool any_sparse(const Stack& arguments) {
+  bool any = false;
+  for (const auto& argument : arguments) {
+    map_tensors(argument, [&](const Tensor& tensor) {
+      any |= tensor.defined() && tensor.is_sparse();
+      return tensor;
+    });
+  }
+  return any;
+}
 
 c10::Device device_of(const Stack& arguments) {
   std::optional<c10::Device> device;
@@ -218,7 +252,8 @@ bool waits(const c10::FunctionSchema& schema, const Stack& arguments) {
   static const std::set<std::string> kWaiting = {"aten::nonzero",    "aten::masked_select",      "aten::_unique2",
                                                  "aten::unique_dim", "aten::unique_consecutive", "aten::bincount",
                                                  "aten::equal",      "aten::repeat_interleave",  "aten::histc"};
-  if (kWaiting.count(schema.name()) != 0) {
+  if (kWaiting.count(schema.name()) != 0 || schema.name().rfind("aten::_to_sparse", 0) == 0 ||
+      any_sparse(arguments)) {
     return true;
   }
   bool masked = false;
@@ -239,9 +274,10 @@ void run_on_cpu(const c10::OperatorHandle& op, Stack* stack) {
   const auto& schema = op.schema();
   const auto count = schema.arguments().size();
   const std::string name = schema.name() + (schema.overload_name().empty() ? "" : "." + schema.overload_name());
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      op.hasComputedKernelForDispatchKey(DispatchKey::CPU), "simulated CUDA: ", name, " has no CPU kernel");
   const Stack arguments(stack->end() - static_cast<std::ptrdiff_t>(count), stack->end());
+  const auto key = any_sparse(arguments) ? DispatchKey::SparseCPU : DispatchKey::CPU;
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      op.hasComputedKernelForDispatchKey(key), "simulated CUDA: ", name, " has no ", key, " kernel");
   const auto device = device_of(arguments);
   check_one_device(name, arguments, device);
   const c10::cuda::CUDAGuard guard(device);
@@ -344,8 +380,7 @@ void run_on_cpu(const c10::OperatorHandle& op, Stack* stack) {
   Stack given = to_cpu(arguments);
 
   if (when == When::kNow) {
-    cuda_on_cpu::run_now(
-        stream, "op", name, [&] { op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), &given); });
+    cuda_on_cpu::run_now(stream, "op", name, [&] { op.redispatchBoxed(DispatchKeySet(key), &given); });
     torch::jit::drop(*stack, count);
     for (const auto& result : given) {
       stack->push_back(map_tensors(result, [&](const Tensor& tensor) { return aliases.back(tensor, device); }));
@@ -374,7 +409,8 @@ void run_on_cpu(const c10::OperatorHandle& op, Stack* stack) {
     op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), &made);
     for (size_t i = 0; i < targets.size(); ++i) {
       const auto put = [](const Tensor& target, const Tensor& from) {
-        if (target.defined() && from.defined() && !target.is_same(from) && target.numel() != 0) {
+        // Statistics that a norm saves for no backward are empty on the CPU.
+        if (target.defined() && from.defined() && !target.is_same(from) && from.numel() != 0) {
           target.copy_(from);
         }
       };
@@ -435,19 +471,14 @@ void run_collective(const c10::OperatorHandle& op, Stack* stack) {
 // Operators that only look at sizes, or make memory, or are copies to the host: torch's own serve.
 bool stays(const c10::FunctionSchema& schema) {
   static const std::set<std::string> kOwn = {
-      "aten::empty",
-      "aten::empty_strided",
-      "aten::_efficientzerotensor",
-      "aten::resize_",
-      "aten::set_",
-      "aten::record_stream",
-      "aten::_local_scalar_dense",
-      "aten::is_set_to",
-      "aten::_pin_memory",
-      "aten::is_pinned",
-      "aten::copy_",
-      "aten::_copy_from",
-      "aten::as_strided_"};
+      "aten::empty", "aten::empty_strided", "aten::_efficientzerotensor", "aten::resize_", "aten::set_",
+      "aten::record_stream", "aten::_local_scalar_dense", "aten::is_set_to", "aten::_pin_memory",
+      "aten::is_pinned", "aten::copy_", "aten::_copy_from", "aten::as_strided_",
+      // Of sparse tensors: what only looks at their parts, or is made of operators on these.
+      "aten::_coalesced_", "aten::_dimI", "aten::_dimV", "aten::_nnz", "aten::_sparse_coo_tensor_with_dims",
+      "aten::_sparse_coo_tensor_with_dims_and_tensors", "aten::copy_sparse_to_sparse_", "aten::dense_dim",
+      "aten::is_coalesced", "aten::resize_as_sparse_", "aten::sparse_dim", "aten::sparse_resize_",
+      "aten::sparse_resize_and_clear_"};
   if (kOwn.count(schema.name()) != 0 || schema.name().rfind("aten::_cudnn_", 0) == 0) {
     return true;
   }
@@ -459,6 +490,24 @@ bool stays(const c10::FunctionSchema& schema) {
   return false;
 }
 
+// Puts `kernel` in the place of all kernels of a key, and where there is none, of `composites`.
+template <void (*kernel)(const c10::OperatorHandle&, Stack*)>
+torch::Library& replace(const std::string& space, DispatchKey key, const std::set<std::string>& composites = {}) {
+  // Never destroyed: torch's own static objects, which it would need, may go before it.
+  auto& library =
+      *new torch::Library(torch::Library::IMPL, space.substr(0, space.find(':')), key, __FILE__, __LINE__);
+  for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
+    const auto op = c10::Dispatcher::singleton().findSchema(name);
+    if (name.name.rfind(space, 0) == 0 && op && !stays(op->schema()) &&
+        (op->hasKernelForDispatchKey(key) || composites.count(name.name) != 0)) {
+      library.impl(
+          (name.name + (name.overload_name.empty() ? "" : "." + name.overload_name)).c_str(),
+          torch::CppFunction::makeFromBoxedFunction<kernel>());
+    }
+  }
+  return library;
+}
+
 bool install() {
   // The CPU has no counterpart of these.
   at::globalContext().setUserEnabledCuDNN(false);
@@ -467,28 +516,12 @@ bool install() {
   at::globalContext().setSDPUseCuDNN(false);
   register_torch_freeze();
   cuda_on_cpu::register_kernel("spin_kernel", 0, nullptr);  // of torch.cuda._sleep
-  // Never destroyed: torch's own static objects, which it would need, may go before it.
-  static auto& library = *new torch::Library(torch::Library::IMPL, "aten", DispatchKey::CUDA, __FILE__, __LINE__);
-  // Composites that ask for the device and call cuDNN.
-  const std::set<std::string> composites = {"aten::convolution", "aten::convolution_backward"};
-  for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
-    const auto op = c10::Dispatcher::singleton().findSchema(name);
-    if (name.name.rfind("aten::", 0) == 0 && op && !stays(op->schema()) &&
-        (op->hasKernelForDispatchKey(DispatchKey::CUDA) || composites.count(name.name) != 0)) {
-      library.impl(
-          (name.name + (name.overload_name.empty() ? "" : "." + name.overload_name)).c_str(),
-          torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
-    }
-  }
-  library.impl("copy_", &copy);
-  static auto& collectives =
-      *new torch::Library(torch::Library::IMPL, "c10d", DispatchKey::CUDA, __FILE__, __LINE__);
-  for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
-    const auto op = c10::Dispatcher::singleton().findSchema(name);
-    if (name.name.rfind("c10d::", 0) == 0 && op && op->hasKernelForDispatchKey(DispatchKey::CUDA)) {
-      collectives.impl(name.name.c_str(), torch::CppFunction::makeFromBoxedFunction<&run_collective>());
-    }
-  }
+  // Composites that ask for the device and call cuDNN, beside what has a kernel for CUDA.
+  auto& dense =
+      replace<&run_on_cpu>("aten::", DispatchKey::CUDA, {"aten::convolution", "aten::convolution_backward"});
+  dense.impl("copy_", &copy);
+  replace<&run_on_cpu>("aten::", DispatchKey::SparseCUDA);
+  replace<&run_collective>("c10d::", DispatchKey::CUDA);
   return true;
 }
 

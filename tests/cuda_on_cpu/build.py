@@ -56,7 +56,7 @@ def undefined(libraries: Iterable[Path]) -> set[str]:
 
 
 def stand_in(soname: str, own: Path, wanted: set[str], *linked: Path) -> None:
-    """Link what `own` is compiled from as `soname`, with a stub for what is wanted and not in it."""
+    """Link `own` as the library `soname`, with a stub for what is wanted and not in it."""
     listed = subprocess.run(["nm", str(own)], capture_output=True, text=True, check=True).stdout
     missing = sorted(wanted - set(re.findall(r" T (\S+)$", listed, re.MULTILINE)))
     stubs = OUT / f"{own.stem}_stubs.c"
