@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import setuptools
 import torch
+from cuda_on_cpu import build as simulation
 
 import torch_freeze
 
@@ -439,6 +440,53 @@ def test_a_build_with_an_old_setuptools_says_what_to_run(monkeypatch: pytest.Mon
         SystemExit, match=r"has 65\.5\.0\. Run\n    pip install --upgrade setuptools"
     ):
         runpy.run_path(str(ROOT / "setup.py"), run_name="__main__")
+
+
+class TestSimulatedCuda:
+    """It stands in for one CUDA under some versions of torch, and says so under others."""
+
+    @staticmethod
+    def pretend(
+        monkeypatch: pytest.MonkeyPatch, version: str, cuda: str | None, platform: str
+    ) -> None:
+        torch_ = SimpleNamespace(__version__=version, version=SimpleNamespace(cuda=cuda))
+        monkeypatch.setattr(simulation, "torch", torch_)
+        monkeypatch.setattr(simulation, "sys", SimpleNamespace(platform=platform, path=[]))
+
+    @pytest.mark.parametrize("minor", simulation.TORCH)
+    def test_takes_the_torch_that_it_was_made_for(
+        self, minor: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.pretend(monkeypatch, f"{minor}.9+cu130", f"{simulation.CUDA}.0", "linux")
+        simulation.check_versions()
+
+    @pytest.mark.parametrize(
+        ("version", "cuda", "platform"),
+        [
+            pytest.param("2.1.0+cu130", "13.0", "linux", id="another torch"),
+            pytest.param(f"{simulation.TORCH[-1]}5.0", "13.0", "linux", id="2.14 is no 2.145"),
+            pytest.param(f"{simulation.TORCH[-1]}.1+cu126", "12.6", "linux", id="another CUDA"),
+            pytest.param(f"{simulation.TORCH[-1]}.1+cpu", None, "linux", id="no CUDA"),
+            pytest.param(f"{simulation.TORCH[-1]}.1", "13.0", "darwin", id="another system"),
+        ],
+    )
+    def test_says_what_it_needs_elsewhere(
+        self,
+        version: str,
+        cuda: str | None,
+        platform: str,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        self.pretend(monkeypatch, version, cuda, platform)
+        monkeypatch.setattr(simulation, "OUT", tmp_path / "out")
+        with pytest.raises(SystemExit) as stopped:
+            simulation.main()
+        said = str(stopped.value)
+        assert f"simulates CUDA {simulation.CUDA} for torch {simulation.TORCH[0]}" in said
+        assert f"this is torch {version} with CUDA {cuda or 'none'} on {platform}" in said
+        assert "`make gpu`" in said
+        assert not (tmp_path / "out").exists()
 
 
 def test_every_make_target_is_in_its_help() -> None:
