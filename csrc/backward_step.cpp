@@ -58,12 +58,6 @@ uint32_t version_of(const at::Tensor& tensor) { return version_of(tensor.unsafeG
 
 int64_t bytes_of(const at::Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); }
 
-// Stands for a gradient that is gone. Holds one number, and no norm of it passes for one.
-at::Tensor make_placeholder(const at::Tensor& gone) {
-  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-  return at::full({}, kNaN, gone.options().requires_grad(false)).expand(gone.sizes());
-}
-
 // Whether the backward of a Python function is on the stack, as where reentrant checkpoints run theirs.
 bool is_within_python_backward() {
   const py::gil_scoped_acquire gil;
@@ -258,6 +252,7 @@ void BackwardStep::attach(const py::list& param_groups) {
 void BackwardStep::close() {
   // Whoever asks holds the GIL and a reference to this.
   closed_ = true;
+  numbers_.clear();
   std::vector<std::unique_ptr<PostAccumulateGradHook>> taken;
   at::Tensor dropped;
   {
@@ -656,6 +651,28 @@ at::Tensor BackwardStep::take_placeholder() {
   }
   placeholder_.reset();
   return taken;
+}
+
+// Of the caller: the GIL. Stands for a gradient that is gone: holds one number, and no norm of it passes for one.
+at::Tensor BackwardStep::make_placeholder(const at::Tensor& gone) {
+  // The number is kept, for on a GPU it takes an allocation and a kernel to make. Torch refuses to write to one
+  // number as many elements, except where it is a single one; what writes to it all the same raises its version.
+  const bool writable = gone.numel() == 1;
+  for (const auto& [number, version] : numbers_) {
+    if (!writable && number.device() == gone.device() && number.scalar_type() == gone.scalar_type() &&
+        version_of(number) == version) {
+      return at::Tensor(number).expand(gone.sizes());
+    }
+  }
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+  const auto number = at::full({}, kNaN, gone.options().requires_grad(false));
+  // Made in a capture it holds nothing until the graph is replayed; made under a mode it can be the mode's own.
+  if (!writable && !number.key_set().has(c10::DispatchKey::Python) && !is_capturing(number.device())) {
+    const auto is_written = [](const auto& kept) { return version_of(kept.first) != kept.second; };
+    numbers_.erase(std::remove_if(numbers_.begin(), numbers_.end(), is_written), numbers_.end());
+    numbers_.emplace_back(number, version_of(number));
+  }
+  return number.expand(gone.sizes());
 }
 
 // Of the caller: GIL and mutex. What has been applied has to be what step() would apply.

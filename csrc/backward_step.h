@@ -15,6 +15,7 @@
 #include <optional>
 #include <string>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "sgd_step.h"
@@ -80,6 +81,7 @@ class BackwardStep : public std::enable_shared_from_this<BackwardStep> {
   void apply_in(const pybind11::object& optimizer, std::vector<Arrived>& due);
   void clip(const std::vector<torch::autograd::AutogradMeta*>& metas) const;
   void check_applied(const pybind11::list& param_groups) const;
+  at::Tensor make_placeholder(const at::Tensor& gone);
   at::Tensor take_placeholder();
   static void check_free(const GradientHook* hook, int32_t group, Py_ssize_t position);
   void begin_iteration();
@@ -91,7 +93,8 @@ class BackwardStep : public std::enable_shared_from_this<BackwardStep> {
   std::optional<int64_t> fixed_bucket_;
   std::optional<double> clip_value_;
   std::atomic<bool> closed_{false};
-  std::atomic<int> running_{0};  // hooks under way
+  std::atomic<int> running_{0};                           // hooks under way
+  std::vector<std::pair<at::Tensor, uint32_t>> numbers_;  // of placeholders, as they were made; of the GIL
 
   std::mutex mutex_;  // of all below
   std::unordered_set<GradientHook*> hooks_;

@@ -319,21 +319,12 @@ at::Tensor on_device(const py::object& scalar, c10::Device device) {
 // A captured step is replayed as it was recorded, with what the host decided then. Only the devices that
 // `concerns` picks are asked, for asking makes a CUDA context on a device that has none.
 template <class Concerns>
-void refuse_capture(
-    [[maybe_unused]] const std::vector<WalkBatch>& batches, [[maybe_unused]] const Concerns& concerns,
-    [[maybe_unused]] const char* why) {
-#ifdef WITH_CUDA
+void refuse_capture(const std::vector<WalkBatch>& batches, const Concerns& concerns, const char* why) {
   for (const auto& batch : batches) {
-    const c10::Device device = batch.launch.device;
-    if (!device.is_cuda() || !concerns(batch)) {
-      continue;
-    }
-    const c10::cuda::CUDAGuard guard(device);
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    C10_CUDA_CHECK(cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream(device.index()), &status));
-    TORCH_CHECK(status == cudaStreamCaptureStatusNone, kStep, " while a CUDA graph is being captured: ", why);
+    TORCH_CHECK(
+        !concerns(batch) || !is_capturing(batch.launch.device), kStep,
+        " while a CUDA graph is being captured: ", why);
   }
-#endif
 }
 
 void launch(const UpdateBatch& batch) {
@@ -694,6 +685,18 @@ void zero_grad(const py::list& param_groups, const py::dict& state, bool set_to_
       walk.drop_frozen(params.ptr());
     }
   }
+}
+
+bool is_capturing([[maybe_unused]] c10::Device device) {
+#ifdef WITH_CUDA
+  if (device.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(device);
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    C10_CUDA_CHECK(cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream(device.index()), &status));
+    return status != cudaStreamCaptureStatusNone;
+  }
+#endif
+  return false;
 }
 
 bool is_observed() { return at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE).has_value(); }

@@ -1,6 +1,7 @@
 // One step of SGD over an optimizer's live param_groups and state.
 #pragma once
 
+#include <c10/core/Device.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cstdint>
@@ -50,6 +51,10 @@ void check_unchanged(const pybind11::list& param_groups, const UsedGroups& used)
 // `.grad = None`, or zero where `set_to_none` is false, for every parameter. Where a group's frozen_momentum is
 // "drop", lets go of what is frozen too: before a forward pass, rather than after the backward that follows.
 void zero_grad(const pybind11::list& param_groups, const pybind11::dict& state, bool set_to_none);
+
+// Whether what is launched on the device's current stream is recorded for a CUDA graph. Makes a context on a
+// device that has none.
+bool is_capturing(c10::Device device);
 
 // Whether a profiler or another observer wants to hear of each step.
 bool is_observed();

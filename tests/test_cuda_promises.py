@@ -10,6 +10,7 @@ import copy
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -404,6 +405,43 @@ class TestInBackward:
             if isinstance(lr, Tensor):
                 lr.mul_(0.5)
         assert not waits(records)
+
+    def test_a_flush_makes_no_fill_and_no_allocation(self) -> None:
+        """What stands for the gradients that are gone, after each flush, is made once."""
+        asked_for = []
+        for options in ({}, {"step_in_backward": True, "bucket_mb": 0}):
+            torch.manual_seed(0)
+            model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(6)]).cuda()
+            optimizer = FrozenAwareSGD(model.parameters(), **HYPER, **options)
+            x = torch.ones(4, 64, device="cuda")
+            for _ in range(3):
+                loss = model(x).sum()
+                before = torch.cuda.memory_stats()["allocation.all.allocated"]
+                cuda_on_cpu.take_log()
+                loss.backward()
+                optimizer.step()
+                records = cuda_on_cpu.take_log()
+                allocated = torch.cuda.memory_stats()["allocation.all.allocated"] - before
+                optimizer.zero_grad()
+                del loss
+            work = Counter(r.name for r in records if r.kind in ("op", "fill", "copy", "malloc"))
+            asked_for.append((work, allocated))
+        assert asked_for[0] == asked_for[1]
+        assert len(launches(records)) > 1
+
+    def test_what_stands_for_gradients_is_nan_again_after_a_write(self) -> None:
+        model = nn.Linear(8, 8, bias=False).cuda()
+        optimizer = FrozenAwareSGD(model.parameters(), **HYPER, step_in_backward=True, bucket_mb=0)
+        x = torch.ones(4, 8, device="cuda")
+        for _ in range(3):
+            model(x).sum().backward()
+            assert model.weight.grad is not None
+            assert model.weight.grad.shape == (8, 8)
+            assert torch.isnan(model.weight.grad).all()
+            model.weight.grad.view(-1)[0].zero_()
+            with pytest.raises(RuntimeError, match="changed"):
+                optimizer.step()
+            optimizer.zero_grad()
 
     @pytest.mark.parametrize("bucket_mb", [0, 0.01, None])
     def test_a_model_on_two_devices_and_streams(self, bucket_mb: float | None) -> None:
