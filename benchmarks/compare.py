@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import os
 import random
 import signal
 import sys
@@ -29,7 +30,7 @@ from check import missing
 from contestants import Kind, other_packages
 from digits import DigitsOutcome, run_digits
 from load import LOAD_MODELS, QUICK_RUNS, RUNS, LoadOutcome, load_table, load_targets, run_load
-from machine import company, describe, granted_share, headline, slug
+from machine import company, describe, granted_share, headline, is_simulated, slug
 from measure import Budget
 from memory_plot import draw_memory
 from memory_report import memory_legend, memory_table, memory_targets
@@ -50,10 +51,29 @@ from targets import Reached, networks, target_lines, target_outcomes
 from targets import parts as target_parts
 from verdict import unequal, verdict
 
+import torch_freeze
+
 SUITES = ("synthetic", "models", "digits", "targets", "memory", "load")
 TARGET_OF = {"cpu": "a CPU of 2 cores", "cuda": "a GPU"}
 DEFAULT_SUITES = ("synthetic", "models", "digits")
 
+
+HERE = Path(__file__).resolve().parent
+RECORDED = HERE / "results"
+SIMULATION = HERE.parent / "tests" / "cuda_on_cpu" / "run.py"
+"""In a clone alone: the tests are not a part of the package."""
+SCHEDULE = "CUDA_ON_CPU_SCHEDULE"
+NO_WORK = "never"
+HOST_TIME_FILE = "simulated_cuda_host_time"
+SIMULATED_MODELS = ("mobilenet_v3_small",)
+SIMULATED_SCALE = 1e-3
+"""Of the targets' flat sets, whose elements a CPU works through."""
+SIMULATED_WARNINGS = {
+    True: "Simulated CUDA: no GPU was there, and no kernel ran. The times are of the host alone, "
+    "until step() returns, with launches that return at once.",
+    False: "Simulated CUDA: no GPU was there. The CPU ran the kernels, so the times show that the "
+    "benchmark runs and say nothing about a GPU's speed.",
+}
 
 FOLDER = Path("compare-results")
 """Where results go, in the current folder, with the time in their names."""
@@ -79,6 +99,10 @@ class NoGpuError(RuntimeError):
 
 class NoPictureError(RuntimeError):
     """A picture was asked for that cannot be drawn."""
+
+
+class SimulatedError(RuntimeError):
+    """Simulated CUDA cannot be used so."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -141,9 +165,10 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add(
         "--device",
-        choices=["auto", "cpu", "cuda"],
+        choices=["auto", "cpu", "cuda", "simulated"],
         default="auto",
-        help="auto: a GPU if there is one",
+        help="auto: a GPU if there is one; simulated: host time of step() on simulated CUDA, whose "
+        "launches do nothing (in a clone of the repository)",
     )
     add(
         "--suite",
@@ -179,6 +204,24 @@ def make_parser() -> Parser:
     return parser
 
 
+def simulate(arguments: Sequence[str]) -> None:
+    """Start again on simulated CUDA, unless this process already runs there.
+
+    Raises:
+        SimulatedError: the simulation is not there.
+    """
+    if os.environ.get(SCHEDULE) == NO_WORK:
+        return
+    if not SIMULATION.is_file():
+        raise SimulatedError(
+            f"--device simulated: there is no {SIMULATION}; the simulation comes with a clone of "
+            "the repository, not with the package. Run it there, after `USE_CUDA=1 make build`"
+        )
+    command = [str(SIMULATION), "--schedule", NO_WORK, "--run", sys.executable, __file__]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *command, *arguments])
+
+
 def choose_device(name: str) -> torch.device:
     """The device asked for.
 
@@ -186,7 +229,7 @@ def choose_device(name: str) -> torch.device:
         NoGpuError: a GPU was asked for and torch sees none.
     """
     found = torch.cuda.is_available()
-    if name == "cuda" and not found:
+    if name in ("cuda", "simulated") and not found:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU-only build"
         raise NoGpuError(
             f"torch {torch.__version__} ({built}) sees no CUDA GPU; use --device cpu or auto"
@@ -196,7 +239,13 @@ def choose_device(name: str) -> torch.device:
 
 def plan(options: argparse.Namespace) -> tuple[list[str], list[str], list[float | str], Budget]:
     """Suites, models, frozen shares and time budget that follow from the options."""
-    asked = options.suite or list(DEFAULT_SUITES)
+    only_host = options.device == "simulated"
+    asked = options.suite or (["synthetic"] if only_host else list(DEFAULT_SUITES))
+    if only_host and asked != ["synthetic"]:
+        raise SimulatedError(
+            "--device simulated: measures host time on the suite synthetic alone; use --device cpu "
+            "or cuda for the others"
+        )
     suites = [suite for suite in SUITES if suite in asked or "all" in asked]
     extent = QUICK if options.quick else FULL if options.full else USUAL
     models = options.models or list(extent.models)
@@ -251,8 +300,11 @@ def _files(options: argparse.Namespace, described: dict[str, Any], suites: list[
 
     Raises:
         NoPictureError: the picture asked for is of no kind, or there is nothing to draw.
+        SimulatedError: what simulated CUDA measured would lie among the recorded results.
     """
+    only_host = options.device == "simulated"
     stem = slug(described) + (f"_{suites[0]}" if suites in (["memory"], ["load"]) else "")
+    stem = HOST_TIME_FILE if only_host else stem
     if options.results is None:
         stem = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{stem}"
     folder = options.results or FOLDER
@@ -263,11 +315,19 @@ def _files(options: argparse.Namespace, described: dict[str, Any], suites: list[
         )
     if options.plot and suites == ["load"]:
         raise NoPictureError("--plot: the load suite draws no picture")
-    return [
+    files = [
         options.json or folder / f"{stem}.json",
         options.markdown or folder / f"{stem}.md",
         options.plot or folder / f"{stem}.png",
     ]
+    for file in files if described.get("simulated") else []:
+        recorded = RECORDED in file.resolve().parents
+        if recorded and not (only_host and file.stem == HOST_TIME_FILE):
+            raise SimulatedError(
+                f"{file}: results of simulated CUDA are not kept in {RECORDED}, where a GPU's "
+                "belong; name another folder with --results, as in --results build/simulated"
+            )
+    return files
 
 
 @dataclass
@@ -283,6 +343,9 @@ class Job:
     memory_share: float | str
     load_models: list[str]
     budget: Budget
+    simulated: str | None
+    """What a reader must know of simulated CUDA, where this is it."""
+    computes: bool
     quick: bool
     compiled: bool
     others: list[Kind]
@@ -325,11 +388,17 @@ def prepare(options: argparse.Namespace) -> Job:
         NoGpuError: a GPU was asked for and there is none.
         NoPictureError: a picture was asked for that cannot be drawn.
         NowhereToWriteError: the results could not be saved.
+        SimulatedError: simulated CUDA was asked for something that it cannot show.
     """
     lacking = missing()
     if lacking:
         raise MissingPackageError(lacking)
     device = choose_device(options.device)
+    simulated = is_simulated(device)
+    if simulated and not torch_freeze.build_info().cuda:
+        raise SimulatedError(
+            "simulated CUDA: the module has no CUDA code; run `USE_CUDA=1 make build` first"
+        )
     suites, models, shares, budget = plan(options)
     suites = list(usable(suites, _needs_of_suite, explicit=options.suite is not None))
     named = options.models is not None
@@ -338,7 +407,8 @@ def prepare(options: argparse.Namespace) -> Job:
         models = list(usable(models, _needs_of_model, explicit=named))
     target_models: list[str] = []
     if "targets" in suites:
-        target_models = list(usable(networks(device), _needs_of_model, explicit=False))
+        wanted = SIMULATED_MODELS if simulated else networks(device)
+        target_models = list(usable(wanted, _needs_of_model, explicit=False))
     if "memory" in suites:
         fits = functools.partial(require_memory_for, device=device)
         memory_models = list(usable(memory_models, fits, explicit=named))
@@ -348,6 +418,9 @@ def prepare(options: argparse.Namespace) -> Job:
     if options.threads:
         torch.set_num_threads(options.threads)
     described = describe(device)
+    computes = options.device != "simulated"
+    if simulated:
+        described["simulated"] = SIMULATED_WARNINGS[not computes]
     files = _files(options, described, suites)
     make_room(files)
     others, left_out = other_packages(device)
@@ -361,6 +434,8 @@ def prepare(options: argparse.Namespace) -> Job:
         memory_share=memory_share,
         load_models=load_models,
         budget=budget,
+        simulated=described.get("simulated"),
+        computes=computes,
         quick=options.quick,
         compiled=options.compiled,
         others=others,
@@ -413,9 +488,17 @@ def measure(job: Job, found: Found) -> None:
             tqdm.write(text + "\n", file=sys.stdout)
 
         setting = Setting(
-            job.device, job.budget, job.compiled, random.Random(0), progress, job.others
+            job.device,
+            job.budget,
+            job.compiled,
+            random.Random(0),
+            progress,
+            job.others,
+            job.computes,
         )
         show(textwrap.fill(headline(job.described), WIDTH))
+        if job.simulated:
+            show(textwrap.fill(job.simulated, WIDTH))
         left = [indented(f"{name}: {why}") for name, why in job.left_out.items()]
         if left and set(job.suites) - {"memory", "load"}:
             show("\n".join(["Not among the contestants:", *left]))
@@ -436,7 +519,8 @@ def measure(job: Job, found: Found) -> None:
                 show(digits_table(found.digits))
             elif suite == "targets":
                 measured = []
-                for outcome in target_outcomes(setting, job.target_models):
+                scale = SIMULATED_SCALE if job.simulated else 1.0
+                for outcome in target_outcomes(setting, job.target_models, scale):
                     found.outcomes.append(outcome)
                     measured.append(outcome)
                     if job.device.type == "cuda":
@@ -484,7 +568,7 @@ def finish(job: Job, found: Found, *, cut_short: str | None = None) -> bool:
         digits,
         found.targets,
         memory=memory,
-        warnings=[cut_short, company(found.shares_of_time)],
+        warnings=[job.simulated, cut_short, company(found.shares_of_time)],
     )
     print("\n\n".join([*explained, summary]) + "\n")
     contents = {
@@ -542,6 +626,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
     try:
+        if options.device == "simulated":
+            simulate(sys.argv[1:] if arguments is None else arguments)
         return run(options)
     except (
         MissingPackageError,
@@ -549,6 +635,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         NoGpuError,
         NoPictureError,
         NowhereToWriteError,
+        SimulatedError,
     ) as error:
         parser.error(str(error))
     except KeyboardInterrupt:

@@ -20,6 +20,8 @@ import torch_freeze
 
 BUSY = 0.7
 """Below this share of its threads' time a process is held to have company."""
+SIMULATED = "simulated GPU"
+"""What tests/cuda_on_cpu calls its devices."""
 _PACKAGES = ("torchvision", "transformers", "scikit-learn", "numpy")
 
 
@@ -45,6 +47,11 @@ def driver_version() -> str | None:
         check=False,
     )
     return answer.stdout.splitlines()[0].strip() if answer.stdout.strip() else None
+
+
+def is_simulated(device: torch.device) -> bool:
+    """Whether a CUDA device is the CPU in disguise, of which no time is a GPU's."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).name == SIMULATED
 
 
 def granted_share(seconds: float = 0.3) -> float:

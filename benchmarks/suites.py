@@ -56,6 +56,8 @@ class Setting:
     """Called with a few words when one part of a workload begins."""
     others: Sequence[Kind] = ()
     """Other packages' SGD that is to be measured, too."""
+    computes: bool = True
+    """False where kernels do nothing: then nobody's result is looked at, nor the GPU's time."""
 
     def select(self, *, any_frozen: bool) -> list[Contestant]:
         """The contestants for one workload."""
@@ -67,7 +69,7 @@ class Row:
     """One contestant's samples on one workload; a measure that was not taken has none."""
 
     contestant: Contestant
-    equality: Equality
+    equality: Equality | None
     samples: dict[str, list[float]] = field(default_factory=dict)
     memory: Memory | None = None
 
@@ -208,11 +210,13 @@ def run_workload(
 
 def _admit(outcome: Outcome, workload: Workload, setting: Setting) -> list[Entry]:
     workload.fill_gradients()
-    expected = reference_result(workload)
+    expected = reference_result(workload) if setting.computes else None
     entries = []
     for contestant in setting.select(any_frozen=workload.any_frozen):
         try:
-            equality = check_equality(contestant, workload, expected)
+            equality = None
+            if expected is not None:
+                equality = check_equality(contestant, workload, expected)
             entries.append(contestant.build(workload.groups, workload.hyper))
         except Exception as error:
             if contestant == OURS:
@@ -286,7 +290,7 @@ def _measure_steps(
 def run_synthetic(setting: Setting) -> Iterator[Outcome]:
     """Tiny tensors: what a step costs before any arithmetic, with warm and with cold caches."""
     device = setting.device
-    measures = ("warm", "cold", "device")
+    measures = ("warm", "cold", "device") if setting.computes else ("warm", "cold")
     yield run_workload("synthetic", tiny_trainable(device), setting, measures)
     yield run_workload(
         "synthetic",

@@ -37,8 +37,10 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:.1f}" if 0 < size < 9.95e6 else f"{size / 1e6:.0f}"
 
 
-def equality_mark(equality: Equality) -> str:
+def equality_mark(equality: Equality | None) -> str:
     """``bits`` for bit-equal, else the largest relative difference, or NO if it is too large."""
+    if equality is None:
+        return NOTHING
     if equality.bit_equal:
         return "bits"
     return f"{equality.largest_relative:.0e}" if equality.holds else "NO"
@@ -80,6 +82,8 @@ def _notes(outcome: Outcome) -> list[str]:
     notes = [f"{key}: not run: {why}" for key, why in outcome.unavailable.items()]
     for row in outcome.rows:
         equality = row.equality
+        if equality is None:
+            continue
         if not equality.holds:
             off = f"{equality.largest_relative:.0e}"
             notes.append(f"{row.contestant.label}: NOT stock's result: {off} of the largest value")
@@ -121,7 +125,7 @@ def outcome_table(outcome: Outcome) -> str:
 
     The width is spent on the spread of what matters most: the GPU's own time where there is one.
     """
-    on_gpu = outcome.device == "cuda"
+    on_gpu = outcome.ours.time("device") is not None
     names = {
         "warm": "step()\nhost",
         "cold": "caches\ncold",
@@ -186,9 +190,12 @@ def legend(device: str, outcomes: Sequence[Outcome], *, trained: bool) -> str:
         f"default: stock with no option set, which on this device is {default}.",
         "times ours: the median over FrozenAwareSGD's, above 1 FrozenAwareSGD is faster; then the"
         " 10th to 90th percentile of the ratios taken round by round.",
-        "equal: weights and momentum after 5 steps against stock foreach=False, on the digits the"
-        " losses; bits: in every bit, else the largest difference over the largest value.",
     ]
+    if trained or any(row.equality is not None for outcome in outcomes for row in outcome.rows):
+        sentences.append(
+            "equal: weights and momentum after 5 steps against stock foreach=False, on the digits"
+            " the losses; bits: in every bit, else the largest difference over the largest value."
+        )
     models = [outcome for outcome in outcomes if outcome.batch]
     if trained or any(outcome.ours.memory for outcome in outcomes):
         sentences.append(

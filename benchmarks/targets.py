@@ -323,10 +323,15 @@ def parts(models: Sequence[str], device: torch.device) -> int:
     return 2 * flat + sum(2 * (2 if m == "resnet50" else 3) for m in models) + 1 + bool(models)
 
 
-def target_outcomes(setting: Setting, models: Sequence[str]) -> Iterator[Outcome]:
-    """Measure every case of the device's speed table, but those of a network not in ``models``."""
+def target_outcomes(
+    setting: Setting, models: Sequence[str], scale: float = 1.0
+) -> Iterator[Outcome]:
+    """Measure every case of the device's speed table, but those of a network not in ``models``.
+
+    ``scale`` makes a GPU's flat sets smaller.
+    """
     if setting.device.type == "cuda":
-        outcomes = cuda_outcomes(setting, models)
+        outcomes = cuda_outcomes(setting, models, scale)
     else:
         outcomes = chain(
             run_synthetic(setting), run_models(models, [0.0], setting, ("warm", "cold"))

@@ -34,7 +34,7 @@ def unequal(
         f"{row.contestant.label} on {outcome.title}"
         for outcome in outcomes
         for row in outcome.rows
-        if not row.equality.holds
+        if row.equality is not None and not row.equality.holds
     ]
     if digits is not None:
         found += [f"{row.contestant.label} on the digits" for row in digits.rows if not row.holds]
@@ -142,11 +142,11 @@ def verdict(
         lines.append(
             f"WRONG RESULT (further from stock than rounding explains): {'; '.join(wrong)}."
         )
-    elif outcomes:
-        exact = sum(outcome.ours.equality.bit_equal for outcome in outcomes)
+    elif compared := [e for outcome in outcomes if (e := outcome.ours.equality) is not None]:
+        exact = sum(equality.bit_equal for equality in compared)
         lines.append(
             f"Same result: all contestants agree with stock; FrozenAwareSGD to the bit on {exact} "
-            f"of {len(outcomes)} workloads."
+            f"of {len(compared)} workloads."
         )
     for outcome in outcomes:
         if outcome.suite == "synthetic":
