@@ -102,6 +102,7 @@ const uint64_t plain_keys = (c10::DispatchKeySet({c10::DispatchKey::CPU, c10::Di
 inline bool is_plain(const TensorImpl* tensor) { return (tensor->key_set().raw_repr() & ~plain_keys) == 0; }
 
 const uint64_t cuda_keys = c10::DispatchKeySet(c10::BackendComponent::CUDABit).raw_repr();
+const uint64_t beyond_host_keys = ~plain_keys | cuda_keys;
 
 // There is one CPU; which GPU has to be asked.
 inline c10::Device device_of_plain(const TensorImpl* tensor) {
@@ -278,8 +279,9 @@ inline void prefetch_storage(const TensorImpl* tensor) {
   prefetch(tensor->unsafe_storage().unsafeGetStorageImpl(), kLine);
 }
 
+// The host reads no elements of a GPU.
 inline void prefetch_data(const TensorImpl* tensor) {
-  if (is_plain(tensor)) {
+  if ((tensor->key_set().raw_repr() & beyond_host_keys) == 0) {
     prefetch(data_of(tensor), 1);
   }
 }
@@ -531,7 +533,9 @@ C10_ALWAYS_INLINE void ParamWalk::push(
   char* momentum = nullptr;
   if (slot.buffer != nullptr) {
     momentum = data_of(slot.buffer, momentum_itemsize, has_memory);
-    prefetch(momentum, 1);
+    if ((slot.buffer->key_set().raw_repr() & cuda_keys) == 0) {
+      prefetch(momentum, 1);
+    }
     // A buffer that nothing else refers to cannot be another parameter's too.
     const auto& storage = slot.buffer->unsafe_storage();
     if (Py_REFCNT(slot.buffer_object) != 1 || Py_REFCNT(slot.state) != 1 || storage.use_count() != 1 ||
