@@ -160,8 +160,8 @@ def verdict(
         lines.append(_digits_line(digits))
     lines += _no_gain([*outcomes, *([digits.as_workload()] if digits else [])])
     lines += memory_summary(memory)
-    if targets:
-        judged = [line for line in targets if line.status in ("reached", "missed")]
+    judged = [line for line in targets if line.status in ("reached", "missed")]
+    if judged:
         missed = [line.case for line in judged if line.status == "missed"]
         text = f"Targets: {len(judged) - len(missed)} of {len(judged)} reached"
         lines.append(text + (f"; missed: {'; '.join(missed)}." if missed else "."))

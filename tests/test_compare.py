@@ -61,6 +61,72 @@ def same(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> lis
     return [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
 
 
+def arguments(text: str) -> Any:
+    return compare.make_parser().parse_args(text.split())
+
+
+class TestSimulated:
+    """What simulated CUDA measures is named so, and kept apart from what a GPU does."""
+
+    def test_it_needs_a_clone(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(compare, "SIMULATION", tmp_path / "run.py")
+        monkeypatch.delenv(compare.SCHEDULE, raising=False)
+        with pytest.raises(SystemExit) as ended:
+            compare.main(["--device", "simulated"])
+        assert ended.value.code == 2
+        assert "clone of the repository" in capsys.readouterr().err
+
+    def test_the_process_starts_again_on_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        started: list[list[str]] = []
+        monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
+        monkeypatch.delenv(compare.SCHEDULE, raising=False)
+        compare.simulate(["--device", "simulated", "--quick"])
+        assert started[0][-3:] == ["--device", "simulated", "--quick"]
+        assert Path(started[0][1]).is_file() and "--schedule" in started[0]
+        monkeypatch.setenv(compare.SCHEDULE, compare.NO_WORK)
+        compare.simulate([])
+        assert len(started) == 1
+
+    def test_it_measures_host_time_alone(self) -> None:
+        assert compare.plan(arguments("--device simulated"))[0] == ["synthetic"]
+        with pytest.raises(compare.SimulatedError, match="host time"):
+            compare.plan(arguments("--device simulated --suite models"))
+
+    @pytest.mark.parametrize(
+        ("options", "refused"),
+        [
+            ("--device simulated --results {}", False),
+            ("--device simulated --json {}/cpu_epyc_2_cores.json", True),
+            ("--device cuda --results {}", True),
+            ("--device cuda --results {}/deeper", True),
+            ("--device auto --plot {}/picture.png", True),
+            ("--device cuda", False),
+            ("--device cuda --results build/simulated", False),
+        ],
+    )
+    def test_recorded_results_are_no_place_for_it(self, options: str, refused: bool) -> None:
+        described = {"gpu": machine.SIMULATED, "simulated": "Simulated CUDA"}
+        given = arguments(options.format(compare.RECORDED))
+        if refused:
+            with pytest.raises(compare.SimulatedError, match="simulated CUDA"):
+                compare._files(given, described, ["synthetic"])
+        else:
+            files = compare._files(given, described, ["synthetic"])
+            assert all("simulated" in file.name for file in files)
+
+    def test_where_nothing_is_computed_nobody_is_called_equal(self) -> None:
+        taken = outcome({"ours": {"warm": [1.0, 2.0]}, "all/fused": {"warm": [3.0, 5.0]}})
+        for row in taken.rows:
+            row.equality = None
+        assert "equal" not in outcome_table(taken)
+        assert "equal" not in legend("cuda", [taken], trained=False)
+        text = verdict([taken], None, [], warnings=[compare.SIMULATED_WARNINGS[True]])
+        assert "Simulated CUDA" in text and "Same result" not in text
+        assert not unequal([taken], None)
+
+
 EXACT = Equality(True, 0.0, 0.0)
 HELD = Memory(102_228_128, 102_228_128, 446_000_000, 0)
 
