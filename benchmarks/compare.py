@@ -218,7 +218,8 @@ def simulate(arguments: Sequence[str]) -> None:
             f"--device simulated: there is no {SIMULATION}; the simulation comes with a clone of "
             "the repository, not with the package. Run it there, after `USE_CUDA=1 make build`"
         )
-    command = [str(SIMULATION), "--schedule", NO_WORK, "--run", sys.executable, __file__]
+    own = os.path.relpath(__file__)
+    command = [str(SIMULATION), "--schedule", NO_WORK, "--run", sys.executable, own]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *command, *arguments])
 

@@ -4,7 +4,8 @@
     python tests/cuda_on_cpu/run.py --schedule late --run python any_script.py
 
 The schedules: `now`; `late`, as late as CUDA allows; `side-late` and `main-late`, of the one kind
-of streams alone; or a number, the seed of an order in between.
+of streams alone; or a number, the seed of an order in between. Under `never` no kernel runs at
+all, ATen's included: for the time that the host takes.
 """
 
 from __future__ import annotations
