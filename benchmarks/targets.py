@@ -16,7 +16,7 @@ from models import LoadedModel, Place, Workload, flat_set, many_groups
 from suites import Outcome, Setting, fastest_other, run_models, run_synthetic, run_workload
 from units import duration, multiple
 
-Status = Literal["reached", "missed", "not measured", "no target"]
+Status = Literal["reached", "missed", "not measured", "no target", "simulated"]
 
 
 @dataclass(frozen=True)

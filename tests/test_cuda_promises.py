@@ -443,6 +443,19 @@ class TestInBackward:
                 optimizer.step()
             optimizer.zero_grad()
 
+    def test_what_stands_for_gradients_is_nan_after_a_capture(self) -> None:
+        """What is made in a capture holds nothing until the graph is replayed."""
+        model = nn.Linear(8, 8, bias=False).cuda()
+        optimizer = FrozenAwareSGD(model.parameters(), lr=0.1, step_in_backward=True, bucket_mb=0)
+        x = torch.ones(4, 8, device="cuda")
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            model(x).sum().backward()
+            optimizer.step()
+        model(x).sum().backward()
+        assert model.weight.grad is not None
+        assert torch.isnan(model.weight.grad).all()
+        optimizer.step()
+
     @pytest.mark.parametrize("bucket_mb", [0, 0.01, None])
     def test_a_model_on_two_devices_and_streams(self, bucket_mb: float | None) -> None:
         class Halves(nn.Module):
