@@ -1,0 +1,532 @@
+"""Plants faults in the CUDA code, one at a time, and wants the GPU tests to notice each.
+
+    python tests/cuda_on_cpu/mutants.py [part of a fault's name]
+
+Each fault replaces a text in a copy of the source. What it changes is compiled and linked with the
+rest of the build there is, and tests run on the simulation: first those that should notice, and
+where they do not, all of them. A fault that none notices fails the run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from cuda_on_cpu import build  # noqa: E402
+
+CUDA, PROMISES = "test_cuda.py", "test_cuda_promises.py"
+KERNELS = "kernels"  # the bodies that the simulation runs in place of the device code
+LAUNCHES = "csrc/sgd_cuda.cu"
+SECONDS = 900  # a fault may make a test go on for ever
+
+
+class Fault(NamedTuple):
+    """A text of a source file, there once, and what is put in its place."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # pytest's words for the tests that should notice
+    schedule: str = "now"
+    compiled: str = ""  # for a header: what is compiled with it
+
+
+SGD_CUDA = "csrc/sgd_cuda.cu"
+FORMULA = "csrc/sgd_cuda.h"
+MATH = "csrc/sgd_math.h"
+TABLES = "csrc/multi_tensor_cuda.h"
+STEP = "csrc/sgd_step.cpp"
+WALK = "csrc/param_walk.cpp"
+BACKWARD = "csrc/backward_step.cpp"
+
+FAULTS = (
+    # How a kernel is launched.
+    Fault(
+        "launches on the default stream",
+        SGD_CUDA,
+        "getCurrentCUDAStream(device)",
+        "getDefaultCUDAStream(device)",
+        f"{CUDA}::TestStreams",
+        "side-late",
+    ),
+    Fault(
+        "launches on a stream of device 0",
+        SGD_CUDA,
+        "getCurrentCUDAStream(device)",
+        "getCurrentCUDAStream(0)",
+        f"{CUDA}::TestDevices",
+    ),
+    Fault(
+        "does not make the device current",
+        SGD_CUDA,
+        "const c10::cuda::CUDAGuard guard(batch.device);\n"
+        "  const c10::DeviceIndex device = guard.current_device().index();",
+        "const c10::DeviceIndex device = batch.device.index();",
+        f"{CUDA}::TestDevices",
+    ),
+    Fault(
+        "launches twice",
+        SGD_CUDA,
+        "C10_CUDA_CHECK(cudaLaunchKernel(",
+        "for (int i = 0; i < 2; ++i) C10_CUDA_CHECK(cudaLaunchKernel(",
+        f"{CUDA}::TestLaunches",
+    ),
+    Fault(
+        "waits for the kernel",
+        SGD_CUDA,
+        "C10_CUDA_KERNEL_LAUNCH_CHECK();",
+        "C10_CUDA_CHECK(cudaStreamSynchronize(stream));",
+        f"{PROMISES}::TestSteadyStep",
+    ),
+    Fault(
+        "launches a block too few",
+        SGD_CUDA,
+        "dim3(blocks), dim3",
+        "dim3(blocks - (blocks > 1)), dim3",
+        f"{CUDA} -k bit_identical",
+    ),
+    Fault(
+        "launches half the threads",
+        SGD_CUDA,
+        "dim3(multi_tensor::kThreads),",
+        "dim3(multi_tensor::kThreads / 2),",
+        f"{CUDA} -k bit_identical",
+    ),
+    # What the host writes into a kernel's table.
+    Fault(
+        "splits the tiles evenly and drops the remainder",
+        TABLES,
+        "longer_blocks = tile_count() % blocks;",
+        "longer_blocks = 0;",
+        f"{CUDA} -k bit_identical",
+        compiled=LAUNCHES,
+    ),
+    Fault(
+        "gives every tensor the first group of its table",
+        TABLES,
+        "row.group = static_cast<uint16_t>(table.group_count - 1);",
+        "row.group = 0;",
+        f"{PROMISES} -k groups",
+        compiled=LAUNCHES,
+    ),
+    Fault(
+        "writes a group into a table that has no room for it",
+        TABLES,
+        "table.has_room(group != last_group)",
+        "table.has_room(false)",
+        f"{PROMISES} -k groups",
+        compiled=LAUNCHES,
+    ),
+    Fault(
+        "uses small tables only",
+        TABLES,
+        "if (bytes <= Small::kStorage) {",
+        "if (bytes >= 0) {",
+        f"{PROMISES} -k every_size_of_table",
+        compiled=LAUNCHES,
+    ),
+    Fault(
+        "rounds every parameter's momentum with the bits of the first",
+        FORMULA,
+        "rounding_seed, update.index)",
+        "rounding_seed, 0)",
+        f"{CUDA}::TestNarrowMomentum",
+        compiled=LAUNCHES,
+    ),
+    Fault(
+        "takes bfloat16 momentum for float32",
+        FORMULA,
+        "run(SgdFormula<float, float, c10::BFloat16, true>{});",
+        "run(SgdFormula<float, float, float>{});",
+        f"{CUDA}::TestNarrowMomentum",
+        compiled=LAUNCHES,
+    ),
+    Fault(
+        "takes float16 gradients for bfloat16",
+        FORMULA,
+        "run(SgdFormula<float, c10::Half, float>{});",
+        "run(SgdFormula<float, c10::BFloat16, float>{});",
+        f"{PROMISES} -k another_dtype",
+        compiled=LAUNCHES,
+    ),
+    # The kernel's body.
+    Fault(
+        "leaves out the last tile of a block",
+        TABLES,
+        "if (tile >= end) {\n    return;\n  }\n  uint32_t row",
+        "if (tile + 1 >= end) {\n    return;\n  }\n  uint32_t row",
+        f"{CUDA} -k bit_identical",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "finds the tensor before the one a tile belongs to",
+        TABLES,
+        "table.row(middle).tile_end <= tile",
+        "table.row(middle).tile_end < tile",
+        f"{CUDA} -k bit_identical",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "moves vectors at any alignment",
+        TABLES,
+        "vectors &= shift == 0 || (",
+        "vectors &= true || (",
+        f"{CUDA} -k misaligned",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "shifts a misaligned gradient too little",
+        TABLES,
+        "(shift & 4) != 0 ? words[i + 1]",
+        "(shift & 4) != 0 ? words[i]",
+        f"{CUDA} -k misaligned",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "reads a vector past the end of a misaligned gradient",
+        TABLES,
+        "    --span.vectors_end;",
+        "",
+        f"{PROMISES} -k outside",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "writes past the end of a tensor",
+        TABLES,
+        "- span.lead - row.gap;",
+        "- span.lead;",
+        f"{CUDA} -k misaligned",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "writes though the gradients have overflowed",
+        FORMULA,
+        "launch.found_inf != nullptr && *launch.found_inf != 0",
+        "false && launch.found_inf != nullptr",
+        f"{CUDA}::TestGradScaler",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "leaves gradients scaled",
+        FORMULA,
+        "(kArray == 1 ? scaled :",
+        "(kArray == 1 ? false :",
+        f"{CUDA}::TestGradScaler",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "multiplies by the inverse of any scale",
+        FORMULA,
+        "values[1][i] / grad_scale",
+        "values[1][i] * (1 / grad_scale)",
+        "test_optim_amp.py",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "reads a float64 learning rate as float32",
+        FORMULA,
+        "const double lr = group.device_lr_is_double ?",
+        "const double lr = false ?",
+        f"{CUDA} -k learning_rate",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "rounds a whole vector with the bits of its first element",
+        FORMULA,
+        "static_cast<uint64_t>(element) + static_cast<uint64_t>(i) * stride",
+        "static_cast<uint64_t>(element) + 0 * stride",
+        f"{CUDA}::TestNarrowMomentum",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "ignores dampening",
+        MATH,
+        "Arith::fma(s.undamped, d, s.momentum * momentum)",
+        "d + s.momentum * momentum",
+        f"{CUDA} -k bit_identical",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "dampens the first gradient",
+        MATH,
+        "    momentum = d;",
+        "    momentum = s.undamped * d;",
+        f"{CUDA} -k bit_identical",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "has nesterov the wrong way round",
+        MATH,
+        "d = Variant::kNesterov ?",
+        "d = !Variant::kNesterov ?",
+        f"{CUDA} -k bit_identical",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "ignores maximize",
+        MATH,
+        "T d = s.sign * grad;",
+        "T d = grad;",
+        f"{CUDA} -k bit_identical",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "rounds the product before the sum",
+        MATH,
+        "param = Arith::fma(s.neg_lr, d, param);",
+        "param = s.neg_lr * d + param;",
+        f"{CUDA} -k bit_identical",
+        compiled=KERNELS,
+    ),
+    # What the step asks of tensors and devices before it launches.
+    Fault(
+        "leaves a learning rate on another device",
+        STEP,
+        "if (lr.defined() && lr.device() != update.device) {",
+        "if (false) {",
+        f"{CUDA}::TestDevices",
+    ),
+    Fault(
+        "takes a learning rate's bytes for its value",
+        STEP,
+        "      holds_its_value(*lr)) {",
+        "      true) {",
+        f"{CUDA} -k learning_rate",
+    ),
+    Fault(
+        "reads a learning rate from the device",
+        STEP,
+        "if (lr != nullptr && lr->is_cuda()",
+        "if (false && lr->is_cuda()",
+        f"{CUDA}::TestGraphs",
+    ),
+    Fault(
+        "leaves the scale on another device",
+        STEP,
+        "on_device(grad_scale, update.device)",
+        "on_device(grad_scale, c10::Device(c10::kCUDA, 0))",
+        f"{PROMISES}::TestDevices",
+    ),
+    Fault(
+        "reads the overflow at every step",
+        STEP,
+        "!found_inf.is_none() && work.walk.has_fresh() &&",
+        "!found_inf.is_none() &&",
+        f"{CUDA}::TestGradScaler",
+    ),
+    Fault(
+        "captures a first step",
+        STEP,
+        "if (work.walk.has_fresh()) {\n    refuse_capture(",
+        "if (false) {\n    refuse_capture(",
+        f"{PROMISES}::TestGraphs",
+    ),
+    Fault(
+        "captures stochastic rounding",
+        STEP,
+        "if (work.rounds_stochastically) {\n    refuse_capture(",
+        "if (false) {\n    refuse_capture(",
+        f"{CUDA}::TestNarrowMomentum",
+    ),
+    Fault(
+        "asks for a capture on the current device",
+        STEP,
+        "const c10::cuda::CUDAGuard guard(device);",
+        "",
+        f"{PROMISES}::TestContexts",
+    ),
+    Fault(
+        "updates tensors of shared memory in one launch",
+        STEP,
+        "in_order ? launch_in_order(update) : launch(update);",
+        "launch(update);",
+        f"{PROMISES} -k shared_memory",
+    ),
+    Fault(
+        "puts tensors of two devices into one launch",
+        WALK,
+        "if (batch.launch.device == device && ",
+        "if (",
+        f"{CUDA}::TestDevices",
+    ),
+    Fault(
+        "frees a rearranged gradient before it is read",
+        WALK,
+        "use, type, type_of(grad));\n  copied_.push_back({slot.meta, std::move(copy)});",
+        "use, type, type_of(grad));",
+        f"{PROMISES} -k layout",
+        "late",
+    ),
+    # The step in backward.
+    Fault(
+        "does not wait for the streams that gradients come from",
+        BACKWARD,
+        "wait(goes, came);",
+        "",
+        f"{CUDA}::TestInBackward",
+        "late",
+    ),
+    Fault(
+        "does not let those streams wait for the update",
+        BACKWARD,
+        "wait(came, goes);",
+        "",
+        f"{CUDA}::TestInBackward",
+        "late",
+    ),
+    Fault(
+        "makes the streams wait for each other the wrong way round",
+        BACKWARD,
+        "event.record(awaited);\n    event.block(waiting);",
+        "event.record(waiting);\n    event.block(awaited);",
+        f"{CUDA}::TestInBackward",
+        "late",
+    ),
+    Fault(
+        "clips gradients that may not be there yet",
+        BACKWARD,
+        "for (const auto& [came, goes] : streams) {\n    wait(goes, came);\n  }\n  clip(metas);",
+        "clip(metas);\n  for (const auto& [came, goes] : streams) {\n    wait(goes, came);\n  }",
+        f"{CUDA}::TestInBackward",
+        "late",
+    ),
+)
+
+
+def plant(fault: Fault, tree: Path) -> None:
+    """Copy what tests and simulation need of the working tree, and put the fault in."""
+    for name in ("csrc", "src", "tests", "benchmarks", "build/cuda_on_cpu"):
+        ignored = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "conftest.py"):
+        shutil.copy2(ROOT / name, tree)
+    source = tree / fault.file
+    text = source.read_text()
+    if text.count(fault.old) != 1:
+        raise ValueError(f"{fault.file} has this text {text.count(fault.old)} times: {fault.old}")
+    changed = text.replace(fault.old, fault.new)
+    if fault.compiled in ("", LAUNCHES):
+        source.write_text(changed)
+        link(tree, compile_unit(tree, fault.compiled or fault.file))
+        source.write_text(text)  # the kernels' bodies are as they were
+        shutil.copystat(ROOT / fault.file, source)
+    else:
+        source.write_text(changed)
+        (tree / "build" / "cuda_on_cpu" / "aten.o").touch()  # none of our headers is in it
+
+
+def objects() -> Path:
+    """Where the objects of the working tree's module lie: `make build` has just made them."""
+    import torch
+
+    return ROOT / "build" / f"torch-{torch.__version__}-{sys.implementation.cache_tag}"
+
+
+def run(command: str | list[str], **options: object) -> str:
+    """What a command says; an error if it fails."""
+    done = subprocess.run(
+        command, shell=isinstance(command, str), capture_output=True, text=True, **options  # type: ignore[call-overload]
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{command}\n{done.stdout}{done.stderr}")
+    return str(done.stdout)
+
+
+def compile_unit(tree: Path, unit: str) -> Path:
+    """Compile one source of the module as the build does, but fast."""
+    source, made = ROOT / unit, (objects() / unit).with_suffix(".o")
+    commands = run(["ninja", "-C", str(objects()), "-t", "commands"]).splitlines()
+    (command,) = (line for line in commands if f" -c {source} -o {made} " in line)
+    ours = tree / f"{source.stem}.o"
+    command = command.replace(str(source), str(tree / unit)).replace(str(made), str(ours))
+    # Nobody runs the machine code of the kernels here.
+    command = re.sub(r"( -gencode=arch=(\w+),code=\w+)+", r" -gencode=arch=\2,code=\2 -G", command)
+    run(re.sub(r" -O3\b", " -O0", command).replace(" -g ", " "))
+    return ours
+
+
+def link(tree: Path, changed: Path) -> None:
+    """Link the module of the changed object and those of the working tree."""
+    from torch.utils import cpp_extension
+
+    others = [str(o) for o in (objects() / "csrc").glob("*.o") if o.name != changed.name]
+    (module,) = (tree / "src" / "torch_freeze").glob("_C.*.so")
+    paths = [f"-L{path}" for path in cpp_extension.library_paths()]
+    libraries = [f"-l{name}" for name in ("c10", "c10_cuda", "torch", "torch_cpu", "torch_python")]
+    runtime = tree / "build" / "cuda_on_cpu" / f"libcudart.so.{build.CUDA}"
+    words = ["c++", "-shared", str(changed), *others, str(runtime), *paths, *libraries]
+    run([*words, "-o", str(module)])
+
+
+def first_failure(tree: Path, *arguments: str) -> str:
+    """The first test that fails on the simulation in `tree`; nothing where all pass."""
+    environ = os.environ | {"PYTHONPATH": str(tree / "src")}
+    command = [sys.executable, "tests/cuda_on_cpu/run.py", *arguments]
+    try:
+        done = subprocess.run(
+            command, cwd=tree, env=environ, capture_output=True, text=True, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return f"nothing came to an end within {SECONDS} s"
+    said = done.stdout + done.stderr
+    failed = re.search(r"^FAILED (\S.*?)(?: - |$)", said, re.MULTILINE)
+    if failed:
+        return failed[1]
+    if "Fatal Python error" in said:
+        return "a crash"
+    if done.returncode != 0 or " passed" not in said:
+        raise RuntimeError(f"{command}\n{said}")
+    return ""
+
+
+def pytest_words(fault: Fault) -> list[str]:
+    """The arguments of run.py for the tests that should notice."""
+    tests, _, names = fault.tests.partition(" -k ")
+    chosen = [f"tests/{name}" for name in tests.split()] + (["-k", names] if names else [])
+    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "cuda_on_cpu.plugin", "-m", "gpu"]
+    return ["--schedule", fault.schedule, "--run", *pytest, *chosen]
+
+
+def outcome(fault: Fault) -> tuple[bool, str]:
+    """Whether any test notices the fault, and which does."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        try:
+            plant(fault, Path(folder))
+            found = first_failure(Path(folder), *pytest_words(fault))
+            if not found:
+                found = first_failure(Path(folder), "-x")
+                found = found and f"{found}, though it passes {fault.tests}"
+        except (ValueError, RuntimeError) as error:
+            return False, f"is no fault of this source: {error}"
+    return bool(found), f"noticed by {found}" if found else "SURVIVED"
+
+
+def main() -> int:
+    """Plant the faults whose names have the words given, or all."""
+    chosen = [fault for fault in FAULTS if all(word in fault.name for word in sys.argv[1:])]
+    build.main()
+    begin = time.monotonic()
+    survived = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for fault, (noticed, how) in zip(chosen, pool.map(outcome, chosen), strict=True):
+            survived += not noticed
+            print(f"{fault.name}: {how}", flush=True)
+    print(f"test-cuda-mutants: {len(chosen)} faults, {survived} not noticed, "
+          f"{time.monotonic() - begin:.0f} s")  # fmt: skip
+    return 1 if survived or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
