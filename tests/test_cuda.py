@@ -507,8 +507,11 @@ class TestInBackward:
             model(x).sum().backward()
             optimizer.step()
 
+    @pytest.mark.parametrize("clip_value", [None, 1e-4])
     @pytest.mark.parametrize("bucket_mb", [0, 0.006, 0.02, None])
-    def test_gradients_of_one_bucket_come_from_two_streams(self, bucket_mb: float | None) -> None:
+    def test_gradients_of_one_bucket_come_from_two_streams(
+        self, bucket_mb: float | None, clip_value: float | None
+    ) -> None:
         def train(**options: Any) -> nn.Module:
             torch.manual_seed(0)
             branches = [nn.Sequential(*[nn.Linear(32, 32) for _ in range(4)]) for _ in range(2)]
@@ -534,12 +537,14 @@ class TestInBackward:
                 loss = (outputs[0] * outputs[1]).mean()
                 del outputs, output
                 loss.backward()
+                if clip_value is not None and not options:
+                    nn.utils.clip_grad_value_(model.parameters(), clip_value)
                 optimizer.step()
                 optimizer.zero_grad()
             return model
 
         ordinary = train()
-        model = train(step_in_backward=True, bucket_mb=bucket_mb)
+        model = train(step_in_backward=True, bucket_mb=bucket_mb, clip_value=clip_value)
         for p, q in zip(model.parameters(), ordinary.parameters(), strict=True):
             cases.assert_same_bits(p, q, "parameter")
 

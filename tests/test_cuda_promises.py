@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cuda_on_cpu
@@ -130,11 +131,25 @@ class TestSteadyStep:
         assert {r.bytes for r in launches(records)} <= {1024, 8192, 32760}
         assert len(launches(records)) == -(-count // 1000)
 
-    def test_with_gradients_of_another_dtype(self) -> None:
+    @pytest.mark.parametrize("of_the_first", [1, 2], ids="the first of {}".format)
+    def test_of_groups_that_fill_several_tables(self, of_the_first: int) -> None:
+        """One tensor more at the front, and the last room of a table is too small for a group."""
+        groups = [
+            {"params": [with_grad(3) for _ in range(of_the_first if i == 0 else 1)], "lr": i / 4096}
+            for i in range(1200)
+        ]
+        optimizer = FrozenAwareSGD(groups)
+        assert len(launches(cuda_on_cpu.log_of(optimizer.step))) == 3
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                assert torch.equal(p, torch.full_like(p, 1 - group["lr"])), group["lr"]
+
+    @pytest.mark.parametrize("dtype", cases.ids(cases.NARROW_DTYPES))
+    def test_with_gradients_of_another_dtype(self, dtype: torch.dtype) -> None:
         p = nn.Parameter(torch.randn(5000, device="cuda"))
         q = nn.Parameter(p.detach().clone())
-        p.grad_dtype = torch.bfloat16  # type: ignore[attr-defined]
-        p.grad = torch.randn(5000, device="cuda", dtype=torch.bfloat16)
+        p.grad_dtype = dtype  # type: ignore[attr-defined]
+        p.grad = torch.randn(5000, device="cuda", dtype=dtype)
         q.grad = p.grad.float()
         ours, theirs = FrozenAwareSGD([p], **HYPER), FrozenAwareSGD([q], **HYPER)
         for _ in range(3):
@@ -178,6 +193,13 @@ class TestSteadyStep:
         optimizer = FrozenAwareSGD(params, lr=1.0)
         assert len(launches(cuda_on_cpu.log_of(optimizer.step))) == 2
         assert base[50] == -2
+
+
+def test_no_access_lies_outside_its_allocation() -> None:
+    """compute-sanitizer's cases: without torch's allocator every tensor is an allocation."""
+    script = Path(__file__).parent.parent / "benchmarks" / "sanitize.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0 and "all cases ran" in done.stdout, done.stderr
 
 
 class TestContexts:
