@@ -22,10 +22,10 @@ cxx_files = $(wildcard csrc/* tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
 
 compile = $(PY) setup.py -q build_ext --inplace
 
-.PHONY: help compare test test-cuda sanitize build wheel lint format typecheck gpu memory docs clean
+.PHONY: help compare test test-cuda test-cuda-mutants sanitize build wheel lint format typecheck gpu memory docs clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  VENV=            run in the current environment, installing nothing (default VENV=.venv)"
 	@echo "  ARGS='...'       arguments for compare.py or pytest: make compare ARGS='--quick'"
@@ -42,6 +42,9 @@ test: build ## run the tests and the examples in the docstrings
 
 test-cuda: build ## run the GPU tests on simulated CUDA, without a GPU, in several orders of its streams
 	$(PY) tests/cuda_on_cpu/run.py $(ARGS)
+
+test-cuda-mutants: build ## plant faults in the CUDA code, each of which the tests of test-cuda have to notice
+	$(PY) tests/cuda_on_cpu/mutants.py $(ARGS)
 
 sanitize: $(call need,$(EXTRAS)) ## tests under ASan, UBSan and TSan, with a C++ compiled for them
 	PYTHON=$(PY) tests/sanitize.sh address

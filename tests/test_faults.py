@@ -8,6 +8,7 @@ made. Each runs in a process of its own, since what it guards against is a crash
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import signal
@@ -29,7 +30,10 @@ MOMENTUM: Hyper = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 class Pair:
     """The same training twice: ours, where faults happen, and the reference, where none do."""
 
-    def __init__(self, sizes: list[Any], groups: int = 2, frozen: int = 2) -> None:
+    def __init__(
+        self, sizes: list[Any], groups: int = 2, frozen: int = 2, device: str = "cpu"
+    ) -> None:
+        self.device = device
         self.gen = cases.generator(8)
         self.ours = [torch.nn.Parameter(self.values(size)) for size in sizes]
         for p in self.ours[:frozen]:
@@ -40,8 +44,9 @@ class Pair:
         self.give_grads()
 
     def values(self, size: Any) -> Tensor:
-        large = isinstance(size, int) and size > 1 << 19
-        return torch.linspace(-1, 1, size) if large else cases.randn(size, self.gen)
+        if isinstance(size, int) and size > 1 << 19:
+            return torch.linspace(-1, 1, size, device=self.device)
+        return cases.randn(size, self.gen, device=self.device)
 
     def give_grads(self) -> None:
         for p, q in zip(self.ours, self.theirs, strict=True):
@@ -138,13 +143,14 @@ USERS_CODE: dict[str, tuple[Any, bool]] = {
 }
 
 
+@pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("steps_before", [0, 2], ids=["first step", "later step"])
 @pytest.mark.parametrize("error", [StopError, KeyboardInterrupt, MemoryError, SystemExit])
 @pytest.mark.parametrize(("where", "stepped"), cases.ids(USERS_CODE))
 def test_an_exception_in_users_code_leaves_all_or_nothing(
-    where: Any, stepped: bool, error: type[BaseException], steps_before: int
+    where: Any, stepped: bool, error: type[BaseException], steps_before: int, device: str
 ) -> None:
-    pair = Pair(SIZES)
+    pair = Pair(SIZES, device=device)
     for _ in range(steps_before):
         pair.step()
         pair.give_grads()
@@ -161,11 +167,12 @@ def test_an_exception_in_users_code_leaves_all_or_nothing(
     pair.step()
 
 
+@pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("middle", [3, 6, 11], ids=["third", "in the middle", "last"])
-def test_a_bad_gradient_in_the_middle_stops_the_whole_step(middle: int) -> None:
-    pair = Pair(SIZES)
+def test_a_bad_gradient_in_the_middle_stops_the_whole_step(middle: int, device: str) -> None:
+    pair = Pair(SIZES, device=device)
     good = pair.ours[middle].grad
-    pair.ours[middle].grad.data = torch.ones(3)  # type: ignore[union-attr]
+    pair.ours[middle].grad.data = torch.ones(3, device=device)  # type: ignore[union-attr]
     assert isinstance(pair.step_with(contextlib.nullcontext()), ValueError)
     assert not pair.optimizer.state, "a buffer was made for a step that was not taken"
     pair.ours[middle].grad = pair.theirs[middle].grad.clone()  # type: ignore[union-attr]
@@ -202,7 +209,7 @@ def test_out_of_memory_making_momentum_buffers_writes_nothing(fits: int) -> None
     apart.run(_out_of_memory, fits)
 
 
-def _no_python_memory() -> tuple[int, int]:
+def _no_python_memory(device: str) -> tuple[int, int]:
     import _testcapi
 
     @contextlib.contextmanager
@@ -215,7 +222,7 @@ def _no_python_memory() -> tuple[int, int]:
 
     failed = unharmed = 0
     for allocation in range(120):
-        pair = Pair([2] * 8, groups=1)
+        pair = Pair([2] * 8, groups=1, device=device)
         # A buffer of None is an entry that is there already.
         for p, q in zip(pair.ours[2:4], pair.theirs[2:4], strict=True):
             pair.optimizer.state[p] = {"momentum_buffer": None}
@@ -228,10 +235,11 @@ def _no_python_memory() -> tuple[int, int]:
     return failed, unharmed
 
 
-def test_each_allocation_of_python_may_fail_in_turn() -> None:
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_each_allocation_of_python_may_fail_in_turn(device: str) -> None:
     """The first, the second, … allocation that a first step asks Python for: all or nothing."""
     pytest.importorskip("_testcapi", reason="this Python was built without its test modules")
-    failed, unharmed = apart.run(_no_python_memory)
+    failed, unharmed = apart.run(_no_python_memory, device)
     assert failed >= 10, "the faults did not meet the step"
     assert unharmed >= 10, "the faults did not go past the end of the step"
 
@@ -239,9 +247,9 @@ def test_each_allocation_of_python_may_fail_in_turn() -> None:
 # --- whatever runs while buffers are made
 
 
-def _interrupt_in_hash(number: int) -> bool:
+def _interrupt_in_hash(number: int, device: str) -> bool:
     """KeyboardInterrupt in the `number`th hash of a parameter, which is a function in Python."""
-    pair = Pair(SIZES)
+    pair = Pair(SIZES, device=device)
     seen = 0
 
     def tracer(frame: Any, event: str, arg: Any) -> None:
@@ -264,8 +272,9 @@ def _interrupt_in_hash(number: int) -> bool:
     return isinstance(raised, KeyboardInterrupt)
 
 
-def test_an_interrupt_while_buffers_are_entered_takes_them_out_again() -> None:
-    hit = apart.run(_each, _interrupt_in_hash, range(1, 14))
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_an_interrupt_while_buffers_are_entered_takes_them_out_again(device: str) -> None:
+    hit = apart.run(_each, functools.partial(_interrupt_in_hash, device=device), range(1, 14))
     assert hit[0] and hit[9], hit
     assert not hit[-1], "more hashes than trainable parameters"
 

@@ -36,6 +36,9 @@ from torch.utils.flop_counter import FlopCounterMode
 Make = Callable[..., torch.optim.SGD]
 Build = Callable[[Make], torch.optim.SGD]
 
+# Where cases are built, each in a process of its own.
+DEVICE = "cpu"
+
 CLEAR = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError, OverflowError)
 
 
@@ -49,9 +52,9 @@ class Case:
 
 def _params(count: int = 3, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
     gen = cases.generator(5)
-    params = cases.make_parameters([(4, 6)] * count, gen, dtype)
+    params = cases.make_parameters([(4, 6)] * count, gen, dtype, DEVICE)
     for p in params:
-        p.grad = cases.randn((4, 6), gen, dtype)
+        p.grad = cases.randn((4, 6), gen, dtype, DEVICE)
     return params
 
 
@@ -677,9 +680,9 @@ def _evil_lr(what: Callable[[torch.optim.SGD], Any]) -> Build:
 
     def build(make: Make) -> torch.optim.SGD:
         gen = cases.generator(3)
-        params = cases.make_parameters([40_000] * 4, gen)
+        params = cases.make_parameters([40_000] * 4, gen, device=DEVICE)
         for p in params:
-            p.grad = cases.randn(40_000, gen)
+            p.grad = cases.randn(40_000, gen, device=DEVICE)
         optimizer = make([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, momentum=0.9)
         optimizer.step()
 
@@ -952,7 +955,11 @@ def outcome_of(case: Case, make: Make) -> Outcome:
     return Outcome(None, True, True, _values(optimizer))
 
 
-def named_outcome(name: str, make: Make) -> Outcome:
+def named_outcome(name: str, make: Make, device: str) -> Outcome:
+    """In a process of its own."""
+    if device != "cpu":
+        globals()["DEVICE"] = device
+        torch.set_default_device(device)
     return outcome_of(TABLE[name], make)
 
 
@@ -961,18 +968,35 @@ def stock(*args: Any, **kwargs: Any) -> torch.optim.SGD:
     return torch.optim.SGD(*args, **({"foreach": False} | kwargs))
 
 
+def _on_gpu() -> Iterator[Any]:
+    """What lies in a GPU's memory or is read from it, once each.
+
+    The other sources are of hyper-parameters, lists, checkpoints and modes, which Python reads
+    wherever the tensors lie; NumPy's memory and Python's stay on the CPU; and simulated CUDA says
+    that float8 has no arithmetic when the operator runs, which may be late.
+    """
+    elsewhere = ("no momentum", "memory of NumPy", "byte buffer", "float8")
+    for source in (_memory_cases, _kind_cases, _scaler_cases):
+        for name, _ in source():
+            alone = name.startswith("of a kind") and not name.endswith("with others")
+            if not alone and not any(words in name for words in elsewhere):
+                yield pytest.param(name, "cuda", id=f"{name}-cuda", marks=pytest.mark.gpu)
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", TABLE)
-def test_hostile_input_is_an_error_or_stocks_result(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "device"), [*(pytest.param(name, "cpu", id=name) for name in TABLE), *_on_gpu()]
+)
+def test_hostile_input_is_an_error_or_stocks_result(name: str, device: str) -> None:
     case = TABLE[name]
-    ours: Outcome = apart.run(named_outcome, name, FrozenAwareSGD)
+    ours: Outcome = apart.run(named_outcome, name, FrozenAwareSGD, device)
     assert ours.clear, f"no clear error: {ours.error}"
     assert ours.untouched, f"written to before it raised {ours.error}"
     if case.error:
         assert ours.error is not None, "stepped"
         assert re.search(case.error, ours.error), ours.error
     elif not case.alone:
-        theirs: Outcome = apart.run(named_outcome, name, stock)
+        theirs: Outcome = apart.run(named_outcome, name, stock, device)
         assert (ours.error is None) == (theirs.error is None), (
             f"{ours.error}; stock: {theirs.error}"
         )

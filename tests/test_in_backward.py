@@ -1,4 +1,8 @@
-"""step_in_backward: the same training, while no more than a bucket of gradients is ever held."""
+"""step_in_backward: the same training, while no more than a bucket of gradients is ever held.
+
+On a GPU backward runs in a thread of torch's, so what depends on hooks, errors and results is
+tested there too. How much is held is measured on the CPU here and by the allocator in test_cuda.py.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +51,9 @@ class Net(nn.Module):
         return self.head(self.tied(x) * self.scale) + self.empty.sum()
 
 
-def network(seed: int = 0) -> Net:
+def network(seed: int = 0, device: str = "cpu") -> Net:
     torch.manual_seed(seed)
-    return Net()
+    return Net().to(device)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -58,7 +62,8 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(model: nn.Module, step: int = 0) -> Tensor:
-    x, y = batch(step)
+    device = next(model.parameters()).device
+    x, y = (part.to(device) for part in batch(step))
     return cross_entropy(model(x), y)
 
 
@@ -97,10 +102,10 @@ BUCKETS: dict[str, dict[str, Any]] = {
 
 
 def train(
-    freezing: Callable[[nn.Module, int], None], steps: int = 7, **options: Any
+    freezing: Callable[[nn.Module, int], None], steps: int = 7, device: str = "cpu", **options: Any
 ) -> tuple[Net, FrozenAwareSGD, int]:
     """The model, the optimizer, and the most gradient bytes held when any gradient arrived."""
-    model = network()
+    model = network(device=device)
     optimizer = FrozenAwareSGD(in_groups(model), **({"lr": 0.05} | options))
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)
     peak = 0
@@ -136,6 +141,7 @@ def assert_same(a: tuple[Net, FrozenAwareSGD, int], b: tuple[Net, FrozenAwareSGD
 # --------------------------------------------------------------------------------- the same results
 
 
+@pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
 @pytest.mark.parametrize(
     ("bucket", "freezing"),
@@ -153,12 +159,14 @@ def assert_same(a: tuple[Net, FrozenAwareSGD, int], b: tuple[Net, FrozenAwareSGD
     ),
 )
 def test_results_are_the_ordinary_steps(
-    bucket: dict[str, Any], freezing: Callable[[nn.Module, int], None], hyper: Hyper
+    bucket: dict[str, Any], freezing: Callable[[nn.Module, int], None], hyper: Hyper, device: str
 ) -> None:
-    ordinary = train(freezing, **hyper)
-    assert_same(train(freezing, step_in_backward=True, **bucket, **hyper), ordinary)
+    ordinary = train(freezing, device=device, **hyper)
+    ours = train(freezing, device=device, step_in_backward=True, **bucket, **hyper)
+    assert_same(ours, ordinary)
 
 
+@pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize(
     "options",
     cases.ids(
@@ -172,8 +180,8 @@ def test_results_are_the_ordinary_steps(
         }
     ),
 )
-def test_every_option_gives_the_same(options: dict[str, Any]) -> None:
-    options = {"momentum": 0.9} | options
+def test_every_option_gives_the_same(options: dict[str, Any], device: str) -> None:
+    options = {"momentum": 0.9, "device": device} | options
     ordinary = train(rolling, **copy.deepcopy(options))
     assert_same(train(rolling, step_in_backward=True, bucket_mb=2 * KIB, **options), ordinary)
 
@@ -197,10 +205,11 @@ def test_it_trains_at_all() -> None:
     assert still - {"stem.bias"} == {"unused", "empty"}
 
 
+@pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("bound", [0.001, 0.05])
-def test_clipping_by_value_is_exact(bound: float) -> None:
+def test_clipping_by_value_is_exact(bound: float, device: str) -> None:
     def clipped() -> tuple[Net, FrozenAwareSGD, int]:
-        model = network()
+        model = network(device=device)
         optimizer = FrozenAwareSGD(in_groups(model), 0.05, 0.9)
         for step in range(5):
             optimizer.zero_grad()
@@ -213,7 +222,7 @@ def test_clipping_by_value_is_exact(bound: float) -> None:
         return model, optimizer, 0
 
     def in_backward() -> tuple[Net, FrozenAwareSGD, int]:
-        model = network()
+        model = network(device=device)
         optimizer = FrozenAwareSGD(
             in_groups(model),
             0.05,
@@ -231,9 +240,10 @@ def test_clipping_by_value_is_exact(bound: float) -> None:
     assert_same(in_backward(), clipped())
 
 
-def test_a_closure_runs_forward_backward_and_the_step() -> None:
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_a_closure_runs_forward_backward_and_the_step(device: str) -> None:
     def run(**options: Any) -> tuple[Net, FrozenAwareSGD, int]:
-        model = network()
+        model = network(device=device)
         optimizer = FrozenAwareSGD(in_groups(model), 0.05, 0.9, **options)
 
         def closure() -> Tensor:
@@ -269,8 +279,9 @@ def test_no_more_than_a_bucket_and_the_largest_gradient(
         assert optimizer.bucket_bytes <= bound
 
 
-def test_gradients_are_gone_after_backward_and_after_step() -> None:
-    model = network()
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_gradients_are_gone_after_backward_and_after_step(device: str) -> None:
+    model = network(device=device)
     optimizer = FrozenAwareSGD(model.parameters(), 0.1, step_in_backward=True, bucket_mb=2 * KIB)
     loss_of(model).backward()
     held = [name for name, p in model.named_parameters() if p.grad is not None]
@@ -296,8 +307,9 @@ def test_frozen_parameters_have_no_hook_run() -> None:
 # ------------------------------------------------------------------------------- living with others
 
 
-def test_users_hooks_run_first_and_keep_running() -> None:
-    model = network()
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_users_hooks_run_first_and_keep_running(device: str) -> None:
+    model = network(device=device)
     seen: dict[str, list[float]] = {"before": [], "after": []}
     weight = model.head.weight
     weight.register_post_accumulate_grad_hook(lambda p: seen["before"].append(float(p.grad.sum())))
@@ -320,9 +332,10 @@ def halve(p: Tensor) -> None:
     p.grad.mul_(0.5)
 
 
-def test_a_users_hook_may_change_the_gradient() -> None:
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_a_users_hook_may_change_the_gradient(device: str) -> None:
     def run(**options: Any) -> tuple[Net, FrozenAwareSGD, int]:
-        model = network()
+        model = network(device=device)
         model.head.weight.register_hook(lambda grad: grad * 2)
         model.wide.weight.register_post_accumulate_grad_hook(halve)
         optimizer = FrozenAwareSGD(in_groups(model), 0.05, 0.9, **options)
@@ -357,9 +370,10 @@ def test_add_param_group() -> None:
     optimizer.step()
 
 
+@pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("copying", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_copies_step_in_backward_on_their_own(copying: Callable[[Any], Any]) -> None:
-    model = network()
+def test_copies_step_in_backward_on_their_own(copying: Callable[[Any], Any], device: str) -> None:
+    model = network(device=device)
     optimizer = FrozenAwareSGD(
         model.parameters(), 0.1, 0.9, step_in_backward=True, bucket_mb=0, clip_value=0.01
     )
@@ -427,9 +441,11 @@ def test_close_takes_the_hooks_off() -> None:
     again.close()
 
 
-def test_closing_in_mid_step_leaves_the_rest_to_step() -> None:
-    model, optimizer, _ = train(nothing, momentum=0.9)
-    other, closed, _ = train(nothing, momentum=0.9, step_in_backward=True, bucket_mb=2 * KIB)
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_closing_in_mid_step_leaves_the_rest_to_step(device: str) -> None:
+    options: dict[str, Any] = {"momentum": 0.9, "device": device}
+    model, optimizer, _ = train(nothing, **options)
+    other, closed, _ = train(nothing, step_in_backward=True, bucket_mb=2 * KIB, **options)
     for each, by in ((model, optimizer), (other, closed)):
         by.zero_grad()
         loss_of(each).backward()
@@ -439,8 +455,9 @@ def test_closing_in_mid_step_leaves_the_rest_to_step() -> None:
     assert_same((other, closed, 0), (model, optimizer, 0))
 
 
-def test_a_collected_optimizer_takes_its_hooks_with_it() -> None:
-    model = network()
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_a_collected_optimizer_takes_its_hooks_with_it(device: str) -> None:
+    model = network(device=device)
     optimizer = FrozenAwareSGD(model.parameters(), 0.1, step_in_backward=True, bucket_mb=0)
     loss_of(model).backward()
     del optimizer
@@ -519,13 +536,14 @@ def test_a_second_backward_tells_of_stocks_optimizers_too() -> None:
 # -------------------------------------------------------------------------- errors of somebody else
 
 
+@pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("bucket_mb", [0, 4 * KIB, None], ids=["no bucket", "4 KiB", "the usual"])
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt, MemoryError])
 def test_zero_grad_gives_up_a_backward_that_somebody_elses_error_ended(
-    kind: type[BaseException], bucket_mb: float | None
+    kind: type[BaseException], bucket_mb: float | None, device: str
 ) -> None:
     """As a loop has it that leaves a batch out; what had been applied by then stays."""
-    model = network()
+    model = network(device=device)
     optimizer = FrozenAwareSGD(
         model.parameters(), 0.1, 0.9, step_in_backward=True, bucket_mb=bucket_mb
     )
@@ -582,8 +600,9 @@ def clip_norm(model: Net, optimizer: FrozenAwareSGD) -> None:
 
 
 def scaler(model: Net, optimizer: FrozenAwareSGD) -> None:
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(loss_of(model)).backward()
+    loss = loss_of(model)
+    scaler = torch.amp.GradScaler(loss.device.type)
+    scaler.scale(loss).backward()
     scaler.step(optimizer)
 
 
@@ -625,15 +644,16 @@ def frozen_after(model: Net, optimizer: FrozenAwareSGD) -> None:
 
 
 def sparse(model: Net, optimizer: FrozenAwareSGD) -> None:
-    table = nn.Embedding(10, 4, sparse=True)
+    device = model.scale.device
+    table = nn.Embedding(10, 4, sparse=True, device=device)
     optimizer.add_param_group({"params": table.parameters()})
-    table(torch.tensor([1, 2])).sum().backward()
+    table(torch.tensor([1, 2], device=device)).sum().backward()
 
 
 def reentrant(model: Net, optimizer: FrozenAwareSGD) -> None:
     from torch.utils.checkpoint import checkpoint
 
-    x = torch.ones(2, 40, requires_grad=True)
+    x = torch.ones(2, 40, requires_grad=True, device=model.scale.device)
     layer = model.blocks[0]
     once = checkpoint(layer, x, use_reentrant=True)
     checkpoint(layer, once, use_reentrant=True).sum().backward()
@@ -655,12 +675,13 @@ REFUSED: dict[str, tuple[Callable[[Net, FrozenAwareSGD], None], str]] = {
 }
 
 
+@pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("bucket_mb", [0, 4 * KIB], ids=["no bucket", "4 KiB"])
 @pytest.mark.parametrize(("misuse", "message"), cases.ids(REFUSED))
 def test_what_cannot_be_one_step_is_refused(
-    misuse: Callable[[Net, FrozenAwareSGD], None], message: str, bucket_mb: float
+    misuse: Callable[[Net, FrozenAwareSGD], None], message: str, bucket_mb: float, device: str
 ) -> None:
-    model = network()
+    model = network(device=device)
     optimizer = FrozenAwareSGD(
         model.parameters(), 0.1, 0.9, step_in_backward=True, bucket_mb=bucket_mb
     )
@@ -681,8 +702,9 @@ def test_what_cannot_be_one_step_is_refused(
     assert not torch.equal(model.head.weight, before)
 
 
-def test_a_refused_backward_makes_no_step() -> None:
-    model = network()
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_a_refused_backward_makes_no_step(device: str) -> None:
+    model = network(device=device)
     optimizer = FrozenAwareSGD(model.parameters(), 0.1, step_in_backward=True)
     with pytest.raises(RuntimeError):
         accumulate(model, optimizer)
@@ -712,9 +734,10 @@ def test_an_edit_taken_back_makes_the_step() -> None:
     assert_same((model, optimizer, 0), ordinary)
 
 
-def test_retained_graph_makes_one_step_and_no_second() -> None:
-    ordinary = train(nothing, steps=1)
-    model = network()
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_retained_graph_makes_one_step_and_no_second(device: str) -> None:
+    ordinary = train(nothing, steps=1, device=device)
+    model = network(device=device)
     optimizer = FrozenAwareSGD(in_groups(model), 0.05, step_in_backward=True)
     loss = loss_of(model)
     loss.backward(retain_graph=True)

@@ -44,6 +44,8 @@ class Case:
 
 
 CASES: dict[str, Case] = {}
+# Where scenarios train, each in a process of its own. Backward on a GPU runs in a thread of torch's.
+DEVICE = "cpu"
 
 
 def case(name: str, error: str = "") -> Callable[[Scenario], Scenario]:
@@ -70,11 +72,11 @@ def net(width: int = 6, depth: int = 4, dtype: torch.dtype = torch.float32) -> A
     layers: list[nn.Module] = []
     for _ in range(depth):
         layers += [nn.Linear(width, width), nn.Tanh()]
-    return nn.Sequential(*layers).to(dtype)
+    return nn.Sequential(*layers).to(DEVICE, dtype)
 
 
 def data(step: int = 0, width: int = 6, dtype: torch.dtype = torch.float32) -> Tensor:
-    return cases.randn((5, width), cases.generator(step), dtype)
+    return cases.randn((5, width), cases.generator(step), dtype, DEVICE)
 
 
 def loss_of(model: nn.Module, step: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -129,7 +131,8 @@ class Weighted(nn.Module):
     def forward(self, step: int) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
         for i, p in enumerate(self.all):
-            scale = cases.randn(tuple(p.shape), cases.generator(100 * step + i), torch.float64)
+            shape, gen = tuple(p.shape), cases.generator(100 * step + i)
+            scale = cases.randn(shape, gen, torch.float64, DEVICE)
             total = total + ((p * p + p).abs() * scale).sum().double()
         return total
 
@@ -141,7 +144,7 @@ def of_parameters(make: Make, *params: Tensor, **hyper: Any) -> list[Any]:
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return cases.randn(shape, cases.generator(seed), dtype)
+    return cases.randn(shape, cases.generator(seed), dtype, DEVICE)
 
 
 def _parts(numel: int) -> list[nn.Parameter]:
@@ -1619,7 +1622,11 @@ def outcome_of(scenario: Scenario, make: Make) -> Outcome:
         return Outcome(error=f"{type(error).__name__}: {error}")
 
 
-def named_outcome(name: str, make: Make) -> Outcome:
+def named_outcome(name: str, make: Make, device: str) -> Outcome:
+    """In a process of its own."""
+    if device != "cpu":
+        globals()["DEVICE"] = device
+        torch.set_default_device(device)
     return outcome_of(CASES[name].scenario, make)
 
 
@@ -1631,29 +1638,38 @@ def skip_where_torch_refuses(name: str) -> None:
         pytest.skip("where torch sees a GPU, no fork of a process that ran backward can")
 
 
+def _runs() -> Iterator[Any]:
+    """Everything on the CPU. On a GPU what makes steps: refusals do not ask where tensors lie."""
+    for name, case in CASES.items():
+        for words, bucket in BUCKETS.items():
+            yield pytest.param(name, bucket, "cpu", id=f"{name}-{words}")
+        if not case.error and name != FORKED:
+            bucket = BUCKETS["small buckets"]
+            yield pytest.param(name, bucket, "cuda", id=f"{name}-cuda", marks=pytest.mark.gpu)
+
+
 @functools.cache
-def ordinary_outcome(name: str) -> Outcome:
-    outcome: Outcome = apart.run(named_outcome, name, ordinary)
+def ordinary_outcome(name: str, device: str = "cpu") -> Outcome:
+    outcome: Outcome = apart.run(named_outcome, name, ordinary, device)
     return outcome
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("bucket", cases.ids({k: (v,) for k, v in BUCKETS.items()}))
-@pytest.mark.parametrize("name", cases.ids({name: (name,) for name in CASES}))
+@pytest.mark.parametrize(("name", "bucket", "device"), _runs())
 def test_hostile_use_gives_the_ordinary_steps_bits_or_an_error(
-    name: str, bucket: dict[str, Any]
+    name: str, bucket: dict[str, Any], device: str
 ) -> None:
     skip_where_torch_refuses(name)
     case = CASES[name]
     in_backward = functools.partial(ordinary, step_in_backward=True, **bucket)
-    ours: Outcome = apart.run(named_outcome, name, in_backward)
+    ours: Outcome = apart.run(named_outcome, name, in_backward, device)
     if case.error:
         assert ours.error, "made a step"
         assert CLEAR.match(ours.error), ours.error
         assert re.search(case.error, ours.error), ours.error
     else:
         assert not ours.error, ours.error
-        theirs = ordinary_outcome(name)
+        theirs = ordinary_outcome(name, device)
         assert not theirs.error, theirs.error
         assert ours.value == theirs.value
 

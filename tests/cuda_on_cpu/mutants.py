@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +66,7 @@ FAULTS = (
         SGD_CUDA,
         "getCurrentCUDAStream(device)",
         "getCurrentCUDAStream(0)",
-        f"{CUDA}::TestDevices",
+        f"{PROMISES}::TestDevices",
     ),
     Fault(
         "does not make the device current",
@@ -437,7 +437,11 @@ def objects() -> Path:
 def run(command: str | list[str], **options: object) -> str:
     """What a command says; an error if it fails."""
     done = subprocess.run(
-        command, shell=isinstance(command, str), capture_output=True, text=True, **options  # type: ignore[call-overload]
+        command,
+        shell=isinstance(command, str),
+        capture_output=True,
+        text=True,
+        **options,  # type: ignore[call-overload]
     )
     if done.returncode != 0:
         raise RuntimeError(f"{command}\n{done.stdout}{done.stderr}")
@@ -520,9 +524,11 @@ def main() -> int:
     begin = time.monotonic()
     survived = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for fault, (noticed, how) in zip(chosen, pool.map(outcome, chosen), strict=True):
+        running = {pool.submit(outcome, fault): fault for fault in chosen}
+        for done in as_completed(running):
+            noticed, how = done.result()
             survived += not noticed
-            print(f"{fault.name}: {how}", flush=True)
+            print(f"{running[done].name}: {how}", flush=True)
     print(f"test-cuda-mutants: {len(chosen)} faults, {survived} not noticed, "
           f"{time.monotonic() - begin:.0f} s")  # fmt: skip
     return 1 if survived or not chosen else 0
