@@ -201,7 +201,7 @@ std::vector<py::dict> step(
     launches.push_back(
         py::dict(
             "parameter_bytes"_a = sizeof(table), "tensors"_a = table.row_count, "groups"_a = table.group_count,
-            "blocks"_a = blocks));
+            "blocks"_a = blocks, "table"_a = py::bytes(reinterpret_cast<const char*>(&table), sizeof(table))));
   });
   return launches;
 }

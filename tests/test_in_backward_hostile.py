@@ -44,7 +44,7 @@ class Case:
 
 
 CASES: dict[str, Case] = {}
-# Where scenarios train, each in a process of its own. Backward on a GPU runs in a thread of torch's.
+# Where scenarios train, each in a process of its own; a GPU's backward runs in a thread of torch's.
 DEVICE = "cpu"
 
 

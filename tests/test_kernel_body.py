@@ -190,6 +190,7 @@ class Launch(NamedTuple):
     tensors: int
     groups: int
     blocks: int
+    table: bytes  # the kernel's parameter
 
 
 def step(

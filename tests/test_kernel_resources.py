@@ -1,18 +1,29 @@
-"""What nvcc makes of the CUDA kernel: registers, spills, access widths, rounding. No GPU needed."""
+"""What nvcc makes of the CUDA kernel: results, registers, spills, access widths. No GPU needed.
+
+The PTX runs on the CPU (see ptx.py), and what ptxas makes of it is looked at in the disassembly.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import ptx as ptx_to_cpp
 import pytest
+import test_kernel_body as body
 import torch
+
+from torch_freeze import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 # By torch's own packages: the toolkit's headers of another minor version come with the wheels.
@@ -78,7 +89,14 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
         for word in ("-isystem", path)
     ]
     ptx = tmp_path_factory.mktemp("ptx") / "sgd_cuda.ptx"
-    flags = ["-ptx", "-arch=compute_80", "-std=c++20", "-O3", "-fmad=false"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_HOME", str(toolkit.home))  # the build sets it
+        patch.setenv("DEBUG", "0")
+        built = setup_py.configure(torch)[0].extra_compile_args["nvcc"]
+    flags = [
+        word for word in built if word.startswith(("-O", "-fmad", "-use_fast", "-prec", "-ftz"))
+    ]
+    flags += ["-ptx", "-arch=compute_80", "-std=c++20"]
     flags += ["--expt-relaxed-constexpr", "-DWITH_CUDA", "-o", str(ptx)]
     nvcc = str(toolkit.home / "bin" / "nvcc")
     source = str(ROOT / "csrc" / "sgd_cuda.cu")
@@ -130,6 +148,87 @@ def test_no_kernel_spills_and_registers_leave_room_for_every_block(
             assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text
             used = re.search(r"Used (\d+) registers", text)
             assert used and int(used[1]) <= MOST_REGISTERS, f"{triple}: {text}"
+
+
+Run = Callable[[Any, int, int], None]
+
+
+@pytest.fixture(scope="module")
+def kernels(compiled: Compiled, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """The kernels' PTX as functions of (table, blocks, threads), by the kernels' names."""
+    folder = tmp_path_factory.mktemp("translated")
+    source, names = ptx_to_cpp.translate(compiled.ptx.read_text())
+    (folder / "kernels.cpp").write_text(source)
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O0", "-w", "-ffp-contract=off"]
+    command += ["-shared", "-fPIC", "-o", "kernels.so", "kernels.cpp"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    library = ctypes.CDLL(str(folder / "kernels.so"))
+    return {name: getattr(library, f"run_{i}") for i, name in enumerate(names)}
+
+
+def random_step(
+    rng: random.Random, triple: body.Triple, table: int
+) -> tuple[list[body.Update], list[body.Group]]:
+    """Tensors of all sizes and alignments in groups of all kinds, as many as take such a table."""
+    groups = [
+        replace(group, lr=rng.uniform(0.01, 0.5), rounding_seed=rng.getrandbits(64))
+        for group in rng.sample(list(body.HYPERS.values()), 4)
+    ]
+    dtype = rng.choice([torch.float32, torch.float64])
+    groups[0] = replace(groups[0], device_lr=torch.tensor(0.3, dtype=dtype))
+    tiers = _C._kernel_on_host_capacities(triple.names, 4, stochastic=triple.stochastic)
+    fits = dict(tiers)[table]
+    fewest = max((tensors + 1 for size, tensors in tiers if size < table), default=4)
+    updates = []
+    for i in sorted(rng.randrange(4) for _ in range(rng.randint(fewest, fits))):
+        tile = triple.tile
+        numel = rng.choice([1, 2, 7, tile - 1, tile, tile + 1, rng.randrange(1, 9 * tile)])
+        same = rng.randrange(16)
+        places = rng.choice([(0, 0, 0), (same,) * 3, (same, rng.randrange(16), same)])
+        updates.append(
+            body.make(
+                numel,
+                triple,
+                i,
+                groups[i].momentum != 0 and rng.random() < 0.2,
+                [place * dtype.itemsize for place, dtype in zip(places, triple, strict=True)],
+                groups[i].momentum != 0,
+            )
+        )
+    return updates, groups
+
+
+@every_kernel
+@pytest.mark.parametrize(
+    ("scale", "overflow"),
+    [(None, 0.0), (4.0, 0.0), (3.0, 0.0), (4.0, 1.0)],
+    ids=["plain", "scaled by 4", "scaled by 3", "overflow"],
+)
+def test_computes_what_its_source_does(
+    triple: str, table: int, scale: float | None, overflow: float, kernels: dict[str, Run]
+) -> None:
+    """The PTX and the source, compiled for the CPU, leave the same bytes in and around arrays."""
+    rng = random.Random(f"{triple} {table} {scale} {overflow}")
+    dtypes = body.TRIPLES[triple]
+    updates, groups = random_step(rng, dtypes, table)
+    options: dict[str, Any] = {"resident": rng.choice([1, 3, 40, 660])}
+    if scale is not None:
+        options |= {"grad_scale": torch.tensor(scale), "found_inf": torch.tensor(overflow)}
+    arrays = [a for u in updates for a in (u.param, u.grad, u.momentum) if a is not None]
+    before = [array.whole.clone() for array in arrays]
+    body.step(updates, groups, dtypes, **options)
+    by_source = [array.whole.clone() for array in arrays]
+    for array, whole in zip(arrays, before, strict=True):
+        array.whole.copy_(whole)
+    (launch,) = body.step(updates, groups, dtypes, **options, chosen=[])
+    assert launch.parameter_bytes == table
+    (run,) = (run for name, run in kernels.items() if kernel_name(triple, table).match(name))
+    run(ctypes.create_string_buffer(launch.table, table), launch.blocks, 32 * WARPS)
+    for number, (array, whole) in enumerate(zip(arrays, by_source, strict=True)):
+        assert torch.equal(array.whole, whole), f"array {number} of {len(arrays)}"
+    changed = any(not torch.equal(a, b) for a, b in zip(before, by_source, strict=True))
+    assert changed == (overflow == 0)
 
 
 @every_kernel

@@ -171,10 +171,10 @@ FAULTS = (
         compiled=KERNELS,
     ),
     Fault(
-        "finds the tensor before the one a tile belongs to",
+        "begins with the tensor after the one a tile belongs to",
         TABLES,
-        "table.row(middle).tile_end <= tile",
-        "table.row(middle).tile_end < tile",
+        "  return low;\n}",
+        "  return low + (low + 1 < table.row_count);\n}",
         f"{CUDA} -k bit_identical",
         compiled=KERNELS,
     ),
