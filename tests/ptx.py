@@ -244,8 +244,8 @@ def translate(ptx: str) -> tuple[str, list[str]]:
         for raw in match[3].splitlines():
             source += kernel.line(re.sub(r"\s+", " ", raw.strip()))
         source.append(
-            f'}}\nextern "C" void run_{number}(char* argument, uint32_t blocks, uint32_t threads) {{'
-            "\nfor (uint32_t i = 0; i < blocks * threads; ++i) "
-            f"thread_{number}(argument, i / threads, i % threads);\n}}"
+            f'}}\nextern "C"\nvoid run_{number}(char* argument, uint32_t blocks, uint32_t threads) {{'
+            "\nfor (uint32_t i = 0; i < blocks * threads; ++i)"
+            f" thread_{number}(argument, i / threads, i % threads);\n}}"
         )
     return "\n".join(source), names
