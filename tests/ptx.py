@@ -64,6 +64,13 @@ uint16_t to_bf16(float value) {
   return value != value ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 """
+ALL_THREADS = """
+extern "C" void run_NUMBER(char* argument, uint32_t blocks, uint32_t threads) {
+  for (uint32_t i = 0; i < blocks * threads; ++i) {
+    thread_NUMBER(argument, i / threads, i % threads);
+  }
+}
+"""
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 # By the words before the type: what is made of the operands, each in the instruction's own type.
 # Integers wrap, so these are computed without sign.
@@ -77,8 +84,6 @@ WRAPPING = {
     "xor": "{0} ^ {1}",
 }
 FLOATING = {
-    "add.rn": "{0} + {1}",
-    "sub.rn": "{0} - {1}",
     "mul.rn": "{0} * {1}",
     "div.rn": "{0} / {1}",
     "rcp.rn": "1 / {0}",
@@ -87,7 +92,7 @@ FLOATING = {
     "setp.neu": "!({0} == {1})",
     "setp.nan": "std::isnan({0}) || std::isnan({1})",
 }
-OTHERS = {"min": "std::min({0}, {1})", "max": "std::max({0}, {1})", "mov": "{0}"}
+OTHERS = {"min": "std::min({0}, {1})", "mov": "{0}"}
 NARROW = {"f32.f16": "of_f16", "rn.f16.f32": "to_f16", "rn.bf16.f32": "to_bf16"}
 CONVERSIONS = re.compile(r"[us]\d+\.[us]\d+|f64\.f32|rn\.f32\.f64")
 
@@ -243,9 +248,5 @@ def translate(ptx: str) -> tuple[str, list[str]]:
         )
         for raw in match[3].splitlines():
             source += kernel.line(re.sub(r"\s+", " ", raw.strip()))
-        source.append(
-            f'}}\nextern "C"\nvoid run_{number}(char* argument, uint32_t blocks, uint32_t threads) {{'
-            "\nfor (uint32_t i = 0; i < blocks * threads; ++i)"
-            f" thread_{number}(argument, i / threads, i % threads);\n}}"
-        )
+        source.append(f"}}\n{ALL_THREADS.replace('NUMBER', str(number))}")
     return "\n".join(source), names
