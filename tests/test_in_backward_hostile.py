@@ -1655,7 +1655,7 @@ def ordinary_outcome(name: str, device: str = "cpu") -> Outcome:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("name", "bucket", "device"), _runs())
+@pytest.mark.parametrize(("name", "bucket", "device"), list(_runs()))
 def test_hostile_use_gives_the_ordinary_steps_bits_or_an_error(
     name: str, bucket: dict[str, Any], device: str
 ) -> None:
