@@ -341,13 +341,6 @@ FAULTS = (
         f"{CUDA}::TestNarrowMomentum",
     ),
     Fault(
-        "asks for a capture on the current device",
-        STEP,
-        "const c10::cuda::CUDAGuard guard(device);",
-        "",
-        f"{PROMISES}::TestContexts",
-    ),
-    Fault(
         "updates tensors of shared memory in one launch",
         STEP,
         "in_order ? launch_in_order(update) : launch(update);",
