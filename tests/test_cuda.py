@@ -330,6 +330,20 @@ class TestGradScaler:
         self.run(dtype, overflows)
         self.run(dtype, overflows, dampening=0.5)
 
+    @pytest.mark.parametrize("scale", [4.0, 3.0])
+    def test_gradients_are_divided_by_the_scale(self, scale: float) -> None:
+        """To the last bit, also where multiplying by the inverse would be another number."""
+        optimizer, reference, gen = pair()
+        optimizer.grad_scale = torch.tensor(scale, device=DEVICE)  # type: ignore[attr-defined]
+        optimizer.found_inf = torch.tensor(0.0, device=DEVICE)  # type: ignore[attr-defined]
+        cases.set_grads(params_of(optimizer), params_of(reference), gen)
+        for q in params_of(reference):
+            assert q.grad is not None
+            q.grad.copy_(q.grad.cpu() / torch.tensor(scale))
+        optimizer.step()
+        reference.step()
+        cases.assert_same_training(optimizer, reference)
+
     def test_steady_state_does_not_wait(self) -> None:
         optimizer, _, _ = pair()
         scaler = torch.amp.GradScaler(DEVICE, init_scale=4.0)

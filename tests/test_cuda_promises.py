@@ -185,6 +185,15 @@ class TestSteadyStep:
             assert not waits(records)
             assert len(launches(records)) == 2
 
+    def test_of_gradients_of_another_layout_keeps_every_copy(self) -> None:
+        """One that is freed too early lies where the next is made."""
+        params = [with_grad(40, 30) for _ in range(3)]
+        for i, p in enumerate(params):
+            p.grad = torch.full((30, 40), float(i), device="cuda").t()
+        assert len(launches(cuda_on_cpu.log_of(FrozenAwareSGD(params, lr=1.0).step))) == 1
+        for i, p in enumerate(params):
+            assert torch.equal(p, torch.full_like(p, 1.0 - i))
+
     def test_of_shared_memory_goes_in_order(self) -> None:
         base = torch.zeros(100, device="cuda")
         params = [nn.Parameter(base[:60]), nn.Parameter(base[40:])]

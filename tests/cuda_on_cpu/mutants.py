@@ -231,7 +231,7 @@ FAULTS = (
         FORMULA,
         "values[1][i] / grad_scale",
         "values[1][i] * (1 / grad_scale)",
-        "test_optim_amp.py",
+        f"{CUDA}::TestGradScaler",
         compiled=KERNELS,
     ),
     Fault(
