@@ -1,0 +1,64 @@
+"""Stock's form of a step, for what no kernel takes: what all optimizers share of it."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_freeze._build import build_info, without_extension
+
+BUILT = build_info()
+
+
+def multi_tensor(group: dict[str, Any], device: torch.device) -> tuple[bool | None, bool | None]:
+    """``foreach`` and ``fused`` of a group for stock's form, where a device has no kernels here."""
+    foreach, fused = group["foreach"], group["fused"]
+    kernels_wanted = bool(fused) or (foreach is None and fused is None)
+    if kernels_wanted and not _has_kernels(device):
+        foreach, fused = device.type == "cuda", False
+    return foreach, fused
+
+
+def unscale(param: Tensor, grad_scale: Any) -> None:
+    """Divide the gradient in place; an expanded one, which cannot be written to, is replaced."""
+    grad = param.grad
+    if grad is None:
+        return
+    scale = torch.as_tensor(grad_scale, device=grad.device)
+    if grad.layout is torch.strided and torch._debug_has_internal_overlap(grad) == 1:
+        param.grad = grad / scale
+    else:
+        grad.div_(scale)
+
+
+def _has_kernels(device: torch.device) -> bool:
+    if device.type == "cuda" and BUILT.compiled and not BUILT.cuda:
+        _warn_cpu_only()
+        return False
+    return BUILT.compiled
+
+
+@functools.cache
+def _warn_cpu_only() -> None:
+    warnings.warn(
+        "this torch_freeze was built without CUDA code, so CUDA tensors take torch's own foreach "
+        "SGD. Rebuild it where an nvcc of torch's CUDA version is found: USE_CUDA=1 pip install "
+        "--force-reinstall --no-deps --no-build-isolation <folder of torch_freeze's source>",
+        RuntimeWarning,
+        stacklevel=6,
+    )
+
+
+@functools.cache
+def warn_not_compiled(name: str) -> None:
+    """Say once that an optimizer has no kernels."""
+    warnings.warn(
+        f"{name} takes torch's own SGD operators: the results are the same, the speed is "
+        f"theirs. {without_extension()}",
+        RuntimeWarning,
+        stacklevel=4,
+    )

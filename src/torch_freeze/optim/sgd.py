@@ -1,0 +1,230 @@
+"""FrozenAwareSGD: stock SGD that takes all parameters once and pays nothing for frozen ones."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
+from torch.optim.sgd import sgd
+
+from torch_freeze._build import load_extension, without_extension
+from torch_freeze.optim import _stock, _when
+from torch_freeze.optim._base import FrozenAware
+
+_C = load_extension()
+
+_FrozenMomentum = Literal["keep", "reset", "drop"]
+
+
+class FrozenAwareSGD(FrozenAware, torch.optim.SGD):
+    r"""`torch.optim.SGD` that takes all parameters once and skips those that are frozen.
+
+    A parameter is frozen while its ``requires_grad`` is False. That is read at every step, so
+    anything may be frozen or unfrozen between any two steps, without a word to the optimizer. A
+    frozen parameter never moves, whatever its gradient, its momentum or the weight decay; its
+    ``.grad`` is set to None; its momentum is kept. Everything else is stock's: arguments, defaults,
+    errors, ``param_groups``, state and results.
+
+    One call updates all tensors of all param groups: one kernel launch per device and dtype on
+    CUDA, one parallel region on the CPU. ``foreach=True``, ``foreach=False`` or ``fused=False`` ask
+    for that implementation of stock's instead, equally frozen-aware; sparse and complex tensors,
+    tensor subclasses, devices other than CPU and CUDA, and ``differentiable=True`` use stock's own
+    operators.
+
+    Results are bit-identical to ``torch.optim.SGD(foreach=False)`` on the CPU for float32 and
+    float64. bfloat16 and float16 are computed in float32 and rounded once, when stored.
+
+    Args:
+        params: the parameters, all of them, or param groups, or (name, parameter) pairs, as
+            `torch.optim.SGD` takes them.
+        lr: learning rate; a float or a tensor of one element.
+        momentum: momentum factor.
+        dampening: dampening of the momentum.
+        weight_decay: L2 penalty.
+        nesterov: use Nesterov momentum; needs a momentum and no dampening.
+        maximize: ascend instead of descend.
+        foreach: None for the fused kernels; True or False for stock's multi-tensor or single-tensor
+            form.
+        differentiable: let autograd differentiate through the step (stock's form).
+        fused: None or True for the fused kernels; False for stock's forms.
+        step_in_backward: apply gradients while backward runs, and free them at once. One
+            ``backward()`` then makes one step; what needs more than that raises an error (the
+            documentation's page on memory lists it).
+        bucket_mb: with ``step_in_backward``, MiB of gradients that are collected before they are
+            applied together; None for a tenth of the trainable ones, at most 4 MiB on the CPU and
+            32 MiB elsewhere. Peak gradient memory is a bucket and the largest gradient.
+        clip_value: with ``step_in_backward``, bounds every element of a gradient to
+            [-clip_value, clip_value], as `torch.nn.utils.clip_grad_value_` does.
+        frozen_momentum: what becomes of a frozen parameter's momentum: ``"keep"``, as stock does;
+            ``"reset"``, it starts from zero once unfrozen; ``"drop"``, the same, and its memory is
+            freed at the next `zero_grad` or `step` after freezing. Also per param group.
+        momentum_dtype: None for each parameter's own dtype, or `torch.bfloat16`, stored with
+            stochastic rounding: off by less than `2**-7` of the value at each store, right on
+            average. For float32 and bfloat16 parameters. Also per param group.
+        momentum_seed: of that rounding; grows by one at each step, in the param group.
+
+    Raises:
+        ValueError: a negative or otherwise invalid hyper-parameter, with stock's message; at a
+            step, a gradient or momentum buffer of another shape or on another device than its
+            parameter.
+        TypeError: parameters that are not tensors; at a step, a momentum buffer of a type that
+            cannot hold it.
+        RuntimeError: contradicting options, with stock's message; with ``step_in_backward``, what
+            cannot be one step.
+
+    An error raised by a step leaves parameters, gradients and state as they were.
+
+    Source: `torch.optim.SGD <https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html>`_
+    and the papers it names, Sutskever et al. 2013 for momentum.
+
+    Example:
+        >>> import torch, torch_freeze
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
+        >>> optimizer = torch_freeze.FrozenAwareSGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> _ = model[0].requires_grad_(False)  # frozen from here on
+        >>> before = model[0].weight.clone()
+        >>> model(torch.ones(3, 8)).sum().backward()
+        >>> optimizer.step()
+        >>> torch.equal(model[0].weight, before)
+        True
+        >>> _ = model[0].requires_grad_(True)  # trains again, from the next backward on
+    """
+
+    _step_kernels = staticmethod(_C.sgd_step)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        step_in_backward: bool = False,
+        bucket_mb: float | None = None,
+        clip_value: float | None = None,
+        frozen_momentum: _FrozenMomentum = "keep",
+        momentum_dtype: torch.dtype | None = None,
+        momentum_seed: int = 0,
+    ) -> None:
+        backward = _when.check_options(step_in_backward, bucket_mb, clip_value, differentiable)
+        # Only what is asked for goes into the param groups: they stay stock's otherwise.
+        own: dict[str, Any] = {}
+        if frozen_momentum != "keep":
+            own["frozen_momentum"] = frozen_momentum
+        if momentum_dtype is not None:
+            own["momentum_dtype"] = momentum_dtype
+        if momentum_seed != 0:
+            own["momentum_seed"] = momentum_seed
+        self._configure(own, backward)
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,  # type: ignore[arg-type, unused-ignore]  # a Tensor since torch 2.12
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._prepare()
+
+    def _check_own_options(self, options: dict[str, Any]) -> None:
+        policy = options.get("frozen_momentum", "keep")
+        if policy not in get_args(_FrozenMomentum):
+            raise ValueError(
+                f"Invalid frozen_momentum value: {policy!r}; it has to be 'keep', 'reset' or 'drop'"
+            )
+        dtype = options.get("momentum_dtype")
+        if dtype not in (None, torch.bfloat16):
+            raise ValueError(
+                f"Invalid momentum_dtype value: {dtype!r}; it has to be torch.bfloat16, or None "
+                "for each parameter's own"
+            )
+        if dtype is not None and not _stock.BUILT.compiled:
+            raise RuntimeError(
+                f"momentum_dtype={dtype} needs the compiled module. {without_extension()}"
+            )
+        seed = options.get("momentum_seed", 0)
+        if type(seed) is not int or seed < 0:
+            raise ValueError(
+                f"Invalid momentum_seed value: {seed!r}; it has to be an int and not < 0"
+            )
+
+    def _loaded(self, group: dict[str, Any]) -> None:
+        # What loading has widened fits, since it was written in this dtype.
+        dtype = group.get("momentum_dtype")
+        for p in group["params"] if dtype is not None else ():
+            buffer = self.state[p].get("momentum_buffer") if p in self.state else None
+            if isinstance(buffer, Tensor) and buffer.dtype is not dtype:
+                self.state[p]["momentum_buffer"] = buffer.to(dtype)
+
+    def _check_stock(self, group: dict[str, Any], index: int, params: list[Tensor]) -> None:
+        for p in params:
+            sparse = p.grad is not None and p.grad.is_sparse
+            if sparse and group["fused"]:
+                raise RuntimeError("`_fused_sgd` does not support sparse gradients")
+            if sparse and group["weight_decay"] != 0:
+                raise RuntimeError(
+                    f"FrozenAwareSGD.step: param_groups[{index}] has "
+                    f"weight_decay={group['weight_decay']} and a parameter with a sparse gradient, "
+                    "and SGD cannot decay those; put such parameters in a group with weight_decay=0"
+                )
+            if group["fused"]:
+                _device_dtype_check_for_fused(p)
+
+    def _step_stock(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for part in self._parts(group, params):
+            grads = [p.grad for p in part if p.grad is not None]
+            foreach, fused = _stock.multi_tensor(group, part[0].device)
+            on_cpu = part[0].device.type == "cpu"
+            multi_tensor = foreach or (foreach is None and fused is None and not on_cpu)
+            plain = not group["weight_decay"] and not group["maximize"]
+            if multi_tensor and group["nesterov"] and plain:
+                # Stock's multi-tensor form would add the momentum into .grad itself.
+                grads = [g.clone() for g in grads]
+            has_momentum = group["momentum"] != 0
+            buffers = [_buffer(self.state[p]) for p in part] if has_momentum else []
+            sgd(
+                part,
+                grads,
+                buffers,
+                has_sparse_grad=any(g.is_sparse for g in grads),
+                foreach=foreach,
+                fused=fused,
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=group["dampening"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+            )
+            for p, buffer in zip(part, buffers, strict=has_momentum):
+                self.state[p]["momentum_buffer"] = buffer
+                self.state[p].pop("momentum_stale", None)
+
+    def _parts(self, group: dict[str, Any], params: list[Tensor]) -> list[list[Tensor]]:
+        """Split what stock's fused form cannot take in one call.
+
+        It holds "first step" to be true of all tensors or of none, and of one device at a time.
+        """
+        if not group["fused"] or group["momentum"] == 0:
+            return [params]
+        fresh = [p for p in params if _buffer(self.state[p]) is None]
+        kept = [p for p in params if _buffer(self.state[p]) is not None]
+        return [part for part in (fresh, kept) if part]
+
+
+def _buffer(state: dict[str, Any]) -> Tensor | None:
+    """The momentum buffer to go on from; None where momentum starts from zero."""
+    buffer: Tensor | None = state.get("momentum_buffer")
+    return None if state.get("momentum_stale") else buffer
