@@ -12,7 +12,8 @@ from torch._compile import _disable_dynamo
 from torch.optim import optimizer as _torch
 
 from torch_freeze._build import load_extension
-from torch_freeze.optim import _stock, _when
+from torch_freeze.optim import _stock
+from torch_freeze.optim._when import IN_STEP, InBackward, InStep
 
 _C = load_extension()
 
@@ -31,7 +32,7 @@ class FrozenAware(torch.optim.Optimizer):
     ``_step_stock``. Its constructor begins with ``_configure`` and ends with ``_prepare``.
     """
 
-    _when: _when.InStep | _when.InBackward = _when.IN_STEP
+    _when: InStep | InBackward = IN_STEP
     # (bucket_mb, clip_value) of optimizers that step in backward; survives a copy.
     _backward_options: tuple[float | None, float | None] | None = None
     # What the constructor was asked for beyond stock's options, a default of the param groups.
@@ -56,8 +57,8 @@ class FrozenAware(torch.optim.Optimizer):
             _stock.warn_not_compiled(type(self).__name__)
         # Asks GradScaler for grad_scale and found_inf, instead of a step withheld by the host.
         self._step_supports_amp_scaling = not self.defaults.get("differentiable", False)
-        if self._backward_options is not None and self._when is _when.IN_STEP:
-            self._when = _when.InBackward(self, *self._backward_options)
+        if self._backward_options is not None and self._when is IN_STEP:
+            self._when = InBackward(self, *self._backward_options)
 
     def _check_own_options(self, options: dict[str, Any]) -> None:
         """Raise ValueError or RuntimeError for options beyond stock's that make no sense."""
@@ -87,7 +88,7 @@ class FrozenAware(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._when.check_between_steps("__getstate__")
         state: dict[str, Any] = super().__getstate__()
-        if self._when is not _when.IN_STEP:
+        if self._when is not IN_STEP:
             state["_backward_options"] = self._backward_options
         if self._own_defaults:
             state["_own_defaults"] = self._own_defaults
@@ -106,7 +107,7 @@ class FrozenAware(torch.optim.Optimizer):
     @property
     def step_in_backward(self) -> bool:
         """Whether gradients are applied while backward runs; False after `close`."""
-        return self._when is not _when.IN_STEP
+        return self._when is not IN_STEP
 
     @property
     def bucket_bytes(self) -> int:
@@ -126,7 +127,7 @@ class FrozenAware(torch.optim.Optimizer):
         backward through these parameters.
         """
         self._when.close()
-        self._when, self._backward_options = _when.IN_STEP, None
+        self._when, self._backward_options = IN_STEP, None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as `torch.optim.Optimizer.add_param_group` does.
@@ -170,7 +171,7 @@ class FrozenAware(torch.optim.Optimizer):
             or _global_pre_hooks
             or _global_post_hooks
         )
-        if not (has_hooks or args or kwargs or self._when is not _when.IN_STEP):
+        if not (has_hooks or args or kwargs or self._when is not IN_STEP):
             own = self.__dict__
             scaling = own.get("grad_scale"), own.get("found_inf")
             rest = self._step_kernels(self.param_groups, self.state, *scaling, None, True)
