@@ -626,7 +626,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the command line, run, and turn what a user can mend into one line and status 2."""
+    """Read the command line, run, and turn what a user can fix into one line and status 2."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     try:

@@ -80,7 +80,7 @@ class Journal:
     """
 
     def __init__(self, model: nn.Module, every: int = 1) -> None:
-        """Write down the gradients of ``every`` so manieth parameter alone."""
+        """Record the gradients of every ``every``-th parameter only."""
         self._numpy = require("numpy", "numpy", "the memory suite")
         self._parameters = list(model.parameters())
         self._written = range(0, len(self._parameters), every)

@@ -17,8 +17,8 @@ from torch_freeze import FrozenAwareSGD
 
 Precision = Literal["exact", "bfloat16", "8 bit"]
 After = Literal["keeps", "restarts", "rebuilds"]
-"""What becomes of a momentum whose parameter was frozen for a while: it goes on; it begins anew; or
-all momentum begins anew, since the optimizer is another."""
+"""What becomes of a momentum whose parameter was frozen for a while: it goes on; it starts from
+zero; or all momentum starts from zero, since the optimizer is another."""
 
 
 class UnableError(RuntimeError):
@@ -93,7 +93,7 @@ class Plain:
         return int(getattr(self.optimizer, "bucket_bytes", 0))
 
     def frozen_set_changed(self) -> None:
-        """Nothing: this optimizer is not told."""
+        """Nothing: this optimizer need not know."""
 
     def close(self) -> None:
         """FrozenAwareSGD has a way of its own; others hang nothing on the parameters."""
@@ -115,7 +115,7 @@ class Rebuilt(Plain):
         super().__init__(make(_trainable(model.parameters())))
 
     def frozen_set_changed(self) -> None:
-        """Make the optimizer anew; a careful user lets go of what the old one leaves behind."""
+        """Make a new optimizer; a careful user lets go of what the old one leaves behind."""
         if self._clear:
             self._model.zero_grad()
         self.optimizer = self._make(_trainable(self._model.parameters()))

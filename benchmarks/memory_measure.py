@@ -145,7 +145,7 @@ def peak_rss() -> int:
 def _answer(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     try:
         answer = (True, function(*arguments))
-    except BaseException as error:  # the parent is told of everything
+    except BaseException as error:  # the parent learns of everything
         answer = (False, f"{type(error).__name__}: {error}")
     pipe.send(answer)
 

@@ -51,7 +51,7 @@ _ITERATIONS = 2
 _WRITTEN_OF_LARGE = 4
 """Of a model that is large for a CPU, one in so many parameters is held against stock."""
 _SHARED = ("torchvision", "transformers")
-"""Packages of models, that children need not load anew; a contestant's is part of its cost."""
+"""Packages of models, that children need not load again; a contestant's is part of its cost."""
 _PERIODS = 4
 """Before the first block's turn comes again."""
 _PER_PERIOD = 2

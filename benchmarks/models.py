@@ -16,7 +16,7 @@ HEAD = "head"
 
 
 class MissingPackageError(RuntimeError):
-    """A package that is needed is not installed; the message says how to mend that."""
+    """A package that is needed is not installed; the message says how to fix that."""
 
 
 class NotEnoughMemoryError(RuntimeError):

@@ -153,7 +153,7 @@ class AsFast:
 
 @dataclass(frozen=True)
 class Told:
-    """A whole iteration against the fastest of the others: told, whatever it is."""
+    """A whole iteration against the fastest of the others: reported, whatever it is."""
 
     case: str
     workload: str

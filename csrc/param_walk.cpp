@@ -76,7 +76,7 @@ inline PyObject* first_or_lookup(PyObject* dict, PyObject* key) {
   return value;
 }
 
-// In a parameter's state: its buffer is of the past, and begins anew at the next step.
+// In a parameter's state: its buffer is of the past, and starts from zero at the next step.
 PyObject* stale_key() {
   static PyObject* const key = PyUnicode_InternFromString("momentum_stale");
   return key;
@@ -817,18 +817,18 @@ void ParamWalk::add_group(PyObject* params, const GroupUse& use) {
 }
 
 void ParamWalk::check_fit(
-    const char* what, const TensorImpl* tensor, const char* mend, const Slot& slot, const GroupUse& use) const {
+    const char* what, const TensorImpl* tensor, const char* fix, const Slot& slot, const GroupUse& use) const {
   const auto* const param = slot.param;
   TORCH_CHECK_VALUE(
       tensor->sizes() == param->sizes(), function_, ": ", what, " of ", place(use, slot.index), " has shape ",
-      tensor->sizes(), "; the parameter has ", param->sizes(), ". ", mend);
+      tensor->sizes(), "; the parameter has ", param->sizes(), ". ", fix);
   TORCH_CHECK_VALUE(
       tensor->device() == param->device(), function_, ": ", what, " of ", place(use, slot.index), " is on ",
-      tensor->device(), "; the parameter is on ", param->device(), ". ", mend);
+      tensor->device(), "; the parameter is on ", param->device(), ". ", fix);
   TORCH_CHECK_TYPE(
       c10::canCast(type_of(param), type_of(tensor)) && c10::canCast(type_of(tensor), type_of(param)), function_,
       ": ", what, " of ", place(use, slot.index), " is ", type_of(tensor), "; the parameter is ", type_of(param),
-      ". ", mend);
+      ". ", fix);
 }
 
 void ParamWalk::emit_unusual(const Slot& slot, const GroupUse& use) {

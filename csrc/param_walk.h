@@ -71,10 +71,10 @@ class ParamWalk {
   // Makes the buffers that are missing or of another type than asked for, and enters them into the state; all of
   // them or none. `overlap` is what has_overlap() says.
   void make_fresh_buffers(bool overlap);
-  // After the update: what began anew is no longer marked as stale.
+  // After the update: what started from zero is no longer marked as stale.
   void unmark_fresh();
-  // Marks the buffers of the frozen parameters among `params` as stale, so that they begin anew when it is their
-  // turn again; or takes them out of the state.
+  // Marks the buffers of the frozen parameters among `params` as stale, so that they start from zero when it is
+  // their turn again; or takes them out of the state.
   void mark_frozen(PyObject* params);
   void drop_frozen(PyObject* params);
   // Whether the state may hold anything for parameters that this walk did not step.
@@ -123,7 +123,7 @@ class ParamWalk {
   void emit_with_own_buffer(const Slot& slot, const GroupUse& use);
   bool emit_local(const Slot& slot, const GroupUse& use);
   void check_fit(
-      const char* what, const c10::TensorImpl* tensor, const char* mend, const Slot& slot,
+      const char* what, const c10::TensorImpl* tensor, const char* fix, const Slot& slot,
       const GroupUse& use) const;
   void push(
       const Slot& slot, c10::TensorImpl* grad, const GroupUse& use, c10::ScalarType param_type,

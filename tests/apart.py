@@ -93,7 +93,7 @@ def _answer_of_child(function: Callable[[], Any], seconds: int) -> tuple[bytes, 
             faulthandler.disable()  # pytest's prints the parent's stack
             signal.alarm(seconds)
             torch.set_num_threads(1)
-            # torch makes its autograd engine anew after a fork, at its first use and without a
+            # torch makes a new autograd engine after a fork, at its first use and without a
             # lock: threads that reach it together free what the others are using.
             torch.ones((), requires_grad=True).square().backward()
             try:

@@ -200,7 +200,7 @@ def randn(
 ) -> Tensor:
     """Normal numbers over eight decades, so that every rounding of a sum is met.
 
-    Slices of one pool, because drawing the numbers anew would cost more than the steps under test.
+    Slices of one pool, because drawing new numbers would cost more than the steps under test.
     """
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     count = math.prod(shape)

@@ -345,7 +345,7 @@ def test_the_forgotten_class_token_shows_only_when_measured() -> None:
 
 
 @pytest.mark.parametrize("alias", ["word_embeddings", "cls.predictions.decoder.weight"])
-def test_row_19_the_tied_embedding_of_bert(alias: str) -> None:
+def test_the_tied_embedding_of_bert(alias: str) -> None:
     model, _ = bert()
     result = freeze(model, f"*{alias}*")
     names = ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight")
@@ -354,7 +354,7 @@ def test_row_19_the_tied_embedding_of_bert(alias: str) -> None:
     assert not model.get_input_embeddings().weight.requires_grad
 
 
-def test_row_19_the_tied_head_of_gpt2() -> None:
+def test_the_tied_head_of_gpt2() -> None:
     model, example = gpt2()
     freeze_except(model, "lm_head")
     assert model.transformer.wte.weight.requires_grad

@@ -59,7 +59,7 @@ class Tied(nn.Module):
 Case = Callable[[], tuple[nn.Module, Any]]
 
 
-def row_4_unowned() -> tuple[nn.Module, Any]:
+def unowned() -> tuple[nn.Module, Any]:
     model = make()
     return model, stock(model[2].parameters())
 
@@ -87,14 +87,14 @@ def _stale_elsewhere() -> tuple[nn.Module, Any]:
     return model, stock([p for p in model.parameters() if p.requires_grad])
 
 
-def row_21_no_gradient() -> tuple[nn.Module, Any]:
+def no_gradient() -> tuple[nn.Module, Any]:
     model = make()
     model.register_parameter("spare", nn.Parameter(torch.ones(2)))
     back(model)
     return model, stock(model.parameters())
 
 
-def row_21_compiled_stale() -> tuple[nn.Module, Any]:
+def compiled_stale() -> tuple[nn.Module, Any]:
     # What a stale compiled graph does: it goes on as if the layer were frozen.
     model = make()
     freeze(model, "0")
@@ -114,14 +114,14 @@ def _never_stepped() -> tuple[nn.Module, Any]:
     return model, optimizer
 
 
-def row_12_norm_trains() -> tuple[nn.Module, Any]:
+def norm_trains() -> tuple[nn.Module, Any]:
     model = make()
     for p in model[1].parameters():
         p.requires_grad_(False)
     return model, None
 
 
-def row_12_bare_norm_trains() -> tuple[nn.Module, Any]:
+def bare_norm_trains() -> tuple[nn.Module, Any]:
     model = bare()
     model[0].requires_grad_(False)
     return model, None
@@ -136,14 +136,14 @@ def _spectral_norm_moves(how: Any) -> Case:
     return case
 
 
-def row_15_norm_told_not_to_track() -> tuple[nn.Module, Any]:
-    model, _ = row_12_norm_trains()
+def norm_told_not_to_track() -> tuple[nn.Module, Any]:
+    model, _ = norm_trains()
     norm: Any = model.get_submodule("1")
     norm.track_running_stats = False
     return model, None
 
 
-def row_13_hold_lost_by_conversion() -> tuple[nn.Module, Any]:
+def hold_lost_by_conversion() -> tuple[nn.Module, Any]:
     model = make()
     freeze(model, "0", "1")
     convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
@@ -188,48 +188,48 @@ def _held_without_parameters() -> tuple[nn.Module, Any]:
     return model.requires_grad_(True).train(), None
 
 
-def row_19_tied_half_frozen() -> tuple[nn.Module, Any]:
+def tied_half_frozen() -> tuple[nn.Module, Any]:
     model = Tied()
     freeze(model, "body")
     return model, None
 
 
-def row_19_tied_half_trainable() -> tuple[nn.Module, Any]:
+def tied_half_trainable() -> tuple[nn.Module, Any]:
     model = Tied()
     freeze_except(model, "head")
     return model, None
 
 
-def row_19_tied() -> tuple[nn.Module, Any]:
+def tied() -> tuple[nn.Module, Any]:
     return Tied(), None
 
 
-def row_11_two_groups() -> tuple[nn.Module, Any]:
+def two_groups() -> tuple[nn.Module, Any]:
     model = make()
     optimizer = stock(model.parameters())
     optimizer.param_groups.append({**optimizer.param_groups[0], "params": [model[2].bias]})
     return model, optimizer
 
 
-def row_11_two_optimizers() -> tuple[nn.Module, Any]:
+def two_optimizers() -> tuple[nn.Module, Any]:
     model = make()
     return model, [stock(model.parameters()), stock([model[2].bias])]
 
 
-def row_23_all_frozen() -> tuple[nn.Module, Any]:
+def all_frozen() -> tuple[nn.Module, Any]:
     model = make()
     freeze(model)
     return model, FrozenAwareSGD(model.parameters(), lr=0.1)
 
 
-def row_27_foreign() -> tuple[nn.Module, Any]:
+def foreign() -> tuple[nn.Module, Any]:
     model = make()
     optimizer = stock(model.parameters())
     model[2] = nn.Linear(4, 2)
     return model, optimizer
 
 
-def row_6_momentum_of_frozen() -> tuple[nn.Module, Any]:
+def momentum_of_frozen() -> tuple[nn.Module, Any]:
     model = make()
     optimizer = FrozenAwareSGD(model.parameters(), lr=0.1, momentum=0.9)
     back(model)
@@ -266,7 +266,7 @@ def _momentum_of_one_group_dropped() -> tuple[nn.Module, Any]:
     return model, optimizer
 
 
-def row_5_frozen_unowned() -> tuple[nn.Module, Any]:
+def frozen_unowned() -> tuple[nn.Module, Any]:
     model = make()
     freeze(model, "0", "1")
     return model, stock([p for p in model.parameters() if p.requires_grad])
@@ -348,78 +348,78 @@ def _zero_lr() -> tuple[nn.Module, Any]:
 
 # name: (case, level, kind, what it is about, words)
 FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
-    "row_4 and recipe 3, trainable in no optimizer": (
-        row_4_unowned,
+    "trainable in no optimizer": (
+        unowned,
         "error",
         "unowned",
         ["0", "1"],
         "has 2 parameters that are trainable but in no optimizer: their gradients are computed",
     ),
-    "row_3 a frozen parameter with a gradient in the optimizer": (
+    "a frozen parameter with a gradient in the optimizer": (
         _stale,
         "error",
         "stale gradient",
         ["0.weight"],
         "may still move it",
     ),
-    "row_3 a frozen parameter with a gradient in an optimizer that will not move it": (
+    "a frozen parameter with a gradient in an optimizer that will not move it": (
         _stale_in_ours,
         "warning",
         "stale gradient",
         ["0.weight"],
         "a gradient of 48 B, which the next step frees; clip_grad_norm_ counts it",
     ),
-    "row_3 a frozen parameter with a gradient in two optimizers, one of them stock": (
+    "a frozen parameter with a gradient in two optimizers, one of them stock": (
         _stale_in_ours_and_in_stock,
         "error",
         "stale gradient",
         ["0.weight"],
         "may still move it",
     ),
-    "row_22 a frozen parameter with a gradient elsewhere": (
+    "a frozen parameter with a gradient elsewhere": (
         _stale_elsewhere,
         "warning",
         "stale gradient",
         ["0.weight"],
         "clip_grad_norm_ counts it",
     ),
-    "row_21 a trainable without a gradient": (
-        row_21_no_gradient,
+    "a trainable without a gradient": (
+        no_gradient,
         "warning",
         "no gradient",
         ["spare"],
         "the loss depends on it",
     ),
-    "row_21 unfrozen, but a stale graph ran": (
-        row_21_compiled_stale,
+    "unfrozen, but a stale graph ran": (
+        compiled_stale,
         "warning",
         "no gradient",
         ["0"],
         "compiled after the last unfreeze",
     ),
-    "row_5 in the optimizer but never stepped": (
+    "in the optimizer but never stepped": (
         _never_stepped,
         "info",
         "never stepped",
         ["0.bias"],
         "unfrozen just now",
     ),
-    "row_12 a norm of a frozen layer in train mode": (
-        row_12_norm_trains,
+    "a norm of a frozen layer in train mode": (
+        norm_trains,
         "warning",
         "norm trains",
         ["1"],
         "updates its running statistics",
     ),
-    "row_12 a norm without parameters beside frozen ones": (
-        row_12_bare_norm_trains,
+    "a norm without parameters beside frozen ones": (
+        bare_norm_trains,
         "warning",
         "norm trains",
         ["0.1"],
         "updates its running statistics",
     ),
-    "row_15 a norm told not to track": (
-        row_15_norm_told_not_to_track,
+    "a norm that does not track": (
+        norm_told_not_to_track,
         "warning",
         "norm trains",
         ["1"],
@@ -439,14 +439,14 @@ FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
         ["0"],
         "the layer's weight changes",
     ),
-    "row_13 a hold lost by a conversion": (
-        row_13_hold_lost_by_conversion,
+    "a hold lost by a conversion": (
+        hold_lost_by_conversion,
         "warning",
         "norm trains",
         ["1"],
         "hold_norm=True",
     ),
-    "row_13 a hold overridden by a direct write": (
+    "a hold overridden by a direct write": (
         _hold_overridden,
         "error",
         "hold overridden",
@@ -481,58 +481,58 @@ FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
         ["0.1"],
         "Fine if it was frozen by itself",
     ),
-    "row_19 a tied parameter half frozen": (
-        row_19_tied_half_frozen,
+    "a tied parameter half frozen": (
+        tied_half_frozen,
         "warning",
         "tied half",
         ["body.embed.weight"],
         "though head.weight lies in a module that is otherwise trainable",
     ),
-    "row_19 a tied parameter half trainable": (
-        row_19_tied_half_trainable,
+    "a tied parameter half trainable": (
+        tied_half_trainable,
         "warning",
         "tied half",
         ["body.embed.weight"],
         "though body.embed.weight lies in a module that is otherwise frozen",
     ),
-    "row_19 a tied parameter": (
-        row_19_tied,
+    "a tied parameter": (
+        tied,
         "info",
         "tied",
         ["body.embed.weight"],
         "body.embed.weight = head.weight is one tensor",
     ),
-    "row_11 a parameter in two groups": (
-        row_11_two_groups,
+    "a parameter in two groups": (
+        two_groups,
         "error",
         "two groups",
         ["2.bias"],
         "stands 2 times",
     ),
-    "row_11 a parameter in two optimizers": (
-        row_11_two_optimizers,
+    "a parameter in two optimizers": (
+        two_optimizers,
         "error",
         "two groups",
         ["2.bias"],
         "stands 2 times",
     ),
-    "row_23 everything frozen": (row_23_all_frozen, "warning", "all frozen", [""], "does nothing"),
-    "row_27 parameters replaced after the optimizer was made": (
-        row_27_foreign,
+    "everything frozen": (all_frozen, "warning", "all frozen", [""], "does nothing"),
+    "parameters replaced after the optimizer was made": (
+        foreign,
         "warning",
         "foreign",
         [""],
         "2 parameters in the optimizer are not in the model",
     ),
-    "row_27 the replacements, which the optimizer never sees": (
-        row_27_foreign,
+    "the replacements, which the optimizer never sees": (
+        foreign,
         "error",
         "unowned",
         ["2"],
         "in no optimizer",
     ),
-    "row_6 momentum held for frozen parameters": (
-        row_6_momentum_of_frozen,
+    "momentum held for frozen parameters": (
+        momentum_of_frozen,
         "info",
         "momentum of frozen",
         [""],
@@ -639,8 +639,8 @@ FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
         # Two moments and a step count of Adam for each parameter, and its gradient.
         "their gradients are computed all the same, and gradients and optimizer state take",
     ),
-    "row_5 frozen parameters the filter left out": (
-        row_5_frozen_unowned,
+    "frozen parameters the filter left out": (
+        frozen_unowned,
         "info",
         "frozen unowned",
         [""],
@@ -868,7 +868,7 @@ def test_audit_gives_no_false_alarm(case: str) -> None:
     assert [finding for finding in audit(model, optimizer) if finding.kind == kind] == []
 
 
-def test_row_19_a_tied_parameter_beside_another_tied_one() -> None:
+def test_a_tied_parameter_beside_another_tied_one() -> None:
     # As in BertForMaskedLM: the decoder's weight is the embedding's, its bias the head's.
     model = Tied()
     decoder = model.head
@@ -901,7 +901,7 @@ MOVERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 @pytest.mark.parametrize("zeros", [False, True], ids=["as it was", "zeroed"])
 @pytest.mark.parametrize("mover", MOVERS)
-def test_row_3_a_stale_gradient_moves_what_is_frozen_under(mover: str, zeros: bool) -> None:
+def test_a_stale_gradient_moves_what_is_frozen_under(mover: str, zeros: bool) -> None:
     """The error is true, of a gradient that zero_grad(set_to_none=False) left, too."""
     model = make()
     optimizer = MOVERS[mover](model.parameters())
@@ -923,7 +923,7 @@ def test_row_3_a_stale_gradient_moves_what_is_frozen_under(mover: str, zeros: bo
     assert model[0].weight.equal(before)
 
 
-def test_row_3_lbfgs_moves_what_is_frozen_without_a_gradient() -> None:
+def test_lbfgs_moves_what_is_frozen_without_a_gradient() -> None:
     model = make()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
     x = torch.randn(8, 3)
@@ -1047,7 +1047,7 @@ def test_gradients_applied_in_backward_are_not_missed() -> None:
         assert audit(model, optimizer) == []
         optimizer.step()
         assert audit(model, optimizer) == []
-    # Of parameters that others step, a missing gradient is told as ever.
+    # Of parameters that others step, a missing gradient is reported as ever.
     model.register_parameter("spare", nn.Parameter(torch.ones(2)))
     optimizer.zero_grad()
     back(model)
@@ -1059,7 +1059,7 @@ def test_each_fix_works() -> None:
     model, optimizer = _stale()
     freeze(model, "0")
     assert audit(model, optimizer) == []
-    model, _ = row_12_norm_trains()
+    model, _ = norm_trains()
     freeze(model, "1")
     assert audit(model) == []
     model, _ = _hold_overridden()
@@ -1070,12 +1070,12 @@ def test_each_fix_works() -> None:
         (finding,) = audit(model)
         unfreeze(model, finding.parameter)
         assert audit(model) == [] and model.get_submodule(finding.parameter).training
-    model, _ = row_5_frozen_unowned()
+    model, _ = frozen_unowned()
     assert audit(model, FrozenAwareSGD(model.parameters(), lr=0.1)) == []
 
 
 def test_errors_come_first() -> None:
-    model, optimizer = row_6_momentum_of_frozen()
+    model, optimizer = momentum_of_frozen()
     model.get_submodule("1").weight.requires_grad_(False)
     model.register_parameter("new", nn.Parameter(torch.ones(1)))
     levels = [finding.level for finding in audit(model, optimizer)]
@@ -1083,7 +1083,7 @@ def test_errors_come_first() -> None:
 
 
 def test_audit_changes_nothing() -> None:
-    model, optimizer = row_6_momentum_of_frozen()
+    model, optimizer = momentum_of_frozen()
     entries = len(optimizer.state)
     versions = [t._version for t in model.state_dict().values()]
     audit(model, optimizer)
@@ -1094,7 +1094,7 @@ def test_audit_changes_nothing() -> None:
 
 
 def test_names_have_no_wrapper_segments() -> None:
-    model, optimizer = row_4_unowned()
+    model, optimizer = unowned()
     compiled: Any = torch.compile(model, backend="eager")
     assert audit(compiled, optimizer)[0].names == ("0.weight", "0.bias")
 

@@ -183,7 +183,7 @@ def test_more_frozen_sets_than_the_compiler_keeps_are_run_eagerly_and_rightly() 
 
 
 def test_a_compiled_model_that_trains_nothing_new_is_audited() -> None:
-    """Row 21: what was unfrozen gets its gradient at the next backward, and audit can tell."""
+    """What was unfrozen gets its gradient at the next backward, and audit can tell."""
     model = make_model()
     freeze(model, "0")
     compiled = torch.compile(model, backend="aot_eager")

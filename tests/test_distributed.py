@@ -179,7 +179,7 @@ def on_ddp(device: str, how: str) -> Result:
     }
 
 
-@pytest.mark.parametrize("how", ["wrapped anew", "find unused"])
+@pytest.mark.parametrize("how", ["wrapped again", "find unused"])
 def test_ddp_with_a_changing_frozen_set_equals_one_process(
     world: World, expected: Result, how: str
 ) -> None:

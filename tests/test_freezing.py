@@ -1,4 +1,4 @@
-"""freeze, unfreeze, freeze_except and frozen; row_N in a name is a row of the complaint table."""
+"""freeze, unfreeze, freeze_except and frozen."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ def test_a_discriminator_frozen_for_a_moment_without_a_hold_is_as_with_two_loops
         assert torch.equal(ours[name], value), name
 
 
-# --- row 18: nothing matched ---------------------------------------------------------------------
+# --- nothing matched -----------------------------------------------------------------------------
 
 MISSES: dict[str, tuple[Any, list[str]]] = {
     "a misspelt name": ("layer", ["'layer'", "'layers'"]),
@@ -308,7 +308,7 @@ MISSES: dict[str, tuple[Any, list[str]]] = {
 
 @pytest.mark.parametrize("case", MISSES)
 @pytest.mark.parametrize("how", ["freeze", "unfreeze", "frozen", "exclude", "freeze_except"])
-def test_row_18_nothing_matched_raises_with_near_matches(case: str, how: str, net: Net) -> None:
+def test_nothing_matched_raises_with_near_matches(case: str, how: str, net: Net) -> None:
     what, said = MISSES[case]
     if case == "an empty list" and how == "exclude":
         # Excluding nothing is no mistake.
@@ -331,7 +331,7 @@ def test_row_18_nothing_matched_raises_with_near_matches(case: str, how: str, ne
     assert trains(net) == before
 
 
-def test_row_18_a_match_without_parameters_raises() -> None:
+def test_a_match_without_parameters_raises() -> None:
     model = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
     with pytest.raises(ValueError, match="'0' has no parameters"):
         freeze(model, "0")
@@ -356,7 +356,7 @@ WRONG: dict[str, tuple[Callable[[Net], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_row_18_wrong_kinds_raise_a_type_error(case: str, net: Net) -> None:
+def test_wrong_kinds_raise_a_type_error(case: str, net: Net) -> None:
     call, said = WRONG[case]
     with pytest.raises(TypeError, match=said):
         call(net)
@@ -383,7 +383,7 @@ def test_one_is_singular_and_more_are_plural() -> None:
 # --- freezing and its opposite -------------------------------------------------------------------
 
 
-def test_row_3_and_22_freezing_drops_the_gradient(net: Net) -> None:
+def test_freezing_drops_the_gradient(net: Net) -> None:
     net(batch()).square().sum().backward()
     net.stem.weight.grad = torch.full_like(net.stem.weight, 9.0)
     parameters = list(net.parameters())
@@ -396,7 +396,7 @@ def test_row_3_and_22_freezing_drops_the_gradient(net: Net) -> None:
     assert clipped == norm_of(mine) < all_of_it
 
 
-def test_row_11_freezing_and_unfreezing_twice_changes_nothing_more(net: Net) -> None:
+def test_freezing_and_unfreezing_twice_changes_nothing_more(net: Net) -> None:
     optimizer = FrozenAwareSGD(net.parameters(), lr=0.1)
     groups = [list(map(id, group["params"])) for group in optimizer.param_groups]
     assert freeze(net, "layers").changed and not freeze(net, "layers").changed
@@ -406,7 +406,7 @@ def test_row_11_freezing_and_unfreezing_twice_changes_nothing_more(net: Net) -> 
     assert [list(map(id, group["params"])) for group in optimizer.param_groups] == groups
 
 
-def test_row_5_what_is_frozen_at_construction_trains_once_unfrozen(net: Net) -> None:
+def test_what_is_frozen_at_construction_trains_once_unfrozen(net: Net) -> None:
     freeze_except(net, "head")
     optimizer = FrozenAwareSGD(net.parameters(), lr=0.1, momentum=0.9)
     before = snapshot(net)
@@ -420,7 +420,7 @@ def test_row_5_what_is_frozen_at_construction_trains_once_unfrozen(net: Net) -> 
     assert {"stem.weight", "layers.0.conv.weight", "head.weight"} <= changed(net, before)
 
 
-def test_row_23_an_empty_trainable_set_is_a_step_that_does_nothing(net: Net) -> None:
+def test_an_empty_trainable_set_is_a_step_that_does_nothing(net: Net) -> None:
     freeze(net)
     optimizer = FrozenAwareSGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     before = snapshot(net)
@@ -429,14 +429,14 @@ def test_row_23_an_empty_trainable_set_is_a_step_that_does_nothing(net: Net) -> 
     assert not changed(net, before)
 
 
-def test_row_26_equal_values_are_told_apart_by_identity() -> None:
+def test_equal_values_are_told_apart_by_identity() -> None:
     model: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].load_state_dict(model[0].state_dict())
     freeze(model, model[1].weight)
     assert trains(model) == {"0.weight", "0.bias", "1.bias"}
 
 
-def test_row_27_modules_and_parameters_are_never_swapped(net: Net) -> None:
+def test_modules_and_parameters_are_never_swapped(net: Net) -> None:
     modules = {name: id(m) for name, m in net.named_modules()}
     parameters = {name: id(p) for name, p in net.named_parameters()}
     kinds = {name: type(m) for name, m in net.named_modules()}
@@ -512,11 +512,11 @@ def test_the_work_grows_linearly_with_the_model(call: str) -> None:
     assert looks(64) == 4 * looks(16) > 0
 
 
-# --- row 19: tied parameters ---------------------------------------------------------------------
+# --- tied parameters -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("alias", ["embed.weight", "head.weight", "embed", "head"])
-def test_row_19_any_alias_freezes_and_the_report_names_all(alias: str) -> None:
+def test_any_alias_freezes_and_the_report_names_all(alias: str) -> None:
     model = Tied()
     result = freeze(model, alias)
     assert not model.embed.weight.requires_grad
@@ -526,12 +526,12 @@ def test_row_19_any_alias_freezes_and_the_report_names_all(alias: str) -> None:
     assert "frozen too" in str(result)
 
 
-def test_row_19_no_note_when_every_alias_is_named() -> None:
+def test_no_note_when_every_alias_is_named() -> None:
     assert freeze(Tied(), "embed", "head").notes == ()
     assert freeze(Tied()).notes == ()
 
 
-def test_row_19_a_shared_module_has_both_names() -> None:
+def test_a_shared_module_has_both_names() -> None:
     shared = nn.Linear(2, 2)
     model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared, nn.Linear(2, 1))})
     result = freeze(model, "b.0")
@@ -586,7 +586,7 @@ def test_frozen_works_as_a_decorator(net: Net) -> None:
     assert not inside() and not inside() and net.stem.weight.requires_grad
 
 
-# --- rows 12 to 15: the norm hold ----------------------------------------------------------------
+# --- the norm hold -------------------------------------------------------------------------------
 
 
 class UserNorm(nn.BatchNorm2d):
@@ -683,7 +683,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("norm", NORMS)
-def test_row_12_and_13_the_hold_survives_train_after(copied: str, norm: str) -> None:
+def test_the_hold_survives_train_after(copied: str, norm: str) -> None:
     model = with_norm(NORMS[norm])
     model(batch())
     freeze(model, "0")
@@ -908,7 +908,7 @@ def test_a_held_norm_runs_its_own_forward_without_hooks() -> None:
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-def test_row_14_hold_norm_false_ends_a_hold(mode: bool, net: Net) -> None:
+def test_hold_norm_false_ends_a_hold(mode: bool, net: Net) -> None:
     freeze(net)
     net.train(mode)
     result = freeze(net, "layers.0", hold_norm=False)
@@ -922,7 +922,7 @@ def test_row_14_hold_norm_false_ends_a_hold(mode: bool, net: Net) -> None:
     assert held_by(net.layers[1].bn) is not None and not net.layers[1].bn.training
 
 
-def test_row_14_hold_norm_false_leaves_norms_in_their_own_mode(net: Net) -> None:
+def test_hold_norm_false_leaves_norms_in_their_own_mode(net: Net) -> None:
     result = freeze(net, hold_norm=False)
     assert result.held == () and all(m.training for m in net.modules())
     before = snapshot(net)
@@ -931,7 +931,7 @@ def test_row_14_hold_norm_false_leaves_norms_in_their_own_mode(net: Net) -> None
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-def test_row_14_unfreezing_restores_the_mode_asked_for_meanwhile(mode: bool, net: Net) -> None:
+def test_unfreezing_restores_the_mode_asked_for_meanwhile(mode: bool, net: Net) -> None:
     net.train(not mode)
     freeze(net)
     net.train(mode)
@@ -940,7 +940,7 @@ def test_row_14_unfreezing_restores_the_mode_asked_for_meanwhile(mode: bool, net
     assert all(m.training == mode for m in net.modules())
 
 
-def test_row_14_unfreezing_restores_the_mode_when_none_was_asked_for(net: Net) -> None:
+def test_unfreezing_restores_the_mode_when_none_was_asked_for(net: Net) -> None:
     net.layers[0].bn.eval()
     freeze(net)
     unfreeze(net)
@@ -948,7 +948,7 @@ def test_row_14_unfreezing_restores_the_mode_when_none_was_asked_for(net: Net) -
     assert modes == [False, True, True]
 
 
-def test_row_15_held_norms_use_their_running_statistics() -> None:
+def test_held_norms_use_their_running_statistics() -> None:
     norm: Any = nn.BatchNorm1d(2)
     norm.running_mean.fill_(5.0)
     freeze(norm)
@@ -956,7 +956,7 @@ def test_row_15_held_norms_use_their_running_statistics() -> None:
     assert norm(torch.zeros(4, 2)).mean().item() == pytest.approx(-5, rel=1e-3)
 
 
-def test_row_15_a_norm_told_not_to_track_is_held_by_its_running_statistics() -> None:
+def test_a_norm_told_not_to_track_is_held_by_its_running_statistics() -> None:
     # Another library's freeze sets track_running_stats False and leaves the norm in train mode.
     norm: Any = nn.BatchNorm1d(2)
     norm.running_mean.fill_(5.0)
@@ -1342,7 +1342,7 @@ def test_what_cannot_train_may_be_frozen_and_unfrozen_with_the_rest() -> None:
 # --- compiled and wrapped models -----------------------------------------------------------------
 
 
-def test_row_21_a_compiled_model_follows_freezing_and_unfreezing(net: Net) -> None:
+def test_a_compiled_model_follows_freezing_and_unfreezing(net: Net) -> None:
     torch.compiler.reset()
     counter = CompileCounter()
     compiled: Any = torch.compile(net, backend=counter)
@@ -1366,7 +1366,7 @@ def test_row_21_a_compiled_model_follows_freezing_and_unfreezing(net: Net) -> No
     assert counter.frame_count == frozen_frames + 1
 
 
-def test_row_21_the_hold_survives_the_default_compiler(net: Net) -> None:
+def test_the_hold_survives_the_default_compiler(net: Net) -> None:
     torch.compiler.reset()
     freeze(net)
     compiled: Any = torch.compile(net, backend="aot_eager")
@@ -1414,7 +1414,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.compiled
-def test_row_16_ddp_freezing_a_wrapped_model_warns_of_what_then_happens(
+def test_ddp_freezing_a_wrapped_model_warns_of_what_then_happens(
     net: Net, one_process: None
 ) -> None:
     ddp = DistributedDataParallel(net)
@@ -1424,7 +1424,7 @@ def test_row_16_ddp_freezing_a_wrapped_model_warns_of_what_then_happens(
     ddp(batch()).sum().backward()
     with pytest.raises(RuntimeError, match="Expected to have finished reduction"):
         ddp(batch())
-    # The mend the warning names.
+    # The fix that the warning names.
     ddp = DistributedDataParallel(ddp.module)
     for _ in range(2):
         ddp(batch()).sum().backward()
@@ -1438,7 +1438,7 @@ def test_row_16_ddp_freezing_a_wrapped_model_warns_of_what_then_happens(
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("static", [False, True])
-def test_row_16_ddp_that_looks_for_unused_parameters_may_be_frozen(
+def test_ddp_that_looks_for_unused_parameters_may_be_frozen(
     net: Net, one_process: None, static: bool
 ) -> None:
     ddp = DistributedDataParallel(net, find_unused_parameters=True, static_graph=static)
@@ -1462,7 +1462,7 @@ def test_row_16_ddp_that_looks_for_unused_parameters_may_be_frozen(
 
 
 @pytest.mark.compiled
-def test_row_16_a_parameter_ddp_never_averages_is_found(net: Net, one_process: None) -> None:
+def test_a_parameter_ddp_never_averages_is_found(net: Net, one_process: None) -> None:
     freeze(net, "stem")
     ddp = DistributedDataParallel(net, find_unused_parameters=True)
     assert not audit(ddp)
@@ -1471,11 +1471,11 @@ def test_row_16_a_parameter_ddp_never_averages_is_found(net: Net, one_process: N
     found = [f for f in audit(ddp) if f.kind == "not reduced"]
     assert [f.names for f in found] == [("stem.weight", "stem.bias")]
     assert {f.level for f in found} == {"error"}
-    ddp = DistributedDataParallel(ddp.module)  # the mend
+    ddp = DistributedDataParallel(ddp.module)  # the fix
     assert not audit(ddp)
 
 
-def test_row_16_what_ddp_was_told_to_ignore_is_no_matter(net: Net, one_process: None) -> None:
+def test_what_ddp_was_told_to_ignore_is_no_matter(net: Net, one_process: None) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         net, ["stem.weight", "stem.bias"]
     )
@@ -1487,9 +1487,7 @@ def test_row_16_what_ddp_was_told_to_ignore_is_no_matter(net: Net, one_process: 
     assert not audit(ddp)
 
 
-def test_row_16_freezing_before_wrapping_works_without_a_warning(
-    net: Net, one_process: None
-) -> None:
+def test_freezing_before_wrapping_works_without_a_warning(net: Net, one_process: None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         freeze(net, "stem", "layers.0")
@@ -1502,7 +1500,7 @@ def test_row_16_freezing_before_wrapping_works_without_a_warning(
         assert not any(name.startswith(("stem", "layers.0")) for name in moved)
 
 
-def test_row_17_fsdp2_takes_mixed_requires_grad(net: Net, one_process: None) -> None:
+def test_fsdp2_takes_mixed_requires_grad(net: Net, one_process: None) -> None:
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     if not hasattr(fsdp, "fully_shard"):
         pytest.skip("this torch has no fully_shard")

@@ -173,7 +173,7 @@ def test_results_are_the_ordinary_steps(
         {
             "stock's loop": {"foreach": False},
             "stock's foreach": {"foreach": True},
-            "momentum begun anew": {"frozen_momentum": "reset", "dampening": 0.5},
+            "momentum reset": {"frozen_momentum": "reset", "dampening": 0.5},
             "momentum dropped": {"frozen_momentum": "drop"},
             "bfloat16 momentum": {"momentum_dtype": torch.bfloat16, "momentum_seed": 7},
             "a tensor lr": {"lr": torch.tensor(0.05)},

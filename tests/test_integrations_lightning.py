@@ -1,7 +1,6 @@
 """FreezeCallback under Lightning's Trainer, beside Lightning's own BackboneFinetuning.
 
-Each row of the complaint table that Lightning's way falls under is shown failing its way, and not
-ours.
+Where Lightning's way goes wrong, a test shows that it does, and another that ours does not.
 """
 
 from __future__ import annotations
@@ -407,7 +406,7 @@ def test_a_mistake_is_named(make: Any, error: type[Exception], says: str) -> Non
         fit(Net(), make(), 1)
 
 
-# --- Lightning's own way, row by row of the complaint table ---------------------------------------
+# --- Lightning's own way --------------------------------------------------------------------------
 
 
 class Unfreezing(BaseFinetuning):
@@ -429,7 +428,7 @@ class Unfreezing(BaseFinetuning):
             self.make_trainable(pl_module.backbone)
 
 
-def test_row_5_theirs_what_is_frozen_at_construction_never_trains_later() -> None:
+def test_theirs_what_is_frozen_at_construction_never_trains_later() -> None:
     net = Net("stock")
     before = weights(net)
     fit(net, Unfreezing(add_group=False), 3)
@@ -438,14 +437,14 @@ def test_row_5_theirs_what_is_frozen_at_construction_never_trains_later() -> Non
     assert net.backbone[0].weight.grad is not None  # computed, kept, used by nobody
 
 
-def test_row_5_ours_trains_what_was_frozen_at_construction() -> None:
+def test_ours_trains_what_was_frozen_at_construction() -> None:
     net = Net()
     before = weights(net)
     fit(net, FreezeCallback(schedule={0: ["backbone"], 1: []}), 3)
     assert not torch.equal(net.backbone[0].weight, before["backbone.0.weight"])
 
 
-def test_row_5_ours_refuses_an_optimizer_that_leaves_parameters_out() -> None:
+def test_ours_refuses_an_optimizer_that_leaves_parameters_out() -> None:
     class Heads(Net):
         def configure_optimizers(self) -> Any:
             return FrozenAwareSGD(self.head.parameters(), lr=0.1)
@@ -454,7 +453,7 @@ def test_row_5_ours_refuses_an_optimizer_that_leaves_parameters_out() -> None:
         fit(Heads(), FreezeCallback(schedule={0: ["backbone"], 1: []}), 1)
 
 
-def test_row_8_theirs_does_not_resume_after_the_frozen_set_changed(tmp_path: Path) -> None:
+def test_theirs_does_not_resume_after_the_frozen_set_changed(tmp_path: Path) -> None:
     fit(Net("stock"), Unfreezing(), 2).save_checkpoint(tmp_path / "run.ckpt")
     # Its work is done, so the run goes on without it.
     with pytest.raises((ValueError, KeyError), match="different number of parameter groups"):
@@ -462,7 +461,7 @@ def test_row_8_theirs_does_not_resume_after_the_frozen_set_changed(tmp_path: Pat
 
 
 @pytest.mark.parametrize("goes_on_with", ["the schedule", "no callback", "another schedule"])
-def test_row_8_ours_resumes_whatever_is_frozen_now(tmp_path: Path, goes_on_with: str) -> None:
+def test_ours_resumes_whatever_is_frozen_now(tmp_path: Path, goes_on_with: str) -> None:
     def callback() -> FreezeCallback:
         return FreezeCallback(schedule={0: ["backbone"], 1: []})
 
@@ -484,12 +483,12 @@ def test_row_8_ours_resumes_whatever_is_frozen_now(tmp_path: Path, goes_on_with:
     assert len(net.trained) == BATCHES
 
 
-def test_row_10_theirs_breaks_the_learning_rate_scheduler() -> None:
+def test_theirs_breaks_the_learning_rate_scheduler() -> None:
     with pytest.raises(KeyError, match=r"max_lr|initial_lr"):
         fit(Net("stock", rates=True), Unfreezing(), 3)
 
 
-def test_row_10_ours_leaves_the_learning_rate_scheduler_alone() -> None:
+def test_ours_leaves_the_learning_rate_scheduler_alone() -> None:
     net, untouched = Net(rates=True), Net(rates=True)
     freezing = fit(net, FreezeCallback(schedule={0: ["backbone"], 1: []}), 3)
     plain = fit(untouched, [], 3)
@@ -506,21 +505,21 @@ def shifted_norm() -> Net:
     return net
 
 
-def test_row_15_theirs_trains_on_other_values_than_it_is_evaluated_on() -> None:
+def test_theirs_trains_on_other_values_than_it_is_evaluated_on() -> None:
     net = shifted_norm()
     BaseFinetuning.freeze(net.backbone, train_bn=False)
     assert net.train().backbone[1](torch.zeros(4, 8)).mean().abs() < 1e-3  # of the batch
     assert (net.eval().backbone[1](torch.zeros(4, 8)).mean() + 5).abs() < 1e-3
 
 
-def test_row_15_ours_uses_the_running_statistics_in_both() -> None:
+def test_ours_uses_the_running_statistics_in_both() -> None:
     net = shifted_norm()
     torch_freeze.freeze(net, "backbone")
     for mode in (True, False):
         assert (net.train(mode).backbone[1](torch.zeros(4, 8)).mean() + 5).abs() < 1e-3
 
 
-def test_row_15_ours_holds_the_statistics_through_a_fit() -> None:
+def test_ours_holds_the_statistics_through_a_fit() -> None:
     net = shifted_norm()
     fit(net, FreezeCallback("backbone"), 2)
     assert torch.equal(net.backbone[1].running_mean, torch.full((8,), 5.0))
@@ -530,13 +529,13 @@ def zeros() -> tuple[nn.Parameter, nn.Parameter]:
     return nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
 
 
-def test_row_26_theirs_drops_parameters_of_equal_value() -> None:
+def test_theirs_drops_parameters_of_equal_value() -> None:
     a, b = zeros()
     left = BaseFinetuning.filter_on_optimizer(torch.optim.SGD([a], lr=0.1), [b])
     assert left == []  # b is not in the optimizer, and will not be
 
 
-def test_row_26_ours_goes_by_identity() -> None:
+def test_ours_goes_by_identity() -> None:
     class Twins(Net):
         def __init__(self) -> None:
             super().__init__()

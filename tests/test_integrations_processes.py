@@ -322,7 +322,7 @@ class TestTransformers:
 def on_accelerate(
     device: str, folder: Path, *, find_unused: bool = True, stop: int = 0, accumulate: int = 1
 ) -> Any:
-    """A loop as the documentation has it; with `stop`, saved there and resumed anew."""
+    """A loop as the documentation has it; with `stop`, saved there and resumed."""
     import accelerate
 
     ddp = accelerate.DistributedDataParallelKwargs(find_unused_parameters=find_unused)

@@ -327,7 +327,7 @@ def test_the_report_is_logged_when_what_is_frozen_changes(
 
 
 @pytest.mark.parametrize("how", ["its own optimizer", "optimizer_cls_and_kwargs"])
-def test_row_5_theirs_leaves_out_what_is_frozen_when_it_makes_the_optimizer(
+def test_theirs_leaves_out_what_is_frozen_when_it_makes_the_optimizer(
     tmp_path: Path, how: str
 ) -> None:
     model = make_model()
@@ -356,7 +356,7 @@ def test_row_5_theirs_leaves_out_what_is_frozen_when_it_makes_the_optimizer(
     assert torch.equal(model.get_parameter(name), before[name])
 
 
-def test_row_5_ours_trains_what_was_frozen_at_the_start(tmp_path: Path) -> None:
+def test_ours_trains_what_was_frozen_at_the_start(tmp_path: Path) -> None:
     model = make_model()
     before = weights(model)
     callback = FreezeTrainerCallback(schedule={0: ["bert.encoder"], 1: []})
@@ -365,7 +365,7 @@ def test_row_5_ours_trains_what_was_frozen_at_the_start(tmp_path: Path) -> None:
     assert not torch.equal(model.get_parameter(name), before[name])
 
 
-def test_row_5_ours_refuses_an_optimizer_that_leaves_parameters_out(tmp_path: Path) -> None:
+def test_ours_refuses_an_optimizer_that_leaves_parameters_out(tmp_path: Path) -> None:
     model = make_model()
     optimizer = FrozenAwareSGD(model.classifier.parameters(), lr=0.1)
     callback = FreezeTrainerCallback(schedule={0: ["bert"], 1: []})
@@ -373,7 +373,7 @@ def test_row_5_ours_refuses_an_optimizer_that_leaves_parameters_out(tmp_path: Pa
         train(tmp_path, model, [callback], optimizer=optimizer)
 
 
-def test_row_8_theirs_does_not_resume_after_the_frozen_set_changed(tmp_path: Path) -> None:
+def test_theirs_does_not_resume_after_the_frozen_set_changed(tmp_path: Path) -> None:
     def frozen_filter(frozen: bool) -> tuple[Any, Any]:
         model = make_model()
         model.bert.encoder.requires_grad_(not frozen)
@@ -388,7 +388,7 @@ def test_row_8_theirs_does_not_resume_after_the_frozen_set_changed(tmp_path: Pat
         train(tmp_path, model, [], str(tmp_path / f"checkpoint-{BATCHES}"), optimizer=optimizer)
 
 
-def test_row_8_ours_resumes_under_another_frozen_set(tmp_path: Path) -> None:
+def test_ours_resumes_under_another_frozen_set(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": BATCHES}
     frozen = FreezeTrainerCallback("bert.encoder")
     train(tmp_path, make_model(), [frozen], num_train_epochs=1, **saving)
@@ -409,7 +409,7 @@ def rates_of(folder: Path, callback: Any, optimizer: Any, model: Any) -> list[li
     return seen
 
 
-def test_row_10_theirs_breaks_the_learning_rate_when_a_group_is_added(tmp_path: Path) -> None:
+def test_theirs_breaks_the_learning_rate_when_a_group_is_added(tmp_path: Path) -> None:
     model = make_model()
     model.bert.encoder.requires_grad_(False)
 
@@ -425,7 +425,7 @@ def test_row_10_theirs_breaks_the_learning_rate_when_a_group_is_added(tmp_path: 
         rates_of(tmp_path, Unfreeze(), optimizer, model)
 
 
-def test_row_10_ours_leaves_the_learning_rate_to_the_trainer(tmp_path: Path) -> None:
+def test_ours_leaves_the_learning_rate_to_the_trainer(tmp_path: Path) -> None:
     model = make_model()
     optimizer = FrozenAwareSGD(model.parameters(), lr=0.1)
     callback = FreezeTrainerCallback(schedule={0: ["bert.encoder"], 1: []})

@@ -1,4 +1,4 @@
-"""Bad input: a clear error that names the place and the mend, and nothing whatsoever written."""
+"""Bad input: a clear error that names the place and the fix, and nothing whatsoever written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report and FreezeReport; row_N in a name is a row of the complaint table."""
+"""report and FreezeReport."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def deep(width: int = 4, layers: int = 12) -> nn.ModuleDict:
 # --- counts and sizes --------------------------------------------------------------------------
 
 
-def test_row_25_the_report_counts_what_is_frozen() -> None:
+def test_the_report_counts_what_is_frozen() -> None:
     model = three()
     freeze(model, "1")
     result = report(model)
@@ -100,7 +100,7 @@ def test_gradient_and_momentum_bytes_are_those_held_now() -> None:
 
 
 @pytest.mark.parametrize("kind", ["SGD without momentum", "Adam", "SGD with momentum"])
-def test_row_6_and_7_the_momentum_of_any_optimizer_is_shown(kind: str) -> None:
+def test_the_momentum_of_any_optimizer_is_shown(kind: str) -> None:
     model = three()
     makers: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], int]] = {
         "SGD without momentum": (lambda p: torch.optim.SGD(p, lr=0.1), 0),
@@ -119,7 +119,7 @@ def test_row_6_and_7_the_momentum_of_any_optimizer_is_shown(kind: str) -> None:
     assert len(optimizer.state) == (0 if kind == "SGD without momentum" else 6)
 
 
-def test_row_19_a_tied_parameter_counts_once_and_shows_all_names() -> None:
+def test_a_tied_parameter_counts_once_and_shows_all_names() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
     model["head"].weight = model["embed"].weight
     result = report(model)
@@ -227,7 +227,7 @@ def test_wrong_arguments_raise(case: str) -> None:
         call(report)
 
 
-# --- row 24: where the freeze sits ---------------------------------------------------------------
+# --- where the freeze sits -----------------------------------------------------------------------
 
 # name: (model, what is frozen, example, kind, skipped, crossed, kind when estimated)
 FLOWS: dict[str, tuple[Callable[[], nn.Module], list[str], Any, str, int, int, str]] = {
@@ -307,7 +307,7 @@ def _skipped_and_crossed(result: FreezeReport) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("case", FLOWS)
-def test_row_24_measured_flow_of(case: str) -> None:
+def test_measured_flow_of(case: str) -> None:
     make, what, example, kind, skipped, crossed, _ = FLOWS[case]
     model = make()
     for name in what:
@@ -339,7 +339,7 @@ def test_row_24_measured_flow_of(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", FLOWS)
-def test_row_24_estimated_flow_of(case: str) -> None:
+def test_estimated_flow_of(case: str) -> None:
     make, what, _, _, _, _, kind = FLOWS[case]
     model = make()
     for name in what:
@@ -375,7 +375,7 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], list[str], Any, str]] = {
 
 
 @pytest.mark.parametrize("case", REASONS)
-def test_row_24_the_report_says_what_keeps_backward_running(case: str) -> None:
+def test_the_report_says_what_keeps_backward_running(case: str) -> None:
     make, what, example, said = REASONS[case]
     model = make()
     freeze(model, *what)
@@ -432,7 +432,7 @@ def test_a_parameter_used_inside_an_autograd_function_is_seen() -> None:
     assert flow.backward_saved == pytest.approx(8 / (8 + 8 + 12))
 
 
-def test_row_24_the_report_says_why_a_frozen_tail_saves_little() -> None:
+def test_the_report_says_why_a_frozen_tail_saves_little() -> None:
     model = three()
     freeze(model, "1", "2")
     said = " ".join(str(report(model, example=torch.ones(2, 3))).split())
@@ -598,7 +598,7 @@ def test_flags_are_restored_when_the_pass_that_saves_are_counted_against_fails()
     assert not any(p.requires_grad for p in model[0].parameters())
 
 
-def test_row_21_trainable_parameters_the_example_never_uses_are_named() -> None:
+def test_trainable_parameters_the_example_never_uses_are_named() -> None:
     model = three()
     model.register_parameter("spare", nn.Parameter(torch.zeros(2)))
     assert "1 trainable parameter nowhere, such as spare" in " ".join(

@@ -1,4 +1,4 @@
-"""Freeze schedules, and resuming in the middle of one; row_N is a row of the complaint table."""
+"""Freeze schedules, and resuming in the middle of one."""
 
 from __future__ import annotations
 
@@ -456,7 +456,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_row_18_construction_refuses(case: str) -> None:
+def test_construction_refuses(case: str) -> None:
     call, error, said = WRONG[case]
     model = make()
     with pytest.raises(error, match=said):
@@ -509,7 +509,7 @@ SCHEDULES: dict[str, Callable[[Any], FreezeSchedule]] = {
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("at", range(0, 8, 3))
-def test_row_8_a_resumed_schedule_goes_on_as_the_uninterrupted_one(kind: str, at: int) -> None:
+def test_a_resumed_schedule_goes_on_as_the_uninterrupted_one(kind: str, at: int) -> None:
     model = make(norm=True)
     schedule = SCHEDULES[kind](model)
     run(schedule, model, at)
@@ -606,7 +606,7 @@ OTHERS: dict[str, tuple[Maker, Maker, str]] = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_row_9_the_state_of_another_schedule_is_refused_and_the_difference_named(case: str) -> None:
+def test_the_state_of_another_schedule_is_refused_and_the_difference_named(case: str) -> None:
     saves, loads, said = OTHERS[case]
     saved = saves(make())
     saved.step()
@@ -617,7 +617,7 @@ def test_row_9_the_state_of_another_schedule_is_refused_and_the_difference_named
     assert trains(fresh) == [T, T, T, T] and resumed.last == -1
 
 
-def test_row_9_a_schedule_written_otherwise_that_freezes_the_same_resumes() -> None:
+def test_a_schedule_written_otherwise_that_freezes_the_same_resumes() -> None:
     model = make()
     schedule = FreezeSchedule(model, {0: ["0", model[1]], 2: ["*.weight"]})
     schedule.step()
@@ -687,7 +687,7 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], st
 
 
 @pytest.mark.parametrize("case", BAD_STATES)
-def test_row_9_a_state_that_does_not_fit_is_refused_and_changes_nothing(case: str) -> None:
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(case: str) -> None:
     spoil, error, said = BAD_STATES[case]
     model = make()
     schedule = FreezeSchedule(model, {0: ["0"]})
@@ -855,7 +855,7 @@ def test_what_is_no_schedule_or_no_json_is_not_exported(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# --- rows 8, 9 and 10: schedules, learning rates and checkpoints together ------------------------
+# --- schedules, learning rates and checkpoints together ------------------------------------------
 
 RATES: dict[str, Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]] = {
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.2, total_steps=24),
@@ -912,9 +912,7 @@ class Run:
 
 @pytest.mark.parametrize("rates", RATES)
 @pytest.mark.parametrize("at", [3, 4, 6, 8, 10])
-def test_row_8_and_10_unfreeze_checkpoint_resume_unfreeze_is_bit_for_bit_the_same(
-    rates: str, at: int
-) -> None:
+def test_unfreeze_checkpoint_resume_unfreeze_is_bit_for_bit_the_same(rates: str, at: int) -> None:
     whole = Run(rates)
     whole.train(0, 12)
     first = Run(rates)
@@ -930,7 +928,7 @@ def test_row_8_and_10_unfreeze_checkpoint_resume_unfreeze_is_bit_for_bit_the_sam
 
 
 @pytest.mark.parametrize("rates", RATES)
-def test_row_10_the_rate_follows_its_formula_through_every_unfreezing(rates: str) -> None:
+def test_the_rate_follows_its_formula_through_every_unfreezing(rates: str) -> None:
     run_through = Run(rates)
     run_through.train(0, 12)
     plain = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
@@ -971,7 +969,7 @@ class FilterRun(Run):
         return {part: getattr(self, part).state_dict() for part in ("model", "optimizer", "rates")}
 
 
-def test_row_8_the_usual_recipe_cannot_load_its_own_checkpoint() -> None:
+def test_the_usual_recipe_cannot_load_its_own_checkpoint() -> None:
     first = FilterRun("LinearLR")
     first.train(0, 6)
     resumed = FilterRun("LinearLR")
@@ -979,7 +977,7 @@ def test_row_8_the_usual_recipe_cannot_load_its_own_checkpoint() -> None:
         resumed.load(first.save())
 
 
-def test_row_9_the_usual_recipe_loads_another_layers_momentum() -> None:
+def test_the_usual_recipe_loads_another_layers_momentum() -> None:
     model = make(2)
     optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1, momentum=0.9)
     model(torch.ones(1, 4)).sum().backward()
@@ -1025,5 +1023,5 @@ BREAKS: dict[str, Callable[[], None]] = {
 
 
 @pytest.mark.parametrize("how", BREAKS)
-def test_row_10_under_the_usual_recipe(how: str) -> None:
+def test_under_the_usual_recipe(how: str) -> None:
     BREAKS[how]()

@@ -137,7 +137,7 @@ def groups(model: nn.Sequential) -> list[dict[str, Any]]:
 
 def run(loop: Loop, plan: dict[int, list[str]], kind: type[torch.optim.SGD]) -> dict[str, Any]:
     model = make_model()
-    # Stock is told what is frozen by the gradients alone; foreach=False is its reference form.
+    # Stock knows what is frozen by the gradients alone; foreach=False is its reference form.
     own = {} if kind is FrozenAwareSGD else {"foreach": False}
     optimizer = kind(groups(model), **{**BASE, **loop.hyper, **own})
     scheduler = loop.scheduler(optimizer) if loop.scheduler else None

@@ -5,7 +5,7 @@ is the whole of `optimizer.step()` on one-element tensors, and the figure is the
 counts of them, so that what a step costs once cancels. Compilers, torches and Pythons differ: where
 walk_cost.json has no figures for them, the margin is wider.
 
-A change that makes steps cheaper, or dearer for a reason, records anew and says why:
+A change that makes steps cheaper, or more expensive for a reason, records new figures and says why:
 
     python tests/test_walk_cost.py
 """
@@ -138,8 +138,8 @@ def test_instructions_per_parameter_are_as_recorded(kind: str, measured: Measure
     # Far fewer is good news, and a record that would let half of it be lost again.
     if here:
         assert figure >= wanted * (1 - margin), (
-            f"{kind}: {figure} instructions each, fewer than the {wanted} recorded; record anew "
-            "with `python tests/test_walk_cost.py`"
+            f"{kind}: {figure} instructions each, fewer than the {wanted} recorded; record them "
+            "again with `python tests/test_walk_cost.py`"
         )
 
 

@@ -135,7 +135,7 @@ def load_extension() -> ModuleType:
             f"torch_freeze was built for this torch {torch.__version__}, yet its module does not "
             f"load ({error}). {_command()}"
         ) from error
-    # A free-threaded Python takes its lock back when it loads the module, unless it is told not to.
+    # A free-threaded Python takes its lock back when it loads a module that does not opt out.
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         raise ImportError(
             "torch_freeze walks Python's lists and dicts under the global interpreter lock, and "

@@ -21,7 +21,7 @@ Rejected: momentum 0 and track_running_stats False (both normalise by the batch)
 (a cost per call, and bypassed by code that reads `training`), a class made per instance (breaks
 `type(m) is nn.BatchNorm2d` and pickle), patching `Module.train` (global; lost where torch_freeze is
 not imported). The limits: `layer.training = True` written directly is not caught here (audit names
-it, a second freeze mends it), and a conversion that builds new layers, such as
+it, a second freeze repairs it), and a conversion that builds new layers, such as
 SyncBatchNorm.convert_sync_batchnorm, builds them without the hold: convert first, then freeze.
 """
 
@@ -127,7 +127,7 @@ def held_by(module: nn.Module) -> HeldTrain | None:
 
 
 def hold(module: nn.Module) -> bool:
-    """Hold `module`; True if it was not held before. Holding again mends a direct write."""
+    """Hold `module`; True if it was not held before. Holding again repairs a direct write."""
     fresh = held_by(module) is None
     if fresh:
         shadowed = module.__dict__.get("train")

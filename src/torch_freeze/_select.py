@@ -125,7 +125,7 @@ class Tree:
     """A model's modules and parameters by identity, with all their names, from a single walk.
 
     Names leave out the wrappers' segments ("module.", "_orig_mod."); `raw_names` keep them.
-    Parameters are told apart by identity, never by value: two equal layers are two layers.
+    Parameters are distinguished by identity, never by value: two equal layers are two layers.
 
     Attributes:
         params: by `id` of the parameter, in registration order.

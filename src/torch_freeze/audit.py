@@ -804,7 +804,7 @@ def _still(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Find
     """Groups kept still by lr 0, and what that costs, while others train."""
     groups = [group for o in optimizers for group in o.param_groups if "lr" in group]
     if all(_is_zero(group["lr"]) for group in groups):
-        # All of them: a warm-up from 0, where nothing is told from freezing yet.
+        # All of them: a warm-up from 0, where nothing can be distinguished from freezing yet.
         return
     entries = {id(entry.parameter): entry for entry in tree.params.values()}
     costs: dict[str, int] = {}

@@ -546,9 +546,9 @@ def _warn_ddp(
     if not tree.ddp:
         return
     wrap_anew = (
-        "drop this wrapper and wrap its module anew, model = DistributedDataParallel(model.module)"
+        "drop this wrapper and wrap its module again, model = DistributedDataParallel(model.module)"
     )
-    for entries, does, mend in (
+    for entries, does, fix in (
         (
             _ddp.not_reduced(tree, thawed),
             "frozen when DistributedDataParallel wrapped the model: no gradient of it is ever "
@@ -568,7 +568,7 @@ def _warn_ddp(
         if entries:
             more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
             warnings.warn(
-                f"{caller}: {entries[0].name}{more} was {does} {mend}",
+                f"{caller}: {entries[0].name}{more} was {does} {fix}",
                 UserWarning,
                 stacklevel=stacklevel,
             )

@@ -340,7 +340,7 @@ def as_metric(metric: object, caller: str) -> float:
 
 
 def check_same_metric(
-    value: float, caller: str, group: dist.ProcessGroup | None = None, mend: str = ""
+    value: float, caller: str, group: dist.ProcessGroup | None = None, fix: str = ""
 ) -> None:
     """Raise, on all processes of a group, where they have different values."""
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -351,7 +351,7 @@ def check_same_metric(
         raise RuntimeError(
             f"{caller}: the metric of rank {differ[0]} is {values[differ[0]]}, that of rank 0 "
             f"{values[0]}, and the processes would train different models. "
-            f"{mend or 'Average it over the processes first, with torch.distributed.all_reduce.'}"
+            f"{fix or 'Average it over the processes first, with torch.distributed.all_reduce.'}"
         )
 
 

@@ -32,10 +32,10 @@ def make_schedule(plan: Plan, model: nn.Module, caller: str) -> FreezeSchedule:
     return schedule
 
 
-def check_monitor(schedule: FreezeSchedule, monitor: str | None, caller: str, mend: str) -> None:
+def check_monitor(schedule: FreezeSchedule, monitor: str | None, caller: str, fix: str) -> None:
     """Raise where a metric is to be watched and no name is given, or the other way round."""
     if isinstance(schedule, AdvanceOnPlateau) and monitor is None:
-        raise ValueError(f"{caller}: an AdvanceOnPlateau needs the name of a metric. {mend}")
+        raise ValueError(f"{caller}: an AdvanceOnPlateau needs the name of a metric. {fix}")
     if not isinstance(schedule, AdvanceOnPlateau) and monitor is not None:
         raise ValueError(
             f"{caller}: {monitor=} is given, but a {type(schedule).__name__} watches no metric; "
@@ -43,11 +43,11 @@ def check_monitor(schedule: FreezeSchedule, monitor: str | None, caller: str, me
         )
 
 
-def end_evaluation(schedule: AdvanceOnPlateau, metric: object, caller: str, mend: str) -> bool:
+def end_evaluation(schedule: AdvanceOnPlateau, metric: object, caller: str, fix: str) -> bool:
     """Step a schedule with a metric that must be the same on all processes."""
     value = as_metric(metric, caller)
     if _several_processes():
-        check_same_metric(value, caller, mend=mend)
+        check_same_metric(value, caller, fix=fix)
     return schedule.step(value)
 
 
@@ -60,7 +60,7 @@ def catch_up(schedule: FreezeSchedule, unit: int) -> bool:
 
 
 def check_owned(
-    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], caller: str, mend: str
+    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], caller: str, fix: str
 ) -> None:
     """Raise where a parameter is in no optimizer, since a schedule may free it later."""
     owned = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
@@ -68,8 +68,7 @@ def check_owned(
     if left_out:
         is_or_are = "is" if len(left_out) == 1 else "are"
         raise ValueError(
-            f"{caller}: {_first(left_out)} {is_or_are} in no optimizer and could never train. "
-            f"{mend}"
+            f"{caller}: {_first(left_out)} {is_or_are} in no optimizer and could never train. {fix}"
         )
 
 

@@ -210,9 +210,9 @@ class FreezeTrainerCallback(TrainerCallback):
             self._metrics.update(metrics)
             return
         self._evaluated = True
-        mend = f"All must evaluate {self._monitor!r} on the same data."
+        fix = f"All must evaluate {self._monitor!r} on the same data."
         metric = metrics[self._monitor]
-        if end_evaluation(self.schedule, metric, "FreezeTrainerCallback", mend):
+        if end_evaluation(self.schedule, metric, "FreezeTrainerCallback", fix):
             self._tell(kwargs["model"], kwargs["optimizer"])
         if self.schedule.finished:
             control.should_training_stop = True
@@ -241,8 +241,8 @@ class FreezeTrainerCallback(TrainerCallback):
         monitor = self._given_monitor
         if monitor is None and isinstance(schedule, AdvanceOnPlateau):
             monitor = args.metric_for_best_model
-        mend = 'Give monitor="eval_loss", or set metric_for_best_model in the TrainingArguments.'
-        check_monitor(schedule, monitor, "FreezeTrainerCallback", mend)
+        fix = 'Give monitor="eval_loss", or set metric_for_best_model in the TrainingArguments.'
+        check_monitor(schedule, monitor, "FreezeTrainerCallback", fix)
         # As the Trainer completes metric_for_best_model.
         monitor = monitor or ""
         self._monitor = monitor if monitor.startswith("eval_") else f"eval_{monitor}"
