@@ -40,7 +40,7 @@ from torch_freeze import (
     unfreeze,
 )
 from torch_freeze._hold import HeldTrain, held_by
-from torch_freeze._select import Tree
+from torch_freeze._tree import Tree
 from torch_freeze.integrations._common import check_ddp
 
 

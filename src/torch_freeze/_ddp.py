@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ._build import load_extension
-from ._select import ParamEntry, Tree
+from ._tree import ParamEntry, Tree
 
 _C = load_extension()
 

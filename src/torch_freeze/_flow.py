@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from ._select import ParamEntry, Tree, is_lazy, unwrap
+from ._tree import ParamEntry, Tree, is_lazy, unwrap
 
 Kind = Literal["nothing frozen", "everything frozen", "stops early", "runs through", "mixed"]
 

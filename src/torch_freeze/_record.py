@@ -18,7 +18,7 @@ from collections.abc import Mapping, Set
 
 from torch import nn
 
-from ._select import Tree
+from ._tree import Tree
 
 KEY = "_torch_freeze"
 

@@ -14,12 +14,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.weight_norm import WeightNorm
 
+from . import _format
 from ._ddp import not_reduced
 from ._hold import held_by, is_norm, is_spectral_norm
-from ._select import ModuleEntry, ParamEntry, Tree, check_model, is_lazy
 from ._thawed import just_thawed
+from ._tree import ModuleEntry, ParamEntry, Tree, check_model, is_lazy
 from .optim import FrozenAwareSGD
-from .report import _size, as_optimizers, state_bytes, tensor_bytes
+from .report import as_optimizers, state_bytes, tensor_bytes
 
 Level = Literal["error", "warning", "info"]
 _ORDER: dict[str, int] = {"error": 0, "warning": 1, "info": 2}
@@ -387,7 +388,7 @@ def _stale(
         for group in _grouped((e.name for e in entries), (e.name for e in tree.params.values())):
             held = set(group.names)
             grads = [e.parameter.grad for e in entries if e.name in held]
-            size = _size(sum(tensor_bytes(grad) for grad in grads if grad is not None))
+            size = _format.size(sum(tensor_bytes(grad) for grad in grads if grad is not None))
             several = len(group.names) > 1
             yield Finding(
                 level,
@@ -817,7 +818,7 @@ def _still(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Find
                 state = sum(state_bytes(optimizer, p) for optimizer in optimizers)
                 costs[entries[id(p)].name] = tensor_bytes(p) + state
     for group_of in _grouped(costs, (entry.name for entry in entries.values())):
-        size = _size(sum(costs[name] for name in group_of.names))
+        size = _format.size(sum(costs[name] for name in group_of.names))
         several = len(group_of.names) > 1
         yield Finding(
             "warning",
@@ -868,8 +869,8 @@ def _momentum(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[F
         yield Finding(
             "info",
             "",
-            f"The optimizer keeps {_size(size)} of momentum ({size} bytes) for {len(kept)} frozen "
-            f"parameter{'s' * (len(kept) > 1)}.",
+            f"The optimizer keeps {_format.size(size)} of momentum ({size} bytes) for "
+            f"{_format.counted(len(kept), 'frozen parameter')}.",
             _BECOMES[policy],
             "momentum of frozen",
             tuple(name for name, _ in kept),

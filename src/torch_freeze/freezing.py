@@ -10,17 +10,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from . import _ddp, _hold, _record, _thawed
-from ._select import (
-    ModuleEntry,
-    ParamEntry,
-    Selection,
-    Selector,
-    Tree,
-    as_selectors,
-    check_model,
-    flatten,
-    select,
-)
+from ._select import Selection, Selector, as_selectors, everything, flatten, select
+from ._tree import ModuleEntry, ParamEntry, Tree, check_model
 from .report import FreezeReport, build_report
 
 
@@ -319,7 +310,7 @@ def _resolve(
     if given and not any(wanted):
         raise ValueError(f"{caller}: an empty list names nothing; leave it out to mean everything.")
     excluded = select(tree, as_selectors(exclude), caller)
-    selection = select(tree, wanted, caller) if wanted else tree.everything()
+    selection = select(tree, wanted, caller) if wanted else everything(tree)
     subtract(selection, excluded)
     norms = any(_hold.is_norm(entry.module) for entry in selection.modules.values())
     if not selection.params and not norms:

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from . import _hold, _record
-from ._select import ParamEntry, Tree, check_model, nearest
+from ._select import nearest
+from ._tree import ParamEntry, Tree, check_model
 from .freezing import Change, _check_trainable, _warn_ddp
 from .report import FreezeReport, build_report
 

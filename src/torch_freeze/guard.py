@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._hold import held_by, is_norm
-from ._select import ModuleEntry, Tree, check_model, is_lazy
+from ._tree import ModuleEntry, Tree, check_model, is_lazy
 
 # Tensors of up to so many bytes are compared in full; of larger ones so many sums are.
 _SMALL = 4096

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ._select import ParamEntry, Selection, Tree
+from ._select import Selection
+from ._tree import ParamEntry, Tree
 from .freezing import set_frozen
 from .schedule import FreezeOutSchedule, FreezeSchedule, RotationSchedule, _check_int
 

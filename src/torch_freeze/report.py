@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from . import _format
 from ._flow import Flow, estimate_flow, measure_flow
 from ._hold import held_by, is_norm
-from ._select import ModuleEntry, ParamEntry, Tree, check_model, counted, is_lazy
+from ._tree import ModuleEntry, ParamEntry, Tree, check_model, is_lazy
 
 _WIDTH = 120
 _TEXT_WIDTH = 90
@@ -99,10 +100,10 @@ class FreezeReport:
         return {key: _plain(value) for key, value in asdict(self).items()}
 
     def __repr__(self) -> str:
-        share = _percent(self.total.frozen, self.total.parameters)
+        share = _format.percent(self.total.frozen, self.total.parameters)
         return (
-            f"<FreezeReport of {self.model}: {_parameters(self.total.parameters)}, "
-            f"{_count(self.total.frozen)} frozen ({share})>"
+            f"<FreezeReport of {self.model}: {_format.parameters(self.total.parameters)}, "
+            f"{_format.count(self.total.frozen)} frozen ({share})>"
         )
 
     def __str__(self) -> str:
@@ -121,17 +122,18 @@ class FreezeReport:
     def _headline(self) -> str:
         total = self.total
         state = (
-            f"{self.model}: {_parameters(total.parameters)}, {_count(total.trainable)} "
-            f"trainable, {_count(total.frozen)} frozen "
-            f"({_percent(total.frozen, total.parameters)})"
+            f"{self.model}: {_format.parameters(total.parameters)}, "
+            f"{_format.count(total.trainable)} trainable, {_format.count(total.frozen)} frozen "
+            f"({_format.percent(total.frozen, total.parameters)})"
         )
         if self.action == "report":
-            return _fit(state, _WIDTH)
-        did = f"{self.action}: {_parameters(len(self.matched))} named, {len(self.changed)} changed"
+            return _format.fit(state, _WIDTH)
+        did = f"{self.action}: {_format.parameters(len(self.matched))} named, "
+        did += f"{len(self.changed)} changed"
         for norms, what in ((self.held, "held"), (self.released, "released")):
             if norms:
-                did += f", {counted(len(norms), 'norm')} {what}"
-        return f"{did}\n{_fit(state, _WIDTH)}"
+                did += f", {_format.counted(len(norms), 'norm')} {what}"
+        return f"{did}\n{_format.fit(state, _WIDTH)}"
 
     def _cells(self) -> tuple[list[str], list[list[str]], str]:
         with_momentum = self.total.momentum_bytes is not None
@@ -141,10 +143,14 @@ class FreezeReport:
         lines = []
         for row in (*self.rows, self.total):
             label = "  " * row.depth + row.name.rsplit(".", 1)[-1] if row.depth >= 0 else "total"
-            line = [label, _state(row), _count(row.parameters), _count(row.trainable)]
-            line += [_count(row.frozen), _size(row.bytes), _size(row.gradient_bytes)]
+            line = [label, _state(row), _format.count(row.parameters), _format.count(row.trainable)]
+            line += [
+                _format.count(row.frozen),
+                _format.size(row.bytes),
+                _format.size(row.gradient_bytes),
+            ]
             if row.momentum_bytes is not None:
-                line.append(_size(row.momentum_bytes))
+                line.append(_format.size(row.momentum_bytes))
             lines.append([*line, row.norm])
         return header, lines, aligned
 
@@ -161,7 +167,7 @@ class FreezeReport:
             if number in (1, len(body)):
                 yield rule
             cells = (
-                f"{_fit(text, width):{side}{width}}"
+                f"{_format.fit(text, width):{side}{width}}"
                 for text, width, side in zip(line, widths, aligned, strict=True)
             )
             yield "  ".join(cells).rstrip()
@@ -171,11 +177,11 @@ class FreezeReport:
         said += [f"tied: {' = '.join(names)} is one tensor" for names in self.tied[:8]]
         if more := len(self.tied[8:]):
             said.append(
-                f"tied: {counted(more, 'more tensor')} {'have' if more > 1 else 'has'} "
+                f"tied: {_format.counted(more, 'more tensor')} {'have' if more > 1 else 'has'} "
                 "several names"
             )
         said += [f"note: {note}" for note in self.notes]
-        return [part for line in said for part in _wrap(line)]
+        return [part for line in said for part in _format.wrap(line, _TEXT_WIDTH, _WIDTH)]
 
 
 def report(
@@ -430,49 +436,6 @@ def _state(row: Row) -> Literal["frozen", "trainable", "mixed", "-"]:
     if not row.trainable:
         return "frozen"
     return "mixed" if row.frozen else "trainable"
-
-
-def _count(number: int) -> str:
-    for unit, scale in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= 10 * scale or (scale > 10**3 and number >= scale):
-            return f"{number / scale:.1f} {unit}"
-    return str(number)
-
-
-def _parameters(number: int) -> str:
-    return counted(number, "parameter", _count(number))
-
-
-def _size(number: int) -> str:
-    if number == 0:
-        return "-"
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if number >= scale:
-            return f"{number / scale:.1f} {unit}"
-    return f"{number} B"
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "0 %"
-
-
-def _fit(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def _wrap(text: str) -> list[str]:
-    """Lines of at most the table's width; words longer than that (names) are cut."""
-    lines: list[str] = []
-    line = ""
-    for word in text.split(" "):
-        room = _WIDTH - 2
-        word = _fit(word, room)
-        if line and len(line) + 1 + len(word) > _TEXT_WIDTH:
-            lines.append(line)
-            line = "  " + word
-        else:
-            line = f"{line} {word}" if line else word
-    return [*lines, line]
 
 
 def _html_row(tag: str, cells: list[str], aligned: str) -> str:

@@ -13,20 +13,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
+from . import _format
 from ._flow import numel_of
-from ._select import (
-    ModuleEntry,
-    ParamEntry,
-    Selection,
-    Selector,
-    Tree,
-    as_selectors,
-    check_model,
-    select,
-)
+from ._select import Selection, Selector, as_selectors, everything, select
+from ._tree import ModuleEntry, ParamEntry, Tree, check_model
 from .freezing import set_frozen, subtract
 from .frozen_state import apply_frozen_state, frozen_state
-from .report import _count, _fit
 
 Unit: TypeAlias = Literal["epoch", "step"]
 _WIDTH = 120
@@ -145,11 +137,11 @@ class FreezeSchedule:
     def __str__(self) -> str:
         tree = Tree(self.model)
         managed = self._managed(tree)
-        everything = _elements(tree.everything())
+        total = _elements(everything(tree))
         covered = _elements(managed)
         head = f"{type(self).__name__}, {self._where()}: "
-        head += f"manages {_count(covered)} of {_count(everything)} "
-        head += "parameters; the others stay as they are" if covered < everything else "parameters"
+        head += f"manages {_format.count(covered)} of {_format.count(total)} "
+        head += "parameters; the others stay as they are" if covered < total else "parameters"
         counted, number_now = self._counted()
         lines = [head, f"  {counted:>6}   {'frozen':>9}  {'trainable':>9}  what is frozen"]
         numbers = list(self._timeline())
@@ -159,9 +151,9 @@ class FreezeSchedule:
         if first:
             lines.append(f"         ... {first} earlier")
         for i, frozen in enumerate(self._counts_at(tree, numbers[first:end]), first):
-            line = f"{'>' if i == now else ' '} {numbers[i]:>6}-  {_count(frozen):>9}  "
-            line += f"{_count(covered - frozen):>9}  {self._describe(tree, numbers[i])}"
-            lines.append(_fit(line, _WIDTH))
+            line = f"{'>' if i == now else ' '} {numbers[i]:>6}-  {_format.count(frozen):>9}  "
+            line += f"{_format.count(covered - frozen):>9}  {self._describe(tree, numbers[i])}"
+            lines.append(_format.fit(line, _WIDTH))
         if end < len(numbers):
             lines.append(f"         ... {len(numbers) - end} later")
         return "\n".join(lines)
@@ -704,13 +696,13 @@ class RotationSchedule(FreezeSchedule):
     def _split(self, tree: Tree, number: int) -> tuple[Selection, Selection]:
         units = self._units(tree)
         training = select(tree, self._always, "rotate")
-        managed = tree.everything()
+        managed = everything(tree)
         managed.units += [[entry] for entry in units]
         managed.units += [list(unit) for unit in training.units]
         seen: set[int] = set()
         for entry in self._drawn(units, number):
             training.add_module(entry, seen)
-        frozen = tree.everything()
+        frozen = everything(tree)
         subtract(frozen, training)
         return frozen, managed
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from ._select import Selector, Tree, check_model, flatten, select
+from ._select import Selector, flatten, select
+from ._tree import Tree, check_model
 from .plateau import AdvanceOnPlateau
 from .schedule import FreezeSchedule, freeze_out, gradual_unfreeze, rotate
 

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from torch_freeze._select import Selector, Tree
+from torch_freeze._select import Selector
+from torch_freeze._tree import Tree
 from torch_freeze.freezing import never_thawed
 from torch_freeze.plateau import AdvanceOnPlateau, as_metric, check_same_metric
 from torch_freeze.schedule import FreezeSchedule

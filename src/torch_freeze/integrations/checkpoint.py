@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.storage import StorageReader
 
-from torch_freeze._select import Tree, check_model
+from torch_freeze._tree import Tree, check_model
 
 
 @contextmanager
