@@ -21,6 +21,7 @@ import pytest
 import setuptools
 import torch
 from cuda_on_cpu import build as simulation
+from cuda_on_cpu import mutants
 
 import torch_freeze
 
@@ -487,6 +488,11 @@ class TestSimulatedCuda:
         assert f"this is torch {version} with CUDA {cuda or 'none'} on {platform}" in said
         assert "`make gpu`" in said
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("fault", mutants.FAULTS, ids=lambda fault: fault.name)
+    def test_every_planted_fault_has_its_place_in_the_source(self, fault: mutants.Fault) -> None:
+        assert (ROOT / fault.file).read_text().count(fault.old) == 1
+        assert fault.old != fault.new
 
 
 def test_every_make_target_is_in_its_help() -> None:
