@@ -36,8 +36,9 @@ _CONTESTANTS = (
     Contestant("all", "fused"),
 )
 _FUSED = _CONTESTANTS[-1]
-_BURST, _BURST_NS = 5, 20e6
-"""Steps and time at most in a turn, after an untimed step: slow ones leave their time to others."""
+_BURST, _BURST_NS = 20, 20e6
+"""Steps and time at most in a turn, after an untimed step: slow ones leave their time to others.
+So many, because a step can learn from one before it that came late, as it would in training."""
 # It ends with its parent, even if that is killed.
 _WORKER = """
 import os, sys
