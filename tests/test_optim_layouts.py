@@ -475,6 +475,25 @@ def test_overlapping_parameters_keep_their_order_where_one_has_no_kernel(
         cases.assert_same_training(optimizer, reference, f"after step {step + 1}:")
 
 
+@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
+def test_strided_parameters_may_ask_for_fused(hyper: Hyper) -> None:
+    """Stock's fused form takes their memory to be contiguous; and overlapping ones keep order."""
+    flat = cases.randn(60, cases.generator(0))
+    gen = cases.generator(1)
+    ours, theirs = (
+        [torch.nn.Parameter(memory[::step]) for step in (2, 3)]
+        for memory in (flat.clone(), flat.clone())
+    )
+    optimizer = FrozenAwareSGD(ours, **hyper, fused=True)
+    reference = torch.optim.SGD(theirs, **hyper, foreach=False)
+    for step in range(4):
+        # The second has momentum when the first begins.
+        cases.set_grads(ours[step == 0 :], theirs[step == 0 :], gen)
+        optimizer.step()
+        reference.step()
+        assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True)), step
+
+
 def test_momentum_that_overlaps_keeps_its_order_where_one_has_no_kernel() -> None:
     gen = cases.generator(2)
     optimizer, reference = _in_both_forms(

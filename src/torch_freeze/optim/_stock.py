@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,12 +15,21 @@ from torch_freeze._build import build_info, without_extension
 BUILT = build_info()
 
 
-def multi_tensor(group: dict[str, Any], device: torch.device) -> tuple[bool | None, bool | None]:
-    """``foreach`` and ``fused`` of a group for stock's form, where a device has no kernels here."""
+def form(
+    group: dict[str, Any], params: list[Tensor], others: Iterable[Tensor | None]
+) -> tuple[bool | None, bool | None]:
+    """``foreach`` and ``fused`` for stock's functional form of some parameters of a group.
+
+    Not what the group has where a device has no kernels here, or where tensors are strided: stock's
+    fused form on the CPU takes their memory to be contiguous, and computes something else.
+    """
+    device = params[0].device
     foreach, fused = group["foreach"], group["fused"]
     kernels_wanted = bool(fused) or (foreach is None and fused is None)
     if kernels_wanted and not _has_kernels(device):
         foreach, fused = device.type == "cuda", False
+    if fused and not all(t.is_contiguous() for t in (*params, *others) if t is not None):
+        fused = False
     return foreach, fused
 
 

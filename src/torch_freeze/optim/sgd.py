@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal, get_args
 
 import torch
@@ -185,15 +186,15 @@ class FrozenAwareSGD(FrozenAware, torch.optim.SGD):
     def _step_stock(self, group: dict[str, Any], params: list[Tensor]) -> None:
         for part in self._parts(group, params):
             grads = [p.grad for p in part if p.grad is not None]
-            foreach, fused = _stock.multi_tensor(group, part[0].device)
+            has_momentum = group["momentum"] != 0
+            buffers = [_buffer(self.state[p]) for p in part] if has_momentum else []
+            foreach, fused = _stock.form(group, part, [*grads, *buffers])
             on_cpu = part[0].device.type == "cpu"
             multi_tensor = foreach or (foreach is None and fused is None and not on_cpu)
             plain = not group["weight_decay"] and not group["maximize"]
             if multi_tensor and group["nesterov"] and plain:
                 # Stock's multi-tensor form would add the momentum into .grad itself.
                 grads = [g.clone() for g in grads]
-            has_momentum = group["momentum"] != 0
-            buffers = [_buffer(self.state[p]) for p in part] if has_momentum else []
             sgd(
                 part,
                 grads,
@@ -213,15 +214,14 @@ class FrozenAwareSGD(FrozenAware, torch.optim.SGD):
                 self.state[p].pop("momentum_stale", None)
 
     def _parts(self, group: dict[str, Any], params: list[Tensor]) -> list[list[Tensor]]:
-        """Split what stock's fused form cannot take in one call.
+        """Split what stock's fused form cannot take in one call, in the order of the list.
 
         It holds "first step" to be true of all tensors or of none, and of one device at a time.
         """
         if not group["fused"] or group["momentum"] == 0:
             return [params]
-        fresh = [p for p in params if _buffer(self.state[p]) is None]
-        kept = [p for p in params if _buffer(self.state[p]) is not None]
-        return [part for part in (fresh, kept) if part]
+        runs = itertools.groupby(params, lambda p: _buffer(self.state[p]) is None)
+        return [list(run) for _, run in runs]
 
 
 def _buffer(state: dict[str, Any]) -> Tensor | None:
