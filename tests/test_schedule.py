@@ -408,6 +408,11 @@ any_out: Any = freeze_out
 any_rotate: Any = rotate
 
 WRONG: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    "groups in bytes": (
+        lambda m: gradual_unfreeze(m, b"01"),  # type: ignore[arg-type]
+        TypeError,
+        "groups must be a list of groups, got b'01'",
+    ),
     "an entry that matches nothing": (
         lambda m: any_schedule(m, {0: ["0"], 3: ["10"]}),
         ValueError,

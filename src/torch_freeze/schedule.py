@@ -744,7 +744,7 @@ class RotationSchedule(FreezeSchedule):
 
 def _groups(model: nn.Module, groups: Iterable[Selector], caller: str) -> list[list[Selector]]:
     check_model(model, caller)
-    if isinstance(groups, (str, nn.Module, re.Pattern)) or not isinstance(groups, Iterable):
+    if isinstance(groups, (str, bytes, nn.Module, re.Pattern)) or not isinstance(groups, Iterable):
         raise TypeError(f"{caller}: groups must be a list of groups, got {groups!r}.")
     listed = [as_selectors(group) for group in groups]
     if not listed:
