@@ -1,4 +1,4 @@
-// The elements of many tensors, shared between threads. Knows no optimizer.
+// One parallel region over the elements of many tensors. Knows no optimizer.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <ctime>
 
-#include "helper_threads.h"
 #include "tensor_update.h"
 
 namespace torch_freeze {
@@ -27,47 +26,42 @@ constexpr int64_t kMaxChunkNumel = 262144;
 // aligned tensors stay aligned.
 constexpr int64_t kSplitNumel = 64;
 
-// Which threads share the next step of some size: torch's, or our own helpers.
+// Whether several threads share the next step of some size.
 //
-// A parallel region of torch's threads ends when the last of them does, and on a busy machine that can be one
-// which the system has not run yet. Helpers are not waited for, but where torch's threads still spin, as they do
-// for a while after every operator, they are faster than helpers that these keep from running. So after a region
-// that took longer than its caller would have taken alone, helpers share the next steps: 32, then 16 times as many
-// if the next region is late again, and a quarter as many if it is not.
+// A parallel region ends when its last thread does, and on a busy machine that can be one which the system has not
+// run yet. After a region that took longer than its caller would have taken alone, the next steps are done alone: 32,
+// then 16 times as many if the next region is late again, and a quarter as many if it is not.
 //
-// Steps of several threads may use one history; what they then miss of each other costs a step or two in the
-// slower form.
+// Steps of several threads may use one history; what they then miss of each other costs a step or two in the slower
+// form.
 class SharingHistory {
  public:
-  bool prefers_helpers() {
-#if defined(__SANITIZE_THREAD__)
-    return true;  // ThreadSanitizer does not see how torch's threads wait for each other
-#endif
-    const uint32_t left = helped_left_.load(std::memory_order_relaxed);
+  bool share() {
+    const uint32_t left = alone_left_.load(std::memory_order_relaxed);
     if (left == 0) {
-      return false;
+      return true;
     }
-    helped_left_.store(left - 1, std::memory_order_relaxed);
-    return true;
+    alone_left_.store(left - 1, std::memory_order_relaxed);
+    return false;
   }
 
   void record(bool late) {
-    const uint32_t before = helped_.load(std::memory_order_relaxed);
+    const uint32_t before = alone_.load(std::memory_order_relaxed);
     const uint32_t next = late ? std::clamp(before * 16, kFewest, kMost) : before / 4;
-    helped_.store(next, std::memory_order_relaxed);
-    helped_left_.store(next, std::memory_order_relaxed);
+    alone_.store(next, std::memory_order_relaxed);
+    alone_left_.store(next, std::memory_order_relaxed);
   }
 
  private:
   static constexpr uint32_t kFewest = 32;
   static constexpr uint32_t kMost = 4096;
 
-  std::atomic<uint32_t> helped_left_{0};
-  std::atomic<uint32_t> helped_{0};
+  std::atomic<uint32_t> alone_left_{0};
+  std::atomic<uint32_t> alone_{0};
 };
 
-// Of the steps whose number of elements lies between the same powers of two: a delay that is long for a small step
-// is short for a large one.
+// Of the steps whose number of elements lies between the same powers of two: a delay that is long for a small step is
+// short for a large one.
 inline SharingHistory& sharing_history(int64_t numel) {
   static std::array<SharingHistory, 64> histories;
   return histories[static_cast<size_t>(std::ilogb(static_cast<double>(numel)))];
@@ -80,58 +74,41 @@ inline double thread_seconds() {
   return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
-// The elements of all tensors, in their order, cut into numbered chunks for `threads` threads.
-class ChunkSchedule {
- public:
-  ChunkSchedule(int64_t numel, int64_t threads) : numel_(numel), threads_(threads) {}
-
-  int64_t count() const {
-    int64_t count = 0;
-    for (int64_t begin = 0; begin < numel_; begin = end_from(begin)) {
-      ++count;
-    }
-    return count;
-  }
-  int64_t end_from(int64_t begin) const {
-    const int64_t chunk = std::clamp((numel_ - begin) / (2 * threads_), kMinChunkNumel, kMaxChunkNumel);
-    return std::min(begin + chunk, numel_);
-  }
-
- private:
-  int64_t numel_;
-  int64_t threads_;
-};
-
 // Calls `apply(update, begin, end)` so that every element of every update is in exactly one call, from several
-// threads at once where there is enough to do. Each thread gets an `apply` of its own from `make_apply()`, which
-// does not throw.
+// threads at once where there is enough to do. Each thread gets an `apply` of its own from `make_apply()`.
 template <class MakeApply>
 void for_each_span(const TensorUpdate* updates, int64_t count, int64_t numel, const MakeApply& make_apply) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), numel / kMinChunkNumel);
-  if (numel < kParallelNumel || threads <= 1 || at::in_parallel_region()) {
+  if (numel < kParallelNumel || threads <= 1 || at::in_parallel_region() || !sharing_history(numel).share()) {
     auto apply = make_apply();
     for (int64_t i = 0; i < count; ++i) {
       apply(updates[i], int64_t{0}, updates[i].numel);
     }
     return;
   }
-  const ChunkSchedule schedule(numel, threads);
-  const int64_t chunks = schedule.count();
-  // Returns how many elements this thread has had. `next()` gives it a chunk after the other, and -1 at the end.
-  const auto work = [&](auto&& next) {
+  std::atomic<int64_t> taken{0};
+  const auto take = [&](int64_t& begin, int64_t& end) {
+    begin = taken.load();
+    do {
+      const int64_t chunk = std::clamp((numel - begin) / (2 * threads), kMinChunkNumel, kMaxChunkNumel);
+      end = std::min(begin + chunk, numel);
+    } while (begin < numel && !taken.compare_exchange_weak(begin, end));
+    return begin < numel;
+  };
+  double busy = 0;    // seconds that the calling thread has run
+  int64_t share = 0;  // elements that it has had
+  const auto begin_step = std::chrono::steady_clock::now();
+  at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    const double begin_work = thread == 0 ? thread_seconds() : 0;
+    int64_t done = 0;
     auto apply = make_apply();
-    // A thread's chunks only ever move forward, so it finds them and their tensors by walking on from the last.
-    int64_t number = 0;
-    int64_t begin = 0;
-    int64_t end = schedule.end_from(0);
+    // A thread's chunks only ever move forward, so it finds its tensors by walking on from the last one.
     int64_t tensor = 0;
     int64_t tensor_start = 0;  // in the flat space of all elements
-    int64_t done = 0;
-    for (int64_t chunk = next(); chunk >= 0; chunk = next()) {
-      for (; number < chunk; ++number) {
-        begin = end;
-        end = schedule.end_from(begin);
-      }
+    int64_t begin = 0;
+    int64_t end = 0;
+    while (take(begin, end)) {
+      done += end - begin;
       while (tensor < count && tensor_start + updates[tensor].numel <= begin) {
         tensor_start += updates[tensor++].numel;
       }
@@ -147,39 +124,16 @@ void for_each_span(const TensorUpdate* updates, int64_t count, int64_t numel, co
           apply(updates[i], first, last);
         }
       }
-      done += end - begin;
     }
-    return done;
-  };
-
-  SharingHistory& history = sharing_history(numel);
-  if (history.prefers_helpers()) {
-    using Work = decltype(work);
-    const auto help = [](const void* context, Chunks& taken) {
-      (*static_cast<const Work*>(context))([&] { return taken.next(); });
-    };
-    if (share_chunks(chunks, threads - 1, help, &work)) {
-      return;
-    }
-  }
-  std::atomic<int64_t> taken{0};
-  double busy = 0;    // seconds that the calling thread has run
-  int64_t share = 0;  // elements that it has had
-  const auto begin = std::chrono::steady_clock::now();
-  at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-    const double begin_work = thread == 0 ? thread_seconds() : 0;
-    const int64_t done = work([&] {
-      const int64_t chunk = taken.fetch_add(1);
-      return chunk < chunks ? chunk : -1;
-    });
     if (thread == 0) {
       busy = thread_seconds() - begin_work;
       share = done;
     }
   });
-  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin_step;
   // The caller may have had nothing, for want of a processor.
-  history.record(share == 0 || took.count() > busy * static_cast<double>(numel) / static_cast<double>(share));
+  const bool late = share == 0 || took.count() > busy * static_cast<double>(numel) / static_cast<double>(share);
+  sharing_history(numel).record(late);
 }
 
 }  // namespace torch_freeze

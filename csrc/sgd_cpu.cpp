@@ -1,4 +1,4 @@
-// The SGD step on the CPU: shared by threads, and vectorised for what torch itself picked on this machine.
+// The SGD step on the CPU: one parallel region, vectorised for what torch itself picked on this machine.
 
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>

@@ -565,8 +565,8 @@ py::object step(
   if (work.walk.has_fresh()) {
     refuse_capture(
         work.walk.batches(), [&](const WalkBatch& batch) { return work.walk.has_fresh(batch); },
-        "momentum buffers are missing, and would start from zero at every replay. Make a step before the capture, so "
-        "that they are there.");
+        "momentum buffers are missing, and would start from zero at every replay. Make a step before the capture, "
+        "so that they are there.");
   }
   if (work.rounds_stochastically) {
     refuse_capture(

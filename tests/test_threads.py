@@ -15,7 +15,6 @@ import select
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,10 +166,6 @@ def tell(*words):
 def threads():
     return {int(thread) for thread in os.listdir("/proc/self/task")}
 
-def ticks(thread):
-    with open(f"/proc/self/task/{thread}/stat") as stat:
-        return int(stat.read().rpartition(")")[2].split()[11])
-
 ours, optimizer = training(FrozenAwareSGD)
 gen.manual_seed(0)
 theirs, reference = training(torch.optim.SGD, foreach=False)
@@ -185,24 +180,14 @@ def step():
 torch.set_num_threads(2)
 before = threads()
 step()
-torchs = threads() - before
-tell(*torchs)
-for round in range(2):
+tell(*(threads() - before))
+for _ in range(2):
     while step() < 0.5:
         assert len(taken) < 2000, "no step waits"
     tell("waited")
-    if round == 0:
+    for _ in range(32):
         step()
-        (helper,) = threads() - before - torchs
-        tell(helper)
-        for _ in range(30):
-            step()
-        tell("alone")
-steps = 0
-while steps < 300 or ticks(helper) < 3:
-    step()
-    steps += 1
-print("stepped", flush=True)
+    tell("alone")
 for _ in taken:
     reference.step()
 torch.set_num_threads(1)
@@ -246,15 +231,13 @@ class Traced:
         self.input.write("\n")
         self.input.flush()
 
-    def stop(self, *threads: int) -> None:
-        for thread in threads:
-            self._trace(self.SEIZE, thread)
-            self._trace(self.INTERRUPT, thread)
-            os.waitpid(thread, self.ANY_THREAD)
+    def stop(self, thread: int) -> None:
+        self._trace(self.SEIZE, thread)
+        self._trace(self.INTERRUPT, thread)
+        os.waitpid(thread, self.ANY_THREAD)
 
-    def let_go(self, *threads: int) -> None:
-        for thread in threads:
-            self._trace(self.DETACH, thread)
+    def let_go(self, thread: int) -> None:
+        self._trace(self.DETACH, thread)
 
     def _trace(self, request: int, thread: int) -> None:
         ptrace = ctypes.CDLL(None, use_errno=True).ptrace
@@ -266,34 +249,22 @@ class Traced:
 
 @pytest.mark.compiled
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_after_a_late_thread_steps_wait_only_for_what_a_thread_has_begun() -> None:
-    """One of torch's threads is stopped till a step has waited for it; then other threads help.
-
-    With these stopped too, the caller does everything. At last they are stopped wherever they are,
-    again and again, and no element is left out or stepped twice.
-    """
+def test_steps_after_one_that_waited_for_a_late_thread_are_done_alone() -> None:
+    """One of torch's threads is stopped till a step has waited for it, and again after it."""
     traced = Traced()
     try:
-        (torchs,) = map(int, traced.read() or ())
-        for round in range(2):
-            traced.stop(torchs)
+        (thread,) = map(int, traced.read() or ())
+        for _ in range(2):
+            traced.stop(thread)
             traced.go_on()
             traced.wait_till_it_waits()
-            traced.let_go(torchs)
+            traced.let_go(thread)
             assert traced.read() == ["waited"]
-            if round == 0:
-                traced.go_on()
-                (helper,) = map(int, traced.read() or ())
-                traced.stop(torchs, helper)
-                traced.go_on()
-                assert traced.read() == ["alone"]
-                traced.let_go(torchs, helper)
+            traced.stop(thread)
+            traced.go_on()
+            assert traced.read() == ["alone"]
+            traced.let_go(thread)
         traced.go_on()
-        while (line := traced.read(0.001)) is None:
-            traced.stop(helper)
-            time.sleep(0.001)
-            traced.let_go(helper)
-        assert line == ["stepped"]
         assert traced.read() == ["True"]
     finally:
         traced.process.kill()
