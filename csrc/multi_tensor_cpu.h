@@ -29,11 +29,11 @@ constexpr int64_t kSplitNumel = 64;
 // Whether several threads share the next step of some size.
 //
 // A parallel region ends when its last thread does, and on a busy machine that can be one which the system has not
-// run yet. After a region that took longer than its caller would have taken alone, the next steps are done alone: 32,
-// then 16 times as many if the next region is late again, and a quarter as many if it is not.
+// run yet. After a region that took longer than its caller would have taken alone, the next steps are done alone:
+// 32, then 16 times as many if the next region is late again, and a quarter as many if it is not.
 //
-// Steps of several threads may use one history; what they then miss of each other costs a step or two in the slower
-// form.
+// Steps of several threads may use one history; what they then miss of each other costs a step or two in the
+// slower form.
 class SharingHistory {
  public:
   bool share() {
@@ -60,8 +60,8 @@ class SharingHistory {
   std::atomic<uint32_t> alone_{0};
 };
 
-// Of the steps whose number of elements lies between the same powers of two: a delay that is long for a small step is
-// short for a large one.
+// Of the steps whose number of elements lies between the same powers of two: a delay that is long for a small step
+// is short for a large one.
 inline SharingHistory& sharing_history(int64_t numel) {
   static std::array<SharingHistory, 64> histories;
   return histories[static_cast<size_t>(std::ilogb(static_cast<double>(numel)))];
