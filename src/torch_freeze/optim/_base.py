@@ -38,7 +38,7 @@ class FrozenAware(torch.optim.Optimizer):
     # What the constructor was asked for beyond stock's options, a default of the param groups.
     _own_defaults: dict[str, Any] = {}  # noqa: RUF012  # replaced, never changed
 
-    # Set by GradScaler's contract: see _prepare.
+    # GradScaler reads it: see _prepare.
     _step_supports_amp_scaling: bool
 
     # Takes (param_groups, state, grad_scale, found_inf, done, unless_observed).
