@@ -88,8 +88,10 @@ def compile_all(cuda: list[str]) -> dict[str, Path]:
             source, made[name] = HERE / f"{name}.cpp", OUT / f"{name}.o"
             inputs, flags = [source, *headers], runtime
             if name not in STAND_INS:
-                inputs += [*(ROOT / "csrc").glob("*.h"), Path(torch.__file__)]
+                inputs += [Path(torch.__file__)]
                 flags = torch_flags
+            if name == "kernels":
+                inputs += (ROOT / "csrc").glob("*.h")
             jobs.append(pool.submit(compile_to, made[name], inputs, *flags, "-c", source))
         for job in jobs:
             job.result()
