@@ -26,45 +26,28 @@ constexpr int64_t kMaxChunkNumel = 262144;
 // aligned tensors stay aligned.
 constexpr int64_t kSplitNumel = 64;
 
-// Whether several threads share the next step of some size.
+// How many of the next steps of about this many elements are done by one thread.
 //
 // A parallel region ends when its last thread does, and on a busy machine that can be one which the system has not
-// run yet. After a region that took longer than its caller would have taken alone, the next steps are done alone:
-// 32, then 16 times as many if the next region is late again, and a quarter as many if it is not.
+// run yet. After a region that took more than twice as long as its caller would have taken alone, kAlone steps do
+// without it; then the others get another chance. A delay that is long for a small step is short for a large one,
+// so there is a count for each power of two.
 //
-// Steps of several threads may use one history; what they then miss of each other costs a step or two in the
-// slower form.
-class SharingHistory {
- public:
-  bool share() {
-    const uint32_t left = alone_left_.load(std::memory_order_relaxed);
-    if (left == 0) {
-      return true;
-    }
-    alone_left_.store(left - 1, std::memory_order_relaxed);
-    return false;
+// Steps of several threads may use one count; what they then miss of each other costs a step or two in the slower
+// form.
+constexpr uint32_t kAlone = 32;
+
+inline std::atomic<uint32_t>& steps_alone(int64_t numel) {
+  static std::array<std::atomic<uint32_t>, 64> counts{};
+  return counts[static_cast<size_t>(std::ilogb(static_cast<double>(numel)))];
+}
+
+inline bool is_alone(std::atomic<uint32_t>& steps) {
+  const uint32_t left = steps.load(std::memory_order_relaxed);
+  if (left != 0) {
+    steps.store(left - 1, std::memory_order_relaxed);
   }
-
-  void record(bool late) {
-    const uint32_t before = alone_.load(std::memory_order_relaxed);
-    const uint32_t next = late ? std::clamp(before * 16, kFewest, kMost) : before / 4;
-    alone_.store(next, std::memory_order_relaxed);
-    alone_left_.store(next, std::memory_order_relaxed);
-  }
-
- private:
-  static constexpr uint32_t kFewest = 32;
-  static constexpr uint32_t kMost = 4096;
-
-  std::atomic<uint32_t> alone_left_{0};
-  std::atomic<uint32_t> alone_{0};
-};
-
-// Of the steps whose number of elements lies between the same powers of two: a delay that is long for a small step
-// is short for a large one.
-inline SharingHistory& sharing_history(int64_t numel) {
-  static std::array<SharingHistory, 64> histories;
-  return histories[static_cast<size_t>(std::ilogb(static_cast<double>(numel)))];
+  return left != 0;
 }
 
 // The time that the calling thread has run, without the time in which others had its processor.
@@ -79,7 +62,7 @@ inline double thread_seconds() {
 template <class MakeApply>
 void for_each_span(const TensorUpdate* updates, int64_t count, int64_t numel, const MakeApply& make_apply) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), numel / kMinChunkNumel);
-  if (numel < kParallelNumel || threads <= 1 || at::in_parallel_region() || !sharing_history(numel).share()) {
+  if (numel < kParallelNumel || threads <= 1 || at::in_parallel_region() || is_alone(steps_alone(numel))) {
     auto apply = make_apply();
     for (int64_t i = 0; i < count; ++i) {
       apply(updates[i], int64_t{0}, updates[i].numel);
@@ -132,8 +115,9 @@ void for_each_span(const TensorUpdate* updates, int64_t count, int64_t numel, co
   });
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin_step;
   // The caller may have had nothing, for want of a processor.
-  const bool late = share == 0 || took.count() > busy * static_cast<double>(numel) / static_cast<double>(share);
-  sharing_history(numel).record(late);
+  if (share == 0 || took.count() > 2 * busy * static_cast<double>(numel) / static_cast<double>(share)) {
+    steps_alone(numel).store(kAlone, std::memory_order_relaxed);
+  }
 }
 
 }  // namespace torch_freeze
