@@ -217,11 +217,7 @@ class Journal:
         return Equality(widest, tolerance(contestant, start[0].dtype))
 
     def _repeat(
-        self,
-        place: int,
-        shadow: nn.Parameter,
-        stock: torch.optim.Optimizer,
-        contestant: Contestant,
+        self, place: int, shadow: nn.Parameter, stock: torch.optim.Optimizer, contestant: Contestant
     ) -> None:
         for entry in self._entries:
             if isinstance(entry, _Change):

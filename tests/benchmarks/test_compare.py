@@ -452,12 +452,7 @@ class TestWorkloads:
         ],
     )
     def test_a_flat_set_lies_as_it_says(
-        self,
-        dtype: torch.dtype,
-        place: workloads.Place,
-        parameters: int,
-        gradients: int,
-        size: int,
+        self, dtype: torch.dtype, place: workloads.Place, parameters: int, gradients: int, size: int
     ) -> None:
         workload = workloads.flat_set(CPU, 1000, 20, dtype, place)
         workload.fill_gradients()
@@ -682,11 +677,7 @@ class TestTargets:
         ],
     )
     def test_a_figure_is_compared_with_its_target(
-        self,
-        target: targets.Target,
-        at: dict[str, Any],
-        beyond: dict[str, Any],
-        figure: str,
+        self, target: targets.Target, at: dict[str, Any], beyond: dict[str, Any], figure: str
     ) -> None:
         line = target.line({"made-up": outcome(at)})
         assert (line.status, line.figure.startswith(figure)) == ("reached", True), line

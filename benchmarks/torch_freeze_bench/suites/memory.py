@@ -16,15 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ..contestants import (
-    CHANGING,
-    FAMILIES,
-    WITH_STATE,
-    WITHOUT_STATE,
-    Contestant,
-    Trainer,
-    timed,
-)
+from ..contestants import CHANGING, FAMILIES, WITH_STATE, WITHOUT_STATE, Contestant, Trainer, timed
 from ..equality import Equality, Journal
 from ..memory import (
     GradientProbe,
@@ -206,11 +198,7 @@ def require_memory_for(key: str, device: torch.device) -> None:
 
 
 def iterate(
-    trainer: Trainer,
-    loss: Loss,
-    index: int,
-    device: torch.device,
-    journal: Journal | None = None,
+    trainer: Trainer, loss: Loss, index: int, device: torch.device, journal: Journal | None = None
 ) -> int | None:
     """One training iteration, marked on the timeline; dropout is the same for everyone.
 
