@@ -170,11 +170,7 @@ def make_parser() -> Parser:
 
 
 def simulate(arguments: Sequence[str]) -> None:
-    """Start again on simulated CUDA, unless this process already runs there.
-
-    Raises:
-        RequestError: the simulation is not there.
-    """
+    """Start again on simulated CUDA, unless this process already runs there."""
     if os.environ.get(SCHEDULE) == NO_WORK:
         return
     if not SIMULATION.is_file():
@@ -189,11 +185,7 @@ def simulate(arguments: Sequence[str]) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device asked for.
-
-    Raises:
-        RequestError: a GPU was asked for and torch sees none.
-    """
+    """The device asked for; asking for a GPU that torch does not see is an error."""
     found = torch.cuda.is_available()
     if name in ("cuda", "simulated") and not found:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU-only build"
@@ -249,16 +241,11 @@ def make_suites(
     """The suites asked for, as far as their packages and their memory are there."""
     names, models, shares, budget = plan(options)
     quick, each = options.quick, budget.seconds
+    synthetic = 0.3 + 1.2 * each
 
     def those(wanted: Sequence[str], needs: Callable[[str], object] = needs_of) -> list[str]:
         named = options.models is not None
         return list(usable(options.models or wanted, needs, explicit=named))
-
-    def digits_suite() -> Suite:
-        return Suite("digits", speed_report, digits.run, 2, 3.0)
-
-    def synthetic_suite() -> Suite:
-        return Suite("synthetic", speed_report, speed.run_synthetic, 6, 0.3 + 1.2 * each)
 
     def models_suite() -> Suite:
         chosen = those(models)
@@ -294,10 +281,10 @@ def make_suites(
         run, seconds = partial(load.run, chosen, quick), runs / 2 * (6.9 + each)
         return Suite("load", load, run, 2 * len(chosen), seconds, load.reached, "under load")
 
-    makers = {
-        "synthetic": synthetic_suite,
+    makers: dict[str, Callable[[], Suite]] = {
+        "synthetic": partial(Suite, "synthetic", speed_report, speed.run_synthetic, 6, synthetic),
         "models": models_suite,
-        "digits": digits_suite,
+        "digits": partial(Suite, "digits", speed_report, digits.run, 2, 3.0),
         "targets": targets_suite,
         "memory": memory_suite,
         "load": load_suite,
@@ -376,11 +363,7 @@ class Job:
 
 
 def prepare(options: argparse.Namespace) -> Job:
-    """Find out what will be done, and that it can be.
-
-    Raises:
-        RequestError: it cannot.
-    """
+    """Find out what will be done, and that it can be; else raise RequestError."""
     device = choose_device(options.device)
     simulated = is_simulated(device)
     if simulated and not torch_freeze.build_info().cuda:
@@ -497,11 +480,7 @@ def finish(job: Job, *, cut_short: str | None = None) -> bool:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what the options ask for and return the exit status.
-
-    Raises:
-        RequestError: it cannot be done; see `prepare`.
-    """
+    """Do what the options ask for and return the exit status."""
     job = prepare(options)
     job.shares_of_time.append(granted_share())
     try:

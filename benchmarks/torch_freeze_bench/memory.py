@@ -177,7 +177,8 @@ class GradientProbe:
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.peak = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._hooks = [hook_on(p, self._arrived) for p in parameters]
+        for p in parameters:
+            hook_on(p, self._arrived)
 
     def _arrived(self, param: Tensor) -> None:
         if param.grad is None:  # an optimizer's hook ran before and has taken it
@@ -195,11 +196,6 @@ class GradientProbe:
     def restart(self) -> None:
         """Forget the peak reached so far, but not the gradients that are alive."""
         self.peak = self.live()
-
-    def remove(self) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
 
 
 def peak_rss() -> int:

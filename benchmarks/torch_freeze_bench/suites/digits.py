@@ -115,11 +115,7 @@ class Run:
 
 
 def run_digits(setting: Setting, *, pretrain_epochs: int = 6, epochs: int = 8) -> Measured:
-    """Pre-train once, then let everyone fine-tune the head, taking turns batch by batch.
-
-    Raises:
-        workloads.MissingPackageError: scikit-learn is not installed.
-    """
+    """Pre-train once, then let everyone fine-tune the head, taking turns batch by batch."""
     device = setting.device
     setting.progress("digits: pre-training")
     start, pretrained = pretrain(setting, pretrain_epochs)
