@@ -94,7 +94,7 @@ docs: $(call need,docs) ## build the site from docs/ and the docstrings, into si
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 clean: ## remove what was built; the virtual environment stays
-	rm -rf build dist site *.egg-info src/*.egg-info src/torch_freeze/_C.*
+	rm -rf build dist site *.egg-info src/*.egg-info src/torch_freeze/*.so src/torch_freeze/_C.*.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.has-pip:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from torch_freeze import _C
+from torch_freeze import _kernel_on_host
 
 
 class Triple(NamedTuple):
@@ -204,7 +204,7 @@ def step(
     chosen: Sequence[int] | None = None,
 ) -> list[Launch]:
     """Run the kernel on the host."""
-    launches = _C._kernel_on_host_step(
+    launches = _kernel_on_host.step(
         [update.packed() for update in updates],
         [group.packed() for group in groups],
         triple.names,
@@ -410,7 +410,7 @@ def test_one_huge_and_many_tiny_tensors(backwards: bool, triple: Triple) -> None
 def test_a_table_is_filled_to_its_capacity_and_chained_beyond(triple: Triple) -> None:
     torch.manual_seed(0)
     groups = [Group()]
-    tiers = _C._kernel_on_host_capacities(triple.names, 1, stochastic=triple.stochastic)
+    tiers = _kernel_on_host.capacities(triple.names, 1, stochastic=triple.stochastic)
     for tier, (size, capacity) in enumerate(tiers):
         for count in (capacity - 1, capacity, capacity + 1):
             updates = [make(1 + i % 3, triple) for i in range(count)]
@@ -565,7 +565,7 @@ def accesses(
     grad_scale: Tensor | None = None,
 ) -> list[Access]:
     """What the chosen blocks, or all, would touch."""
-    runs = _C._kernel_on_host_accesses(
+    runs = _kernel_on_host.accesses(
         updates,
         [Group().packed()],
         triple.names,
@@ -673,9 +673,9 @@ def test_all_but_the_ends_moves_in_vectors(offsets: Sequence[int], triple: Tripl
 def test_errors_name_what_is_wrong() -> None:
     update = make(4, TRIPLES["fp32"])
     with pytest.raises(ValueError, match="no dtype int32"):
-        _C._kernel_on_host_step([update.packed()], [Group().packed()], ("int32",) * 3, 1)
+        _kernel_on_host.step([update.packed()], [Group().packed()], ("int32",) * 3, 1)
     with pytest.raises(TypeError, match="no kernel for these dtypes"):
-        _C._kernel_on_host_step(
+        _kernel_on_host.step(
             [update.packed()], [Group().packed()], ("float32", "float64", "float32"), 1
         )
     with pytest.raises(IndexError, match="no block 9 of 1"):

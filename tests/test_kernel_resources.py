@@ -23,7 +23,7 @@ import pytest
 import test_kernel_body as body
 import torch
 
-from torch_freeze import _C
+from torch_freeze import _kernel_on_host
 
 ROOT = Path(__file__).resolve().parents[1]
 # By torch's own packages: the toolkit's headers of another minor version come with the wheels.
@@ -95,7 +95,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
         built = setup_py.configure(torch)[0].extra_compile_args["nvcc"]
     # All but what is for architectures, processes and the host's compiler.
     flags = [word for word in built if re.match(r"--?(O\d|fmad|use_fast_math|ftz|prec)", word)]
-    flags += ["-ptx", "-arch=compute_80", "-std=c++20"]
+    flags += ["-ptx", "-arch=compute_80", "-std=c++20", f"-I{ROOT / 'csrc'}"]
     flags += ["--expt-relaxed-constexpr", "-DWITH_CUDA", "-o", str(ptx)]
     nvcc = str(toolkit.home / "bin" / "nvcc")
     source = str(ROOT / "csrc" / "optim" / "sgd_cuda.cu")
@@ -105,7 +105,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 
 
 def kernel_name(triple: str, table: int) -> re.Pattern[str]:
-    return re.compile(rf"\w+SgdFormulaI{TRIPLES[triple][0]}EELi{table}E\w+")
+    return re.compile(rf"\w+DtypesI{TRIPLES[triple][0]}E+Li{table}E\w+")
 
 
 def body_of(text: str, triple: str, table: int, start: str, end: str) -> str:
@@ -177,7 +177,7 @@ def random_step(
     dtype, place = rng.choice([torch.float32, torch.float64]), rng.randrange(len(groups))
     groups[place] = replace(groups[place], device_lr=torch.tensor(0.3, dtype=dtype))
     count = len(groups)
-    tiers = _C._kernel_on_host_capacities(triple.names, count, stochastic=triple.stochastic)
+    tiers = _kernel_on_host.capacities(triple.names, count, stochastic=triple.stochastic)
     fits = dict(tiers)[table]
     fewest = max((tensors + 1 for size, tensors in tiers if size < table), default=1)
     updates = []

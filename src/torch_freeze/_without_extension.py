@@ -48,7 +48,7 @@ def sgd_step(
     return None
 
 
-def zero_grad(
+def sgd_zero_grad(
     param_groups: list[dict[str, Any]], state: dict[Tensor, Any], set_to_none: bool = True
 ) -> None:
     """Reset all gradients, and let go of the momentum of what is frozen where that is asked for."""
@@ -68,6 +68,10 @@ def zero_grad(
             _drop_momentum(group, state)
 
 
+sgd = None
+"""Stands for the optimizer where steps in backward are made, which need the compiled module."""
+
+
 def is_observed() -> bool:
     """Whether a profiler records: always supposed, since a stock step records each time."""
     return True
@@ -84,7 +88,9 @@ def has_accumulator_hook(param: Tensor) -> bool:
 class BackwardStep:
     """Steps in backward are the compiled module's alone."""
 
-    def __init__(self, optimizer: Any, bucket_bytes: int | None, clip_value: float | None) -> None:
+    def __init__(
+        self, optimizer: Any, steps: None, bucket_bytes: int | None, clip_value: float | None
+    ) -> None:
         raise RuntimeError(
             f"step_in_backward=True needs the compiled module. {without_extension()}"
         )

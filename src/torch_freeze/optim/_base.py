@@ -28,8 +28,9 @@ _Rest = list[tuple[int, list[Tensor]]]
 class FrozenAware(torch.optim.Optimizer):
     """Comes before an optimizer of torch's among the bases of one that skips what is frozen.
 
-    Such a class names its kernels in ``_step_kernels``, and has stock's form of its step in
-    ``_step_stock``. Its constructor begins with ``_configure`` and ends with ``_prepare``.
+    Such a class names its kernels in ``_step_kernels``, ``_zero_grad_kernels`` and
+    ``_partial_steps``, and has stock's form of its step in ``_step_stock``. Its constructor begins
+    with ``_configure`` and ends with ``_prepare``.
     """
 
     _when: InStep | InBackward = IN_STEP
@@ -43,6 +44,10 @@ class FrozenAware(torch.optim.Optimizer):
 
     # Takes (param_groups, state, grad_scale, found_inf, done, unless_observed).
     _step_kernels: Callable[..., Any]
+    # Takes (param_groups, state, set_to_none).
+    _zero_grad_kernels: Callable[..., None]
+    # Makes parts of a step, for steps in backward.
+    _partial_steps: Any
 
     def _configure(
         self, own_defaults: dict[str, Any], backward: tuple[float | None, float | None] | None
@@ -250,9 +255,9 @@ class FrozenAware(torch.optim.Optimizer):
             with torch.autograd.profiler.record_function(
                 f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"
             ):
-                _C.zero_grad(self.param_groups, self.state, set_to_none)
+                self._zero_grad_kernels(self.param_groups, self.state, set_to_none)
         else:
-            _C.zero_grad(self.param_groups, self.state, set_to_none)
+            self._zero_grad_kernels(self.param_groups, self.state, set_to_none)
 
 
 @functools.cache

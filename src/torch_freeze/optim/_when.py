@@ -6,8 +6,6 @@ import math
 import weakref
 from typing import Any
 
-import torch
-
 from torch_freeze._build import load_extension
 
 _C = load_extension()
@@ -43,11 +41,11 @@ class InStep:
 class InBackward:
     """Gradients are collected in buckets while backward runs, applied, and freed at once."""
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, bucket_mb: float | None, clip_value: float | None
-    ) -> None:
+    def __init__(self, optimizer: Any, bucket_mb: float | None, clip_value: float | None) -> None:
         bucket_bytes = None if bucket_mb is None else int(bucket_mb * 2**20)
-        self._steps = _C.BackwardStep(weakref.ref(optimizer), bucket_bytes, clip_value)
+        self._steps = _C.BackwardStep(
+            weakref.ref(optimizer), optimizer._partial_steps, bucket_bytes, clip_value
+        )
         self._steps.attach(optimizer.param_groups)
         weakref.finalize(optimizer, self._steps.close).atexit = False
 

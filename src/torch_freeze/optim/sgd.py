@@ -94,6 +94,8 @@ class FrozenAwareSGD(FrozenAware, torch.optim.SGD):
     """
 
     _step_kernels = staticmethod(_C.sgd_step)
+    _zero_grad_kernels = staticmethod(_C.sgd_zero_grad)
+    _partial_steps = _C.sgd
 
     def __init__(
         self,
