@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import apart
 import hypothesis
 import pytest
 import torch
 
 import torch_freeze
+from tests.helpers import apart
 
 # Shared machines pause for seconds; how long an example takes says nothing about it.
 hypothesis.settings.register_profile("torch_freeze", deadline=None, print_blob=True)
