@@ -1,4 +1,4 @@
-"""The examples, each in a short form, and the notebook as it stands."""
+"""Runs the examples in a short form, and the notebook as it is stored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def command(
     folder: Path,
     *arguments: str,
 ) -> list[str]:
-    """The lines that an example prints, run as from a shell."""
+    """Run an example as a shell would, and return the lines that it prints."""
     path = folder / "plot.png"
     monkeypatch.setattr(sys, "argv", [example.__file__, *arguments, "--plot", str(path)])
     example.main()
@@ -100,7 +100,7 @@ def texts(encoder: Any) -> Any:
 
 
 class TestSentenceEncoder:
-    def test_no_text_names_its_library_or_is_there_twice(self, encoder: Any, texts: Any) -> None:
+    def test_texts_are_unique_and_do_not_name_their_library(self, encoder: Any, texts: Any) -> None:
         for modules in encoder.LIBRARIES.values():
             found = encoder.sentences(modules)
             assert len(found) >= encoder.TRAIN + encoder.TEST
@@ -110,7 +110,9 @@ class TestSentenceEncoder:
         assert len(rows) == len(train.labels) + len(test.labels)
 
     @pytest.mark.parametrize("way", ["frozen body", "LISA", "everything"])
-    def test_a_way_holds_what_it_trains(self, encoder: Any, texts: Any, way: str) -> None:
+    def test_gradients_and_momentum_are_held_only_for_what_trains_in(
+        self, encoder: Any, texts: Any, way: str
+    ) -> None:
         result = encoder.run(way, *texts, steps=2)
         assert all(map(math.isfinite, result.losses))
         model = encoder.Classifier()
@@ -129,7 +131,7 @@ class TestSentenceEncoder:
         }[way]
         assert result.gradient_bytes == trained
         assert result.momentum_bytes == trained
-        # Of the encoder nothing is kept for backward where nothing of it trains.
+        # Where no part of the encoder trains, none of it is kept for backward.
         assert (result.saved_bytes < 1e5) == (way == "frozen body")
 
     def test_as_a_command_it_compares_all_ways(

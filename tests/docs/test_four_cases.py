@@ -1,4 +1,4 @@
-"""The four recipes do what is said of them, with stock SGD and with FrozenAwareSGD."""
+"""The four recipes do what the tutorial says, with stock SGD and with FrozenAwareSGD."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
 
 def layers(chosen: dict[str, bool]) -> set[str]:
-    """The layers of which weight and bias are chosen; none has only one of them chosen."""
+    """The layers whose weight and bias are both chosen; no layer has only one of them chosen."""
     found = {name.split(".")[0] for name, yes in chosen.items() if yes}
     left = {name.split(".")[0] for name, yes in chosen.items() if not yes}
     assert not found & left

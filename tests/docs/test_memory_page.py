@@ -20,7 +20,7 @@ def blocks(text: str) -> list[str]:
 
 
 def train(names: dict[str, Any]) -> None:
-    """Freezes one layer, steps, and looks whether the optimizer does what the page says."""
+    """Freeze one layer, step, and check that the optimizer does what the page says."""
     model, optimizer = names["model"], names["optimizer"]
     torch_freeze.freeze(model, "0")
     before = model[2].weight.detach().clone()

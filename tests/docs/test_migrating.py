@@ -11,7 +11,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "migrating.md"
 
 
 def snippets() -> list[tuple[str, int, str]]:
-    """(title of the section and what the block shows, line, code) of every python block."""
+    """Every python block: the section's title and what the block shows, its line, and its code."""
     found = []
     title, kind, code, start = "", None, "", 0
     for number, line in enumerate(PAGE.read_text(encoding="utf-8").splitlines(), 1):

@@ -1,4 +1,4 @@
-"""The code of docs/where-you-train.md, as it stands, beside what it takes for granted."""
+"""Runs the code of docs/where-you-train.md after the set-up that the page assumes."""
 
 from __future__ import annotations
 

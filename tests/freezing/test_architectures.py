@@ -1,4 +1,4 @@
-"""The freeze API on real architectures with random weights; what is absent is skipped by name."""
+"""The freeze API on real architectures with random weights; missing libraries skip by name."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def resnet18() -> tuple[Any, Any]:
 
 def vit_b_16() -> tuple[Any, Any]:
     torchvision = pytest.importorskip("torchvision")
-    # One image of 2 x 2 patches: the model in full size, little to compute.
+    # One image of 2 x 2 patches keeps the model at full size and the computation small.
     model = torchvision.models.vit_b_16(image_size=32, num_classes=10)
-    # torchvision starts the head at zero, and no gradient would pass it.
+    # torchvision initializes the head to zero, and then no gradient would pass it.
     nn.init.normal_(model.heads.head.weight, std=0.1)
     return model, (torch.randn(1, 3, 32, 32),)
 
@@ -134,9 +134,9 @@ def test_freezing_does_what_it_says_on(case: str) -> None:
     result = freeze(model, *what)
     assert len(result.matched) == len(result.frozen_names) == count
     model.train()
-    told = report(model, optimizer, example=example)
-    assert told.flow.kind == kind, told.flow.sentence
-    assert max(map(len, str(told).splitlines())) <= 120
+    said = report(model, optimizer, example=example)
+    assert said.flow.kind == kind, said.flow.sentence
+    assert max(map(len, str(said).splitlines())) <= 120
     # Two steps: nothing frozen moves, everything trainable that has a gradient does.
     before = copy.deepcopy(model.state_dict())
     optimizer.zero_grad()
@@ -149,9 +149,9 @@ def test_freezing_does_what_it_says_on(case: str) -> None:
             optimizer.step()
     after = model.state_dict()
     moved = {n for n, p in model.named_parameters() if not before[n].equal(after[n])}
-    assert moved and moved <= set(told.trainable_names)
+    assert moved and moved <= set(said.trainable_names)
     if kind == "stops early":
-        assert moved == set(told.trainable_names)
+        assert moved == set(said.trainable_names)
     unfreeze(model)
     assert all(p.requires_grad for p in model.parameters())
     assert all(m.training for m in model.modules())
@@ -259,7 +259,7 @@ SAVED: dict[str, tuple[Maker, list[str], Callable[[Any, Any], None], str | None]
 
 
 def _backward_flops(model: Any, example: Any) -> int:
-    """FLOPs of a real backward, after a forward whose attention is made of counted products."""
+    """FLOPs of a real backward, after a forward whose attention consists of counted products."""
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         loss = loss_of(model, example)
     with FlopCounterMode(display=False) as counter:
@@ -279,7 +279,7 @@ def test_the_backward_work_saved_agrees_with_counted_flops_on(case: str) -> None
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         result = report(model, example=example)
     flow = result.flow
-    # To the operation; the tolerance is that of the division.
+    # Exact to the operation; the tolerance covers the division alone.
     counted = 1 - _backward_flops(model, example) / everything
     assert flow.backward_saved == pytest.approx(counted, abs=1e-9)
     assert flow.other_leaf == leaf if leaf != ACTIVATION else leaf in str(flow.other_leaf)
@@ -292,12 +292,12 @@ def test_the_backward_work_saved_agrees_with_counted_flops_on(case: str) -> None
 def test_attention_counts_the_same_in_one_operation_and_in_several() -> None:
     """Where torch has no formula for its fused attention (on the CPU), the report counts it."""
     model, example = gpt2()
-    model.eval()  # with dropout it is several operations in any case
+    model.eval()  # with dropout it is always several operations
     freeze(model, "transformer.h.2", "transformer.w?e")
     fused = report(model, example=example).flow
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         apart = report(model, example=example).flow
-    # Fused attention forms the scores twice, which the other form does not.
+    # Fused attention computes the scores twice; the other form does not.
     assert fused.weight_gradient_saved == apart.weight_gradient_saved > 0
     assert fused.backward_saved == pytest.approx(apart.backward_saved, rel=0.05)
     assert fused.backward_saved != apart.backward_saved
@@ -311,13 +311,13 @@ def test_a_reentrant_checkpoint_is_seen_through() -> None:
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.disable_input_require_grads()
     flow = report(model, example=example).flow
-    # Nothing that enters the first blocks requires grad: they are left out by the checkpoint.
+    # No input of the first blocks requires grad, so the checkpoint leaves them out.
     gets = {n for n, p in model.named_parameters() if p.requires_grad}
     loss_of(model, example).backward()
     got = {n for n, p in model.named_parameters() if p.grad is not None}
     assert f"gives no gradient to {len(gets - got)} trainable parameters" in flow.sentence
     assert gets - got
-    # With an input that does, all of them train as without a checkpoint.
+    # With an input that does, all of them train, as they do without a checkpoint.
     model.enable_input_require_grads()
     plain.enable_input_require_grads()
     flow = report(model, example=example).flow
@@ -566,7 +566,7 @@ ZOO: dict[str, tuple[Maker, list[str], set[tuple[str, str]]]] = {
 
 
 def _loss_of_all(model: Any, example: Any) -> Any:
-    """A loss on all that the model gives, so that all that can train does."""
+    """A loss over every output of the model, so that everything that can train does."""
     out = model(**example) if isinstance(example, dict) else model(*example)
     tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
     return sum(t.float().square().mean() for t in tensors)
@@ -595,7 +595,7 @@ def test_a_correct_freeze_raises_no_alarm_on(case: str) -> None:
     assert all(name in flow.sentence for name in unused)
     assert ("trainable parameter" in flow.sentence) == bool(unused)
     assert "raises" not in flow.sentence and flow.skipped + flow.crossed > 0
-    # Trainable again, these have no gradient before the next backward; then they do.
+    # Unfrozen parameters have no gradient until the next backward.
     unfreeze(model, *(p for n, p in model.named_parameters() if n in result.changed))
     expected = expected - HALF
     assert _told(model, optimizer) == expected
@@ -617,7 +617,7 @@ PARTLY_OWNED: dict[str, tuple[Maker, str, int]] = {
 
 
 @pytest.mark.parametrize("case", PARTLY_OWNED)
-def test_audit_says_in_a_few_lines_what_is_the_matter_with_many_parameters_of(case: str) -> None:
+def test_audit_says_in_a_few_lines_what_is_wrong_with_many_parameters_of(case: str) -> None:
     make, owned, count = PARTLY_OWNED[case]
     model, _ = make()
     optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if owned in n], lr=0.1)
@@ -685,7 +685,7 @@ KEEPING: dict[str, tuple[Callable[[], Any], int, list[Any]]] = {
 
 
 @pytest.mark.parametrize("case", KEEPING)
-def test_what_the_model_itself_keeps_frozen_stays_so_on(case: str) -> None:
+def test_what_the_model_itself_keeps_frozen_stays_frozen_on(case: str) -> None:
     make, count, groups = KEEPING[case]
     torch.manual_seed(0)
     model, loss = make()

@@ -1,4 +1,4 @@
-"""audit: each kind of finding, with what makes it and what does not."""
+"""audit: every kind of finding, with cases that cause it and cases that do not."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from torch_freeze import (
     unfreeze,
 )
 
-# The function has the module's name, and hides it.
+# The function has the same name as the module and hides it.
 torch_freeze_audit: Any = sys.modules["torch_freeze.audit"]
 
 
@@ -95,7 +95,7 @@ def no_gradient() -> tuple[nn.Module, Any]:
 
 
 def compiled_stale() -> tuple[nn.Module, Any]:
-    # What a stale compiled graph does: it goes on as if the layer were frozen.
+    # This is what a stale compiled graph does: it goes on as if the layer were frozen.
     model = make()
     freeze(model, "0")
     unfreeze(model, "0")
@@ -691,10 +691,10 @@ def test_the_cost_of_lr_0_is_what_is_held() -> None:
     body = [p for name, p in model.named_parameters() if name[0] in "01"]
     held = sum(p.grad.nbytes for p in body if p.grad is not None)
     held += sum(t.nbytes for p in body for t in optimizer.state[p].values())
-    # Once more, frozen, the body holds none of it.
+    # Frozen again, the body holds none of it.
     found = [f for f in audit(model, optimizer) if f.kind == "zero lr"]
-    told = [int(re.findall(r"take (\d+) B", f.sentence)[0]) for f in found]
-    assert sum(told) == held
+    bytes_ = [int(re.findall(r"take (\d+) B", f.sentence)[0]) for f in found]
+    assert sum(bytes_) == held
 
 
 QUIET: dict[str, tuple[str, Case]] = {}
@@ -902,7 +902,7 @@ MOVERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("zeros", [False, True], ids=["as it was", "zeroed"])
 @pytest.mark.parametrize("mover", MOVERS)
 def test_a_stale_gradient_moves_what_is_frozen_under(mover: str, zeros: bool) -> None:
-    """The error is true, of a gradient that zero_grad(set_to_none=False) left, too."""
+    """The error also holds for a gradient that zero_grad(set_to_none=False) left behind."""
     model = make()
     optimizer = MOVERS[mover](model.parameters())
     back(model)
@@ -915,7 +915,7 @@ def test_a_stale_gradient_moves_what_is_frozen_under(mover: str, zeros: bool) ->
     before = model[0].weight.clone()
     optimizer.step()
     assert not model[0].weight.equal(before)
-    # The fix: without the gradient it stays.
+    # This is the fix: without the gradient the parameter stays.
     freeze(model, "0")
     assert not [f for f in audit(model, optimizer) if f.kind == "stale gradient"]
     before = model[0].weight.clone()
@@ -959,8 +959,8 @@ def test_lbfgs_moves_what_is_frozen_without_a_gradient() -> None:
     ),
     data=st.data(),
 )
-def test_groups_share_out_all_names_among_a_few_modules(names: set[str], data: Any) -> None:
-    # A name that is another's module is no parameter.
+def test_all_names_are_grouped_under_a_few_modules(names: set[str], data: Any) -> None:
+    # The name of a module that holds parameters is not a parameter itself.
     everything = sorted(n for n in names if not any(m.startswith(f"{n}.") for m in names))
     concerned = data.draw(st.lists(st.sampled_from(everything), unique=True))
     groups = torch_freeze_audit._grouped(concerned, everything)
@@ -999,7 +999,7 @@ def test_audit_is_silent_on_a_healthy_model(case: str) -> None:
     assert audit(model, optimizer) == []
 
 
-# name: (what is done, whether all around the norm trains though it is held)
+# name: (what is done, whether everything around the held norm trains)
 HOLDS: dict[str, tuple[Callable[[Any], Any], bool]] = {
     "the norm alone is frozen": (lambda m: freeze(m, nn.BatchNorm1d), True),
     "the norm and one layer are frozen": (lambda m: freeze(m, nn.BatchNorm1d, "0.0"), False),
@@ -1029,7 +1029,7 @@ def test_a_hold_that_freezing_made_is_no_error(case: str, affine: bool) -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), norm, nn.Linear(4, 4)), nn.Linear(4, 2))
     does(model)
     found = [(f.level, f.parameter) for f in audit(model.train()) if f.kind.startswith("held")]
-    # One without parameters shows no more that it was named itself.
+    # A norm without parameters no longer shows that it was named itself.
     assert found == ([("warning", "0.1")] if alone and not affine else [])
 
 
@@ -1047,7 +1047,7 @@ def test_gradients_applied_in_backward_are_not_missed() -> None:
         assert audit(model, optimizer) == []
         optimizer.step()
         assert audit(model, optimizer) == []
-    # Of parameters that others step, a missing gradient is reported as ever.
+    # A missing gradient is still reported for parameters that another optimizer steps.
     model.register_parameter("spare", nn.Parameter(torch.ones(2)))
     optimizer.zero_grad()
     back(model)

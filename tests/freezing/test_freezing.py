@@ -156,7 +156,7 @@ def test_nothing_named_means_everything(net: Net) -> None:
     assert trains(net) == {n for n, _ in net.named_parameters()}
 
 
-def test_exclude_leaves_what_it_names_as_it_is(net: Net) -> None:
+def test_exclude_leaves_what_it_names_unchanged(net: Net) -> None:
     freeze(net, "head.bias")
     freeze(net, exclude=["head", nn.BatchNorm2d])
     assert trains(net) == names(net, "head.weight", "layers.0.bn", "layers.1.bn")
@@ -218,7 +218,7 @@ def spectral(how: str) -> Any:
 
 
 def effective(model: Any) -> torch.Tensor:
-    """The function of the first layer, with its vectors as they are."""
+    """The matrix that the first layer multiplies by, with its vectors unchanged."""
     with torch.no_grad():
         modes = [m.training for m in model.modules()]
         made: torch.Tensor = model[0].eval()(torch.eye(8)).clone()
@@ -237,7 +237,7 @@ def steps(model: Any) -> None:
 
 
 @pytest.mark.parametrize("how", SPECTRAL)
-def test_a_frozen_layer_with_spectral_norm_stays_the_function_it_was(how: str) -> None:
+def test_a_frozen_layer_with_spectral_norm_computes_the_same_as_before(how: str) -> None:
     model = spectral(how)
     freeze(model, "0")
     before = effective(model)
@@ -253,14 +253,14 @@ def test_a_frozen_layer_with_spectral_norm_stays_the_function_it_was(how: str) -
 
 
 @pytest.mark.parametrize("how", SPECTRAL)
-def test_spectral_norm_goes_on_where_it_is_not_frozen_or_not_to_be_held(how: str) -> None:
+def test_spectral_norm_stays_in_training_where_it_is_not_frozen_or_not_to_be_held(how: str) -> None:
     for act in (lambda m: freeze(m, "0.bias"), lambda m: freeze(m, "0", hold_norm=False)):
         model = spectral(how)
         act(model)
         assert all(m.training for m in model.train().modules())
 
 
-def test_a_discriminator_frozen_for_a_moment_without_a_hold_is_as_with_two_loops() -> None:
+def test_freezing_a_critic_for_one_step_without_a_hold_equals_setting_requires_grad() -> None:
     def train_generator(by_loops: bool) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         generator = nn.Linear(2, 4)
@@ -311,7 +311,7 @@ MISSES: dict[str, tuple[Any, list[str]]] = {
 def test_nothing_matched_raises_with_near_matches(case: str, how: str, net: Net) -> None:
     what, said = MISSES[case]
     if case == "an empty list" and how == "exclude":
-        # Excluding nothing is no mistake.
+        # It is not a mistake to exclude nothing.
         assert freeze(net, exclude=what).changed
         return
     if case == "an empty list" and how == "freeze_except":
@@ -429,7 +429,7 @@ def test_an_empty_trainable_set_is_a_step_that_does_nothing(net: Net) -> None:
     assert not changed(net, before)
 
 
-def test_equal_values_are_told_apart_by_identity() -> None:
+def test_parameters_of_equal_values_are_distinguished_by_identity() -> None:
     model: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].load_state_dict(model[0].state_dict())
     freeze(model, model[1].weight)
@@ -486,7 +486,7 @@ def test_a_model_is_freed_at_once_after_a_report() -> None:
 
 
 class _Counting(nn.Module):
-    """Counts the walks: each looks at `_modules` of every module once."""
+    """Counts the walks, each of which reads `_modules` of every module once."""
 
     looks = 0
 
@@ -590,7 +590,7 @@ def test_frozen_works_as_a_decorator(net: Net) -> None:
 
 
 class UserNorm(nn.BatchNorm2d):
-    """A user's subclass with a train of its own and a child, as fused norm-activations have."""
+    """A user's subclass with its own train() and a child, like fused norm-activations."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
@@ -604,7 +604,7 @@ class UserNorm(nn.BatchNorm2d):
 
 
 class ForeignNorm(nn.Module):
-    """Not torch's, but keeps running statistics under the usual names."""
+    """Not a norm of torch's, but with running statistics under the usual names."""
 
     running_var: torch.Tensor
 
@@ -704,7 +704,7 @@ def test_the_hold_survives_train_after(copied: str, norm: str) -> None:
     assert torch.equal(out, model(x)), "normalised by the batch"
     torch_freeze.report(model)  # puts back what pickling left out
     assert inner.train(False) is inner and not inner.training
-    # Back to its own mode: what was asked for last, here eval, then train.
+    # Its own mode is back: the one that was asked for last, here eval, then train.
     unfreeze(model, "0")
     assert not inner.training
     model.train()
@@ -793,7 +793,8 @@ assert model.train()[1].training and not model[2].training
         path,
         out,
     )
-    # Saved there, in eval mode, and back here: still held, and its own mode is what was asked last.
+    # Saved there in eval mode and loaded here, it is still held, and its own mode is the last one
+    # asked for.
     back: Any = torch.load(out, weights_only=False).train()
     before = snapshot(back)
     back(batch())
@@ -956,7 +957,7 @@ def test_held_norms_use_their_running_statistics() -> None:
     assert norm(torch.zeros(4, 2)).mean().item() == pytest.approx(-5, rel=1e-3)
 
 
-def test_a_norm_told_not_to_track_is_held_by_its_running_statistics() -> None:
+def test_a_norm_whose_tracking_is_off_is_held_by_its_running_statistics() -> None:
     # Another library's freeze sets track_running_stats False and leaves the norm in train mode.
     norm: Any = nn.BatchNorm1d(2)
     norm.running_mean.fill_(5.0)
@@ -1041,7 +1042,7 @@ def test_a_train_the_user_put_on_the_layer_is_given_back() -> None:
     assert norm.train is own
 
 
-def test_freezing_again_mends_a_direct_write_to_training() -> None:
+def test_freezing_again_corrects_a_direct_write_to_training() -> None:
     norm = nn.BatchNorm1d(2)
     freeze(norm)
     norm.training = True
@@ -1049,7 +1050,7 @@ def test_freezing_again_mends_a_direct_write_to_training() -> None:
     assert not norm.training
 
 
-def test_a_wrong_mode_raises_as_ever() -> None:
+def test_a_wrong_mode_still_raises() -> None:
     norm = nn.BatchNorm1d(2)
     freeze(norm)
     with pytest.raises(ValueError, match="boolean"):
@@ -1097,7 +1098,7 @@ def test_the_norms_of_a_scripted_model_are_held() -> None:
 
 
 class Encoder(nn.Module):
-    """Fixed positions beside what trains, as Whisper's encoder has them."""
+    """Fixed positions beside trainable layers, as in Whisper's encoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1117,7 +1118,7 @@ class Keeps(nn.Module):
 FIXED = "encoder.positions.weight"
 EMBED, POSITIONS, LAYERS = "encoder.embed", "encoder.positions", "encoder.layers"
 
-# What leaves the positions frozen and everything else trainable.
+# Calls that leave the positions frozen and everything else trainable.
 KEPT: dict[str, Callable[[Any], Any]] = {
     "everything": lambda m: (freeze(m), unfreeze(m)),
     "everything, twice each": lambda m: (freeze(m), freeze(m), unfreeze(m), unfreeze(m)),
@@ -1202,7 +1203,7 @@ def test_unfreezing_leaves_what_freeze_found_frozen(case: str) -> None:
     assert trains(model) == names(model, "") - {FIXED}
 
 
-def test_under_ddp_a_schedule_asks_for_what_it_thaws_alone() -> None:
+def test_under_ddp_a_schedule_complains_only_of_what_it_unfreezes() -> None:
     def check(schedule: FreezeSchedule) -> None:
         check_ddp(
             schedule,
@@ -1229,7 +1230,7 @@ def test_under_ddp_a_schedule_asks_for_what_it_thaws_alone() -> None:
             check(make(model))
 
 
-# What ends with everything trainable.
+# Calls that leave everything trainable.
 THAWED: dict[str, Callable[[Any], Any]] = {
     "its own name": lambda m: (freeze(m), unfreeze(m, FIXED), unfreeze(m)),
     "its own name beside others": lambda m: (freeze(m), unfreeze(m, "encoder", FIXED, "head")),
@@ -1401,8 +1402,8 @@ def test_a_module_called_module_keeps_its_name() -> None:
 def one_process(tmp_path: Path) -> Iterator[None]:
     """A group of this process alone, which outlives the test's DistributedDataParallel.
 
-    A reducer that lets go of the group last joins its threads with Python's lock held, which one of
-    them may be waiting for.
+    If the reducer were the last to release the group, it would join the group's threads while it
+    holds the GIL, which one of them may be waiting for.
     """
     dist = torch.distributed
     if not (dist.is_available() and dist.is_gloo_available()):
@@ -1453,9 +1454,9 @@ def test_ddp_that_looks_for_unused_parameters_may_be_frozen(
             schedule.step()
             if not static:
                 ddp(batch()).sum().backward()
-    told = [str(warning.message) for warning in caught if "unused" in str(warning.message)]
-    # A graph said to be static is one whose gradients are all waited for.
-    assert [message.split(":")[0] for message in told] == (
+    warned = [str(warning.message) for warning in caught if "unused" in str(warning.message)]
+    # DDP waits for all gradients of a graph that is declared static.
+    assert [message.split(":")[0] for message in warned] == (
         ["freeze", "frozen", "FreezeSchedule"] if static else []
     )
     assert not audit(ddp)
@@ -1475,7 +1476,7 @@ def test_a_parameter_ddp_never_averages_is_found(net: Net, one_process: None) ->
     assert not audit(ddp)
 
 
-def test_what_ddp_was_told_to_ignore_is_no_matter(net: Net, one_process: None) -> None:
+def test_parameters_that_ddp_ignores_do_not_matter(net: Net, one_process: None) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         net, ["stem.weight", "stem.bias"]
     )

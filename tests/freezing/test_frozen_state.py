@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 def freeze_some(model: nn.Module) -> None:
-    """All that a state tells: frozen by freeze, found frozen, by hand; held in two modes."""
+    """Everything a state records: frozen by freeze, found frozen, by hand; held in two modes."""
     net: Any = model
     net.stem[2].eval()
     freeze_except(net, "head.bias")
@@ -210,7 +210,7 @@ def test_a_state_that_does_not_fit_is_refused_with_the_names_and_changes_nothing
     assert frozen_state_dict(target) == before
 
 
-def test_what_only_one_of_them_has_is_passed_over_where_that_is_asked_for() -> None:
+def test_what_only_the_model_or_the_state_has_is_ignored_unless_strict() -> None:
     model = Net(tied=False)
     freeze_some(model)
     state = frozen_state_dict(model)
@@ -224,7 +224,7 @@ def test_what_only_one_of_them_has_is_passed_over_where_that_is_asked_for() -> N
     assert {n for n, m in fresh.train().named_modules() if not m.training} == {
         "stem.1", "stem.2", "extra",
     }  # fmt: skip
-    # A tensor cannot be both, however lenient.
+    # One tensor cannot be both frozen and trainable, strict or not.
     with pytest.raises(ValueError, match=r"'head\.weight', 'embed\.weight' are one tensor"):
         load_frozen_state_dict(Net(), {**state, "trainable": ["head.weight"]}, strict=False)
     load_frozen_state_dict(fresh, {**state, "held": {"gone": True}}, strict=False)

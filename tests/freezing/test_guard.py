@@ -34,7 +34,7 @@ class FirstThree(nn.Sequential):
 
 
 def make_large() -> Any:
-    """As `make`, with frozen layers beside it that are too large to be compared in full."""
+    """Like `make`, with additional frozen layers that are too large to be compared in full."""
     large = nn.Linear(400, 40, bias=False), nn.Linear(111, 37, bias=False)
     model = FirstThree(*make(), *large)
     freeze(model, "3", "4")
@@ -178,7 +178,7 @@ def test_the_guard_raises_and_names(change: str, content: bool) -> None:
     assert re.findall(r"([\w.]+) \(", said) == named
 
 
-def test_a_replaced_module_is_named_once_with_all_that_lies_in_it() -> None:
+def test_a_replaced_module_is_named_once_with_everything_inside_it() -> None:
     model = nn.ModuleDict({"body": nn.Sequential(make(), make()), "head": nn.Linear(2, 2)})
     freeze(model, "body")
     said = r"guard: 1 frozen module .*: body \(replaced by another module\)"
@@ -247,7 +247,7 @@ def test_a_frozen_spectral_norm_is_watched() -> None:
         model[0].parametrizations.weight[0]._u.neg_()
 
 
-def test_equal_values_written_are_a_change_by_version_and_none_by_content() -> None:
+def test_writing_equal_values_is_a_change_by_version_but_not_by_content() -> None:
     model = make()
     state = model.state_dict()
     with guard(model, content=True):
@@ -264,7 +264,7 @@ def test_a_nan_that_stays_is_no_change() -> None:
         pass
 
 
-def test_minus_zero_is_a_change_of_zero() -> None:
+def test_minus_zero_in_place_of_zero_is_a_change() -> None:
     model = nn.Linear(1, 1)
     freeze(model)
     model.weight.data.zero_()
@@ -304,7 +304,7 @@ def test_no_large_tensor_is_copied_without_content() -> None:
 
 
 def test_the_guard_waits_for_a_device_once() -> None:
-    """Asking a device for a value stops until it has done all its work: not once per tensor."""
+    """Reading a value from a device waits for all its work, so it is not done once per tensor."""
     asked = []
 
     class Watch(TorchDispatchMode):
@@ -332,7 +332,7 @@ def test_a_tensor_subclass_is_read_through_its_parts() -> None:
 
 
 def test_statistics_written_without_a_version_are_seen() -> None:
-    # InstanceNorm's kernel writes the statistics, raises no version and counts no batches.
+    # InstanceNorm's kernel writes the statistics without a new version or a count of batches.
     norm = nn.InstanceNorm1d(2, track_running_stats=True)
     freeze(norm)
     norm.training = True

@@ -164,7 +164,7 @@ def test_each_phase_freezes_what_its_entry_names() -> None:
     assert not schedule.step(1.0) and schedule.finished and schedule.last == 5
 
 
-def test_gradual_unfreezing_follows_a_metric_with_what_is_tied() -> None:
+def test_gradual_unfreezing_follows_a_metric_with_tied_parameters_too() -> None:
     model = make()
     model[3].weight = model[0].weight
     schedule = AdvanceOnPlateau(gradual_unfreeze(model, ["0", "2", "3"], every=7), patience=0)
@@ -253,7 +253,7 @@ NO_METRICS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", NO_METRICS)
-def test_what_is_no_metric_is_refused_and_changes_nothing(case: str) -> None:
+def test_a_value_that_is_no_metric_is_refused_and_changes_nothing(case: str) -> None:
     metric, said = NO_METRICS[case]
     schedule = AdvanceOnPlateau(table(make()), patience=0)
     schedule.step()

@@ -17,7 +17,7 @@ from torch_freeze import FreezeReport, FrozenAwareSGD, freeze, freeze_except, re
 
 
 class ShortCut(nn.Module):
-    """Registered in another order than used: the registered first is used last."""
+    """Its layers are registered in another order than they are used: the first is used last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class ShortCut(nn.Module):
 
 
 class Marked(nn.Module):
-    """Marks the output of its first layer, as `enable_input_require_grads` of transformers does."""
+    """Marks the output of its first layer, like transformers' `enable_input_require_grads`."""
 
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ def test_a_tied_parameter_counts_once_and_shows_all_names() -> None:
     assert "embed.weight = head.weight is one tensor" in str(result)
 
 
-def test_norm_state_tells_held_train_and_eval_apart() -> None:
+def test_norm_state_distinguishes_held_train_and_eval() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.LayerNorm(2))
     freeze(model, "0")
     model.get_submodule("1").eval()
@@ -321,7 +321,7 @@ def test_measured_flow_of(case: str) -> None:
     output = model(**example) if isinstance(example, dict) else model(example)
     assert output.requires_grad == (kind != "everything frozen")
     assert ("raises" in result.flow.sentence) == (kind == "everything frozen")
-    # and hooks on the layers' outputs tell through which it runs.
+    # and hooks on the layers' outputs show which layers it runs through.
     if kind == "stops early":
         reached: set[str] = set()
 
@@ -398,7 +398,7 @@ def test_trainable_parameters_that_gradients_do_not_reach_are_named() -> None:
     flow = report(model, example=torch.ones(2, 3)).flow
     assert "no gradient to 4 trainable parameters" in flow.sentence
     assert "such as backbone.weight" in flow.sentence
-    # What no_grad() saves already, freezing does not save; the detached layer's it does.
+    # Freezing saves no work that no_grad() has saved already.
     freeze(model, "backbone")
     assert report(model, example=torch.ones(2, 3)).flow.weight_gradient_saved == 0
 
@@ -493,7 +493,7 @@ def test_recurrent_layers_count_by_their_weights(kind: Any) -> None:
     assert flow.weight_gradient_saved == pytest.approx(weights / (weights + 8 * 2))
 
 
-def test_parameters_that_share_one_storage_are_told_apart() -> None:
+def test_parameters_that_share_one_storage_are_distinguished() -> None:
     model = three()
     parameters = list(model.parameters())
     flat = torch.cat([p.detach().reshape(-1) for p in parameters])
@@ -566,7 +566,7 @@ def test_measuring_changes_nothing() -> None:
     assert {name: value._version for name, value in model.state_dict().items()} == versions
     assert all(p.grad is None for p in model.parameters())
     assert [p.requires_grad for p in model.parameters()] == flags
-    # What a hook computes and keeps as a plain attribute, which could not be copied after.
+    # weight_norm's hook would leave a tensor with a history here, which cannot be deep-copied.
     assert last.weight is computed
     assert torch.backends.mha.get_fastpath_enabled()
 
@@ -584,7 +584,7 @@ def test_an_example_that_does_not_fit_raises_the_models_own_error() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_flags_are_restored_when_the_pass_that_saves_are_counted_against_fails() -> None:
+def test_flags_are_restored_when_the_pass_without_freezing_fails() -> None:
     class Picky(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if self.weight.requires_grad:

@@ -79,7 +79,7 @@ def test_parameters_that_no_entry_names_stay_as_they_are() -> None:
     assert run(schedule, model, 2) == [[F, T, F], [T, F, F]]
 
 
-def test_step_tells_whether_anything_changed() -> None:
+def test_step_returns_whether_anything_changed() -> None:
     model = make(3)
     schedule = FreezeSchedule(model, {0: ["0"], 2: ["0"], 3: []})
     assert [schedule.step() for _ in range(5)] == [True, False, False, True, False]
@@ -124,7 +124,7 @@ def test_freezing_by_schedule_drops_gradients() -> None:
 
 
 @pytest.mark.parametrize(("every", "units"), [(1, 5), (2, 8)])
-def test_gradual_unfreezing_frees_one_group_more_from_the_output_down(
+def test_gradual_unfreezing_unfreezes_group_after_group_from_the_output_down(
     every: int, units: int
 ) -> None:
     model = make(5)
@@ -295,7 +295,7 @@ def test_rotation_trains_k_layers_and_what_always_names() -> None:
     assert min(drawn) > 0, "30 draws of 2 in 6 leave no layer out"
 
 
-def test_rotation_is_the_same_for_the_same_seed_alone() -> None:
+def test_rotation_depends_on_its_seed_alone() -> None:
     def draws(seed: int) -> list[list[bool]]:
         torch.manual_seed(seed)
         model = make(6)
@@ -321,7 +321,7 @@ def test_rotation_draws_the_outermost_matches() -> None:
     assert schedule.active == ("layer.0", "layer.1", "layer.2")
 
 
-def test_rotation_holds_the_norms_of_what_rests() -> None:
+def test_rotation_holds_the_norms_of_resting_layers() -> None:
     model = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)) for _ in range(4))
     schedule = rotate(model, "*", k=1, every=1)
     for _ in range(8):
@@ -348,7 +348,7 @@ LARGE: dict[str, Callable[[Any, list[str]], FreezeSchedule]] = {
 
 
 def calls(layers: int, kind: str) -> dict[str, int]:
-    """How many function calls each thing done with a schedule takes."""
+    """How many function calls each operation on a schedule takes."""
     model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(layers)))
     # Of one length, so that no name's glob matches another's layer.
     model._modules = {f"{int(name):04}": layer for name, layer in model._modules.items()}
@@ -472,7 +472,7 @@ def test_construction_refuses(case: str) -> None:
 # --- the printed timeline ------------------------------------------------------------------------
 
 
-def test_the_timeline_shows_every_entry_and_where_we_are() -> None:
+def test_the_timeline_shows_every_entry_and_the_current_one() -> None:
     model = make(3)
     schedule = FreezeSchedule(model, {0: ["0", model[1]], 4: [nn.Linear], 6: []})
     assert "not begun" in str(schedule) and ">" not in str(schedule)
@@ -622,7 +622,7 @@ def test_the_state_of_another_schedule_is_refused_and_the_difference_named(case:
     assert trains(fresh) == [T, T, T, T] and resumed.last == -1
 
 
-def test_a_schedule_written_otherwise_that_freezes_the_same_resumes() -> None:
+def test_a_schedule_written_differently_that_freezes_the_same_resumes() -> None:
     model = make()
     schedule = FreezeSchedule(model, {0: ["0", model[1]], 2: ["*.weight"]})
     schedule.step()

@@ -1,8 +1,8 @@
-"""Run a function in a child process, so that a crash is a failed test and not the end of all.
+"""Run a function in a child process, so that a crash fails one test and not the whole run.
 
-Where there is a GPU, a process that has run backward has no children that can, and one that has
-asked for GPUs has none that can use them. So a process is put aside before any test module is
-loaded, and the children are forked from that.
+Where there is a GPU, children of a process that has run backward cannot run it, and children of one
+that has asked for GPUs cannot use them. So a process is put aside before any test module is loaded,
+and the children are forked from that one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.helpers import optim_cases as cases
 
 @dataclass
 class DiedError(Exception):
-    """The child ended by a signal, or without a word."""
+    """The child ended by a signal, or without an answer."""
 
     how: str
 
@@ -37,34 +37,34 @@ class DiedError(Exception):
 
 
 class _Origin:
-    """The process put aside, as this one sees it."""
+    """What this process knows of the one that was put aside."""
 
     pipe: Any = None
     of = -1  # the process that may use the pipe
 
 
 def put_aside() -> None:
-    """Fork the process that children come from; before this one runs backward or asks for GPUs."""
+    """Fork the process that children come from, before this one runs backward or asks for GPUs."""
     ours, theirs = multiprocessing.Pipe()
     if _fork() == 0:
         try:
             ours.close()
             torch.set_num_threads(1)
             while True:
-                # Once, and not in every child: the import of the function's module, which this
-                # makes, of what torch needs for a first optimizer, and the tests' first numbers.
+                # Done here once and not in every child: recv() imports the function's module; then
+                # come what torch imports for a first optimizer, and the tests' pool of numbers.
                 function, seconds = theirs.recv()
                 importlib.import_module("torch._dynamo")
                 cases.randn(1, cases.generator(0))
                 theirs.send(_answer_of_child(function, seconds))
         finally:
-            os._exit(0)  # at the latest when the other end is closed
+            os._exit(0)  # when the other end is closed, at the latest
     theirs.close()
     _Origin.pipe, _Origin.of = ours, os.getpid()
 
 
 def run(function: Callable[..., Any], *args: Any, seconds: int = 120) -> Any:
-    """What `function(*args)` returns in a child; all of it has to be picklable.
+    """Return what `function(*args)` returns in a child; everything has to be picklable.
 
     The child is single-threaded: no OpenMP pool lives through a fork.
     """
@@ -74,7 +74,7 @@ def run(function: Callable[..., Any], *args: Any, seconds: int = 120) -> Any:
 
 
 def fork(function: Callable[[], Any], seconds: int = 120) -> Any:
-    """What any `function` returns in a child of this very process; it has to be picklable."""
+    """Return what `function()` returns, picklable, in a child of this very process."""
     return _value_of(*_answer_of_child(function, seconds))
 
 
@@ -85,7 +85,7 @@ def _fork() -> int:
 
 
 def _answer_of_child(function: Callable[[], Any], seconds: int) -> tuple[bytes, int]:
-    """What a child has to say, pickled, and its exit status."""
+    """The child's answer, pickled, and its exit status."""
     reader, writer = os.pipe()
     child = _fork()
     if child == 0:
@@ -124,9 +124,9 @@ def _value_of(answer: bytes, status: int) -> Any:
 
 @contextlib.contextmanager
 def memory_for(blocks: int, numel: int) -> Iterator[None]:
-    """No memory but for so many float32 tensors of a size that is large, and for small things.
+    """Leave memory for so many large float32 tensors of a size, and for small things.
 
-    What malloc has lying about, which may be much in a process long used, is taken too.
+    Free memory that malloc holds, which may be much in an old process, is used up first.
     """
     size = 4 * numel
     with open("/proc/self/statm") as statm:

@@ -131,7 +131,7 @@ def outcome_of(case: Case, make: Make, device: str) -> Outcome:
 
 
 def stock(*args: Any, **kwargs: Any) -> torch.optim.SGD:
-    """Stock's for-loop, whatever a checkpoint says of foreach."""
+    """Stock's for-loop, whatever a checkpoint says about foreach."""
     return torch.optim.SGD(*args, **({"foreach": False} | kwargs))
 
 

@@ -30,7 +30,7 @@ DTYPES = WIDE_DTYPES | NARROW_DTYPES
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 # Every residue of the vector widths (4 to 64 lanes), one size above the usual grain of a parallel
-# loop, one that is neither a multiple of a vector nor of a cache line.
+# loop, and one that is a multiple of neither a vector nor a cache line.
 SIZES = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 65, 127, 1000, 4099, 70001)
 
 _BITS = {
@@ -152,7 +152,7 @@ class Reference(torch.optim.SGD):
     def _step_tensor(self, group: dict[str, Any], p: Tensor, buffer: Tensor | None) -> Any:
         grad = p.grad
         assert grad is not None
-        # An implementation of stock's that is asked for by name rounds as stock does.
+        # A stock implementation that was asked for by name rounds as stock does.
         by_name = group["foreach"] is not None or group["fused"] is False
         narrow = p.dtype in NARROW_DTYPES.values() and not grad.is_sparse and not by_name
         wide_p = p.detach().float() if narrow else p
@@ -198,7 +198,7 @@ def randn(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Tensor:
-    """Normal numbers over eight decades, so that every rounding of a sum is met.
+    """Normal numbers over eight decades, so that sums are rounded in every way.
 
     Slices of one pool, because drawing new numbers would cost more than the steps under test.
     """
@@ -234,7 +234,7 @@ def set_grads(
     gen: torch.Generator,
     skip: Callable[[int], bool] = lambda index: False,
 ) -> None:
-    """The same new gradient for each pair, laid out as the parameter is; none where skipped."""
+    """Give each pair the same new gradient in the parameter's layout; none where skipped."""
     for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         grad = randn(a.shape, gen, a.dtype, str(a.device))
         a.grad = None if skip(index) else torch.empty_like(a).detach().copy_(grad)
@@ -242,14 +242,14 @@ def set_grads(
 
 
 def negated(value: float, device: str) -> Tensor:
-    """A number whose bytes are another's: its negation is pending."""
+    """A tensor whose negation is pending, so that its bytes are those of another number."""
     number = torch.complex(torch.tensor(0.0), torch.tensor(-value)).to(device).conj().imag
     assert number.is_neg() and float(number) == value
     return number
 
 
 class WithoutMemory(Tensor):
-    """A number on a device that only its own operators can read, as a DTensor's."""
+    """A number on a device that only its own operators can read, like a DTensor."""
 
     inner: Tensor
 
@@ -443,7 +443,7 @@ def check_hyper(
 
 
 def main() -> int:
-    """Run the exact table in this process and say which rows differ (see optim/test_exact.py)."""
+    """Run the exact table in this process and print what differs (see optim/test_exact.py)."""
     print(torch.backends.cpu.get_cpu_capability())
     failed = 0
     for (name, hyper), (dtype_name, dtype) in itertools.product(

@@ -35,7 +35,7 @@ class World:
     def run(
         self, function: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None
     ) -> list[Any]:
-        """What `function(device, *args, **options)` returns, one answer per rank."""
+        """Run `function(device, *args, **options)` on every rank, and return the answers."""
         for pipe in self.pipes:
             pipe.send((function.__module__, function.__name__, args, options or {}))
         answers = []
@@ -51,7 +51,7 @@ class World:
 def serve(
     pipe: Any, rank: int, size: int, device: str, rendezvous: str, launcher: dict[str, str]
 ) -> None:
-    """What each process does: one request after the other, until the pipe is closed."""
+    """Answer one request after the other until the pipe is closed; each process runs this."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.environ.update(launcher, RANK=str(rank), LOCAL_RANK=str(rank))
@@ -81,7 +81,7 @@ def serve(
 def world_of(device: str, size: int) -> Iterator[World]:
     """A group of `size` processes; on GPUs, one per GPU where `size` is 0.
 
-    Their environment is that of a process which torchrun has started, as frameworks look for it.
+    Their environment is like that of a process started by torchrun, which frameworks look for.
     """
     size = size or torch.cuda.device_count()
     # The server imports torch once; processes forked from it start at once, without its threads.

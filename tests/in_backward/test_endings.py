@@ -35,7 +35,7 @@ def _race() -> str:
             train(model, optimizer, steps=5)
             optimizer.me = optimizer  # a cycle, for the collector
 
-    ordinary(net().parameters())  # torch imports half of itself for the first optimizer
+    ordinary(net().parameters())  # torch imports many modules for the first optimizer
     sys.setswitchinterval(1e-5)
     optimizers: list[Any] = [None, None]
     running = [threading.Thread(target=work, args=(i, 8)) for i in range(2)]
@@ -46,12 +46,12 @@ def _race() -> str:
             if optimizer is not None:
                 optimizer.close()
         gc.collect()
-        time.sleep(1e-3)  # the others' turn
+        time.sleep(1e-3)  # lets the other threads run
     return "over"
 
 
 def test_optimizers_closed_and_collected_while_others_run_backward() -> None:
-    """Mutex and GIL in every order, in a process of its own: it neither crashes nor hangs."""
+    """The mutex and the GIL are taken in every order, and the process neither crashes nor hangs."""
     assert apart.run(_race, seconds=60) == "over"
 
 
@@ -94,7 +94,7 @@ def backward(model=model, x=torch.ones(2, 4)):
 
 @pytest.mark.parametrize("bucket", cases.ids({k: (v,) for k, v in BUCKETS.items()}))
 def test_nothing_outlives_model_and_optimizer(bucket: dict[str, Any]) -> None:
-    """Whatever became of the last iteration, and whoever goes first."""
+    """Whatever the last iteration did, and whether the model or the optimizer goes first."""
     watched: list[weakref.ref[Any]] = []
 
     def iteration(how: str) -> None:

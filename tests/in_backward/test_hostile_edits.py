@@ -81,7 +81,7 @@ def load_assign(make: Make) -> Any:
     optimizer = make(model.parameters())
     train(model, optimizer)
     model.load_state_dict({k: v * 0.5 for k, v in model.state_dict().items()}, assign=True)
-    train(model, optimizer)  # its parameters are others now, and stay as they are
+    train(model, optimizer)  # the model has other parameters now, which stay unchanged
     return result(model, optimizer)
 
 

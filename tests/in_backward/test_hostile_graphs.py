@@ -125,7 +125,7 @@ def beside_stock(make: Make) -> Any:
 
 @CASES.case("a second backward that reads what the first has changed", error="second backward")
 def second_backward(make: Make) -> Any:
-    """Its gradients go to other parameters, its forward pass through the same ones."""
+    """Its gradients go to other parameters, but its forward pass uses the same ones."""
     model = net()
     optimizer = make(model.parameters())
     loss_of(model[:4]).backward()

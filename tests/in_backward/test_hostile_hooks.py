@@ -202,7 +202,7 @@ def deleted_within(make: Make) -> Any:
 
 @CASES.case("a parameter frozen within backward, when its gradient was there")
 def frozen_within(make: Make) -> Any:
-    """A hook that runs after the gradient was accumulated, and before anyone steps."""
+    """The hook runs after the gradient was accumulated and before the optimizer steps."""
     model = net()
     optimizer = make(model.parameters())
     for p in model[4].parameters():

@@ -72,7 +72,7 @@ def replaced_in_place(make: Make) -> Any:
     optimizer.step()
 
 
-# Where nothing is left but a placeholder, torch says first that it cannot be written to.
+# Where only a placeholder is left, torch's error comes first: it cannot be written to.
 UNWRITABLE = "|refers to a single memory location"
 
 
@@ -289,7 +289,7 @@ def step_twice(make: Make) -> Any:
     error="keeps the memory of all gradients",
 )
 def zero_fill(make: Make) -> Any:
-    """Zeros are gradients: the ordinary step moves what momentum pushes. None is none."""
+    """A zero gradient still lets momentum move a parameter in the ordinary step; None does not."""
     model = net()
     optimizer = make(model.parameters(), weight_decay=0.1)
     for step in range(3):

@@ -32,7 +32,7 @@ CASES = Table(__name__)
 
 
 def _parts(numel: int) -> list[nn.Parameter]:
-    """As flattened models have them: one memory, a version each."""
+    """Parts of one storage with a version counter each, as in a flattened model."""
     flat = randn(numel)
     parts = [nn.Parameter(torch.empty(n)) for n in (numel // 4, numel // 2, numel // 4)]
     for p, part in zip(parts, flat.split([len(p) for p in parts]), strict=True):

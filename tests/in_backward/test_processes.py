@@ -46,7 +46,7 @@ def _fsdp1(make: Make, use_orig_params: bool) -> Any:
 
 
 def _fsdp1_after(make: Make) -> Any:
-    """The parameters stay what they are, and FSDP brings the gradients: step() does all of it."""
+    """The parameters stay, and FSDP sets their gradients: step() makes the whole update."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = net()

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):
-    """Convolutions, norms, a tied weight, an unused parameter and one gradient far above others."""
+    """Convolutions, norms, a tied weight, an unused parameter and one very large gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def assert_same(a: tuple[Net, FrozenAwareSGD, int], b: tuple[Net, FrozenAwareSGD
         }
     ),
 )
-def test_results_are_the_ordinary_steps(
+def test_results_equal_those_of_the_ordinary_step(
     bucket: dict[str, Any], freezing: Callable[[nn.Module, int], None], hyper: Hyper, device: str
 ) -> None:
     ordinary = train(freezing, device=device, **hyper)
@@ -188,8 +188,8 @@ def test_every_option_gives_the_same(options: dict[str, Any], device: str) -> No
     assert_same(train(rolling, step_in_backward=True, bucket_mb=2 * KIB, **options), ordinary)
 
 
-def test_versions_that_are_counted_together_are_no_write() -> None:
-    """Parameters that were views of one tensor; the first has memory of its own by now."""
+def test_a_version_counter_that_parameters_share_is_no_write() -> None:
+    """The parameters were views of one tensor; the first has its own memory by now."""
     flat = torch.zeros(2)
     first, second = (nn.Parameter(flat[i : i + 1]) for i in range(2))
     first.data = first.data.double()
@@ -203,7 +203,7 @@ def test_it_trains_at_all() -> None:
     before = dict(network().named_parameters())
     after = train(nothing, step_in_backward=True)[0].named_parameters()
     still = {name for name, p in after if torch.equal(p, before[name])}
-    # A bias before a batch norm has no effect, and so no gradient but rounding.
+    # A bias before a batch norm has no effect, so its gradient is rounding error.
     assert still - {"stem.bias"} == {"unused", "empty"}
 
 
@@ -273,7 +273,7 @@ def test_no_more_than_a_bucket_and_the_largest_gradient(
     sizes = [p.numel() * p.element_size() for p in model.parameters()]
     mib = bucket.get("bucket_mb")
     bound = sum(sizes) / 10 if mib is None else mib * 2**20
-    placeholder = 4  # where no gradient is left after backward, one number stands for them
+    placeholder = 4  # one number stands for the gradients, none of which is left after backward
     assert 0 < peak <= bound + max(sizes) + placeholder
     if bucket.get("bucket_mb") != 1000:
         assert peak < train(freezing)[2]
@@ -306,7 +306,7 @@ def test_frozen_parameters_have_no_hook_run() -> None:
     assert ran and not [name for name in ran if name.startswith("blocks")]
 
 
-# ------------------------------------------------------------------------------- living with others
+# ----------------------------------------------------------------------- other hooks and optimizers
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
@@ -523,7 +523,7 @@ def test_an_ordinary_optimizer_does_not_take_over_what_is_stepped_in_backward(
     second.add_param_group({"params": model.parameters()})
 
 
-def test_a_second_backward_tells_of_stocks_optimizers_too() -> None:
+def test_a_second_backward_names_a_stock_optimizer_that_stepped() -> None:
     model = network()
     first = FrozenAwareSGD(model.parameters(), 0.1, step_in_backward=True)
     second = torch.optim.SGD(model.parameters(), 0.1)
@@ -535,16 +535,16 @@ def test_a_second_backward_tells_of_stocks_optimizers_too() -> None:
     first.close()
 
 
-# -------------------------------------------------------------------------- errors of somebody else
+# ----------------------------------------------------------------------------- errors of other code
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("bucket_mb", [0, 4 * KIB, None], ids=["no bucket", "4 KiB", "the usual"])
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt, MemoryError])
-def test_zero_grad_gives_up_a_backward_that_somebody_elses_error_ended(
+def test_zero_grad_gives_up_a_backward_that_other_code_interrupted(
     kind: type[BaseException], bucket_mb: float | None, device: str
 ) -> None:
-    """As a loop has it that leaves a batch out; what had been applied by then stays."""
+    """As in a loop that skips a batch: what was applied before the error stays."""
     model = network(device=device)
     optimizer = FrozenAwareSGD(
         model.parameters(), 0.1, 0.9, step_in_backward=True, bucket_mb=bucket_mb
@@ -563,7 +563,7 @@ def test_zero_grad_gives_up_a_backward_that_somebody_elses_error_ended(
         optimizer.state_dict()
     optimizer.zero_grad()
     assert all(p.grad is None for p in model.parameters())
-    # From here on as one that goes on from the same weights and momentum.
+    # From here on it trains like an optimizer that starts from the same weights and momentum.
     twin = copy.deepcopy(model)
     ordinary = FrozenAwareSGD(twin.parameters(), 0.1, 0.9)
     ordinary.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -571,7 +571,7 @@ def test_zero_grad_gives_up_a_backward_that_somebody_elses_error_ended(
         train_once(step)
         _iterate(twin, ordinary, step)
     assert_same((model, optimizer, 0), (twin, ordinary, 0))
-    # One that ended well is not given up.
+    # A backward that ended without an error is not given up.
     loss_of(model).backward()
     with pytest.raises(RuntimeError, match=r"Call step\(\) first: it makes the rest"):
         optimizer.zero_grad()
@@ -688,10 +688,10 @@ def test_what_cannot_be_one_step_is_refused(
         model.parameters(), 0.1, 0.9, step_in_backward=True, bucket_mb=bucket_mb
     )
     if misuse is clip_norm and bucket_mb == 0:
-        message += "|more than one element"  # torch's, of the placeholder, which cannot be written
+        message += "|more than one element"  # torch's error: the placeholder cannot be written to
     with pytest.raises(RuntimeError, match=message):
         misuse(model, optimizer)
-    # The way out, and an iteration that goes as ever.
+    # After zero_grad() the next iteration works as usual.
     for p in model.parameters():
         p.requires_grad_(True)
     if misuse is discarded:
@@ -718,7 +718,7 @@ def test_a_refused_backward_makes_no_step(device: str) -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-def test_an_edit_taken_back_makes_the_step() -> None:
+def test_the_step_succeeds_once_an_edit_is_undone() -> None:
     ordinary = train(nothing, steps=1)
     model = network()
     optimizer = FrozenAwareSGD(in_groups(model), 0.05, step_in_backward=True, bucket_mb=2 * KIB)

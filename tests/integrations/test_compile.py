@@ -84,7 +84,7 @@ def test_a_compiled_model_follows_the_frozen_set_with_one_compilation_for_each(
     expected = run(make_model(), eager_step)
     model = torch.compile(make_model(), backend=backend)
     assert_close(run(model, eager_step), expected)
-    # The norm's mode and requires_grad are guarded on, so a set seen before is looked up.
+    # torch.compile guards on the norm's mode and requires_grad, and looks up a set seen before.
     assert graphs() == DISTINCT
 
 
@@ -119,11 +119,11 @@ def test_a_whole_iteration_compiled_follows_the_frozen_set(backend: str) -> None
     step = torch.compile(eager_step, backend=backend)
     expected = run(make_model(), eager_step)
     assert_close(run(make_model(), step), expected)
-    assert graphs() == DISTINCT  # backward() and the step are no part of any
+    assert graphs() == DISTINCT  # backward() and the step are in none of them
 
 
 def test_stock_sgd_compiled_goes_stale_where_ours_does_not() -> None:
-    """Nothing guards on requires_grad: what the compiler has seen train, it trains on."""
+    """Nothing guards on requires_grad, so what trained while it was traced goes on training."""
 
     def weight_after_freezing(kind: type[torch.optim.SGD]) -> tuple[Tensor, Tensor]:
         p = nn.Parameter(torch.ones(4))
@@ -156,7 +156,7 @@ def test_a_rotation_through_all_its_sets_compiles_no_more_graphs_than_there_are_
     assert graphs() == len(drawn)
 
 
-def test_more_frozen_sets_than_the_compiler_keeps_are_run_eagerly_and_rightly() -> None:
+def test_more_frozen_sets_than_the_compiler_keeps_run_eagerly_and_correctly() -> None:
     limit = torch._dynamo.config.recompile_limit
     steps = 2 * limit + 4
 
@@ -183,7 +183,7 @@ def test_more_frozen_sets_than_the_compiler_keeps_are_run_eagerly_and_rightly() 
 
 
 def test_a_compiled_model_that_trains_nothing_new_is_audited() -> None:
-    """What was unfrozen gets its gradient at the next backward, and audit can tell."""
+    """What was unfrozen gets its gradient at the next backward, and audit sees it."""
     model = make_model()
     freeze(model, "0")
     compiled = torch.compile(model, backend="aot_eager")

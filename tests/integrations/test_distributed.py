@@ -119,14 +119,14 @@ def assert_replicas(results: list[Any], key: str) -> None:
             assert torch.equal(other[key][name], tensor), name
 
 
-# What is frozen during three steps each; the norm is held throughout, so that statistics of a part
-# of the batch never stand for those of all of it.
+# What is frozen, for three steps each. The norm is held throughout: its statistics would otherwise
+# be those of a rank's part of the batch.
 PHASES: list[list[str]] = [["body"], ["body.0", "body.1"], ["body.1", "head"], ["body"]]
 
 
 def set_phase(model: nn.Module, phase: list[str]) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of DDP; each test says how it goes about that
+        warnings.simplefilter("ignore")  # of DDP, which each test deals with in its own way
         unfreeze(model, exclude=phase)
         freeze(model, *phase)
 
@@ -516,7 +516,7 @@ def test_a_distributed_checkpoint_resumes_across_a_changed_frozen_set(
 
 
 def on_plain_load(device: str, path: str) -> str:
-    """What loading says where another set was frozen then."""
+    """The error of loading a checkpoint that was saved while another set was frozen."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import get_state_dict

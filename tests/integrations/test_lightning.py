@@ -1,6 +1,6 @@
 """FreezeCallback under Lightning's Trainer, beside Lightning's own BackboneFinetuning.
 
-Where Lightning's way goes wrong, a test shows that it does, and another that ours does not.
+Where Lightning's way fails, one test shows the failure and another that ours works.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def quiet(one_thread: None) -> Iterator[None]:
 
 
 class Net(pl.LightningModule):
-    """A backbone with a norm, and a head. Notes what trains in each step."""
+    """A backbone with a norm, and a head; it notes what trains in each step."""
 
     def __init__(self, optimizer: str = "ours", rates: bool = False) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ def test_a_schedule_of_steps_is_stepped_before_every_optimizer_step(accumulate: 
     assert callback.schedule.last == trainer.global_step - 1
     assert {state[2] for state in net.trained} == {True}
     assert {sum(state) for state in net.trained} == {2}
-    if accumulate == 2:  # of three batches, the first two are one step
+    if accumulate == 2:  # the first two of three batches are one step
         assert all(
             net.trained[i] == net.trained[i + 1] for i in range(0, len(net.trained), BATCHES)
         )
@@ -209,7 +209,7 @@ def test_a_run_that_had_no_schedule_yet_goes_on_where_the_schedule_would_be(
     assert net.trained == whole.trained[BATCHES:]
 
 
-def test_a_callback_used_for_a_second_run_begins_its_schedule_anew() -> None:
+def test_a_callback_used_for_a_second_run_restarts_its_schedule() -> None:
     net, callback = Net(), FreezeCallback(schedule={0: ["backbone"], 1: []})
     for _ in range(2):
         net.trained.clear()
@@ -217,11 +217,11 @@ def test_a_callback_used_for_a_second_run_begins_its_schedule_anew() -> None:
         assert net.trained == [(False, False, True)] * BATCHES + [(True, True, True)] * BATCHES
 
 
-def test_a_fit_that_the_same_trainer_goes_on_with_goes_on_with_its_schedule() -> None:
+def test_a_second_fit_of_one_trainer_continues_its_schedule() -> None:
     net = Net()
     trainer = fit(net, FreezeCallback(schedule={0: ["backbone"], 1: []}), 2)
     net.trained.clear()
-    torch_freeze.freeze(net, "head")  # by hand, and what the schedule does not say again
+    torch_freeze.freeze(net, "head")  # by hand; the schedule does not set it again
     trainer.fit_loop.max_epochs = 3
     trainer.fit(net, data())
     assert set(net.trained) == {(True, True, False)}
@@ -242,7 +242,7 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_has_its_frozen_set(tmp_path: Pa
 
 
 class Scored(Net):
-    """A Net whose validations have the scores given, one after the other."""
+    """A Net whose validations return the given scores, one after the other."""
 
     def __init__(self, scores: list[float], **options: Any) -> None:
         super().__init__(**options)
@@ -336,7 +336,7 @@ def test_a_resumed_run_goes_on_in_its_phase_with_the_best_weights(
     whole = Scored(scores)
     callback = plateau(restore_best=True)
     fit(whole, callback, 7)
-    # Back to the best of epoch 1 after epoch 2, to that of epoch 3 after epochs 4 and 5.
+    # It goes back to the best of epoch 1 after epoch 2, and of epoch 3 after epochs 4 and 5.
     assert_equal(whole.seen[3], whole.seen[2])
     assert_equal(whole.seen[5], whole.seen[4])
     assert_equal(weights(whole), whole.seen[4])
@@ -410,7 +410,7 @@ def test_a_mistake_is_named(make: Any, error: type[Exception], says: str) -> Non
 
 
 class Unfreezing(BaseFinetuning):
-    """What its documentation shows: freeze before training, unfreeze at an epoch."""
+    """As its documentation shows: freeze before training, unfreeze at an epoch."""
 
     def __init__(self, add_group: bool = True) -> None:
         super().__init__()
@@ -434,7 +434,7 @@ def test_theirs_what_is_frozen_at_construction_never_trains_later() -> None:
     fit(net, Unfreezing(add_group=False), 3)
     assert net.backbone[0].weight.requires_grad
     assert torch.equal(net.backbone[0].weight, before["backbone.0.weight"])
-    assert net.backbone[0].weight.grad is not None  # computed, kept, used by nobody
+    assert net.backbone[0].weight.grad is not None  # computed and kept, but never used
 
 
 def test_ours_trains_what_was_frozen_at_construction() -> None:
@@ -455,7 +455,7 @@ def test_ours_refuses_an_optimizer_that_leaves_parameters_out() -> None:
 
 def test_theirs_does_not_resume_after_the_frozen_set_changed(tmp_path: Path) -> None:
     fit(Net("stock"), Unfreezing(), 2).save_checkpoint(tmp_path / "run.ckpt")
-    # Its work is done, so the run goes on without it.
+    # It has done its work, so the run goes on without the callback.
     with pytest.raises((ValueError, KeyError), match="different number of parameter groups"):
         fit(Net("stock"), [], 3, tmp_path / "run.ckpt")
 
@@ -475,7 +475,7 @@ def test_ours_resumes_whatever_is_frozen_now(tmp_path: Path, goes_on_with: str) 
     if goes_on_with == "another schedule":
         with pytest.warns(UserWarning, match=r"another schedule: it has entries\[1\]=1"):
             fit(net, callbacks[goes_on_with], 3, tmp_path / "run.ckpt")
-        # What the new one says, and nothing of what the old one froze.
+        # Only what the new schedule names is frozen, nothing that the old one froze.
         frozen = torch_freeze.report(net).frozen_names
         assert frozen == tuple(f"head.{name}" for name, _ in net.head.named_parameters())
     else:
@@ -498,7 +498,7 @@ def test_ours_leaves_the_learning_rate_scheduler_alone() -> None:
 
 
 def shifted_norm() -> Net:
-    """Statistics that say 5 where the data of the first layer, all zero, says 0."""
+    """Running statistics with a mean of 5, where the mean of the data is 0."""
     net = Net()
     with torch.no_grad():
         net.backbone[1].running_mean.fill_(5.0)
@@ -532,7 +532,7 @@ def zeros() -> tuple[nn.Parameter, nn.Parameter]:
 def test_theirs_drops_parameters_of_equal_value() -> None:
     a, b = zeros()
     left = BaseFinetuning.filter_on_optimizer(torch.optim.SGD([a], lr=0.1), [b])
-    assert left == []  # b is not in the optimizer, and will not be
+    assert left == []  # b is missing from the optimizer for good
 
 
 def test_ours_goes_by_identity() -> None:

@@ -1,7 +1,7 @@
 """Lightning, Transformers and Accelerate on two processes, with a frozen set that changes.
 
-What they train equals what one process trains on batches twice as large; the ranks hold the same to
-the bit. Where DDP could not follow a schedule, training does not begin.
+They train the same as one process on batches twice as large, and the ranks agree to the bit. Where
+DDP could not follow a schedule, training does not begin.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ HYPER = {"lr": 0.05, "momentum": 0.9}
 SAME = {"rtol": 1e-9, "atol": 1e-10}
 LAYERS = ["body.0", "body.2"]
 
-# What a callback is made with; the functions take the model.
+# What the callbacks get as their schedule; functions are called with the model.
 SCHEDULES: dict[str, Any] = {
     "a table of epochs": {0: ["body"], 1: ["body.0"], 3: []},
     "gradual unfreezing": lambda m: gradual_unfreeze(m, [*LAYERS, "head"]),
@@ -51,7 +51,7 @@ SCHEDULES: dict[str, Any] = {
 
 
 def on_a_metric(model: nn.Module) -> AdvanceOnPlateau:
-    """Phases that end where the loss has not gone up, and go back to the best weights."""
+    """Phases that end when the loss has not risen, and restore the best weights."""
     groups = gradual_unfreeze(model, [*LAYERS, "head"])
     return AdvanceOnPlateau(groups, "max", patience=0, restore_best=True)
 
@@ -75,7 +75,7 @@ def quiet(one_thread: None) -> Iterator[None]:
 
 
 class Net(nn.Module):
-    """Two layers and a head, in double precision; notes what trains at each forward in training."""
+    """Two layers and a head, in double precision; it notes what trains at each training forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def outcome(net: Net) -> dict[str, Any]:
 
 
 def assert_as_one(results: list[dict[str, Any]], one: dict[str, Any]) -> None:
-    """What ranks trained, and when, is what one process did; the ranks are alike to the bit."""
+    """The ranks trained what one process did, at the same steps, and agree to the bit."""
     for result in results:
         assert result["trained"] == one["trained"]
         for name, weight in one["weights"].items():
@@ -118,7 +118,7 @@ def assert_refused(results: list[dict[str, Any]], *says: str) -> None:
 
 
 def spoil(net: Net, how: str) -> Any:
-    """The schedule of a run that goes wrong under DDP in the way named."""
+    """The schedule of a run that fails under DDP in the named way."""
     if how.startswith("frozen when wrapped"):
         net.body[0].requires_grad_(False)
     if how == "the ranks' schedules differ":
@@ -129,7 +129,7 @@ def spoil(net: Net, how: str) -> Any:
     return SCHEDULES["a table of epochs"]
 
 
-# What is wrong: what is said of it.
+# What is wrong: words of the error.
 REFUSED: dict[str, tuple[str, ...]] = {
     "unused gradients not looked for": ("gradients that never come", "find_unused_parameters"),
     "a static graph": ("graph never changes", "static_graph"),
@@ -144,7 +144,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
 def on_lightning(
     device: str, schedule: str | None, how: str = "", save: Path | None = None, **options: Any
 ) -> Any:
-    """A fit, in this process alone where there is no device."""
+    """A fit; it runs in this process alone if no device is given."""
     import lightning.pytorch as pl
     from lightning.pytorch.strategies import DDPStrategy
 
@@ -166,7 +166,7 @@ def on_lightning(
     monitor = None
     if schedule == "a metric":
         plan, monitor = on_a_metric, "loss"
-    # Without a schedule DDP needs no setting: what is frozen is frozen before it wraps.
+    # Without a schedule DDP needs no setting, because freezing comes before it wraps the model.
     unused_too = plan is not None and how != "unused gradients not looked for"
     ddp = DDPStrategy(find_unused_parameters=unused_too, static_graph=how == "a static graph")
     resume = options.pop("resume", None)
@@ -188,7 +188,7 @@ def on_lightning(
     loader = torch.utils.data.DataLoader(
         rows,
         batch_size=BATCH if device else BATCH * SIZE,
-        # Lightning's own would shuffle.
+        # Lightning's own sampler would shuffle.
         sampler=torch.utils.data.DistributedSampler(rows, shuffle=False) if device else None,
     )
     try:
@@ -240,7 +240,7 @@ class TestLightning:
     ) -> None:
         assert_refused(world.run(on_lightning, None, how), *says)
 
-    def test_what_is_frozen_when_wrapped_and_never_freed_is_no_mistake(self, world: World) -> None:
+    def test_what_is_frozen_when_wrapped_and_never_unfrozen_is_accepted(self, world: World) -> None:
         for result in world.run(on_lightning, None, "frozen when wrapped, never freed"):
             assert {trained[0] for trained in result["trained"]} == {False}
 
@@ -251,7 +251,7 @@ class TestLightning:
 def on_transformers(
     device: str, folder: Path, schedule: str | None, how: str = "", **options: Any
 ) -> Any:
-    """A training run, in this process alone where there is no device."""
+    """A training run; it runs in this process alone if no device is given."""
     import transformers
 
     from torch_freeze.integrations.transformers import FreezeTrainerCallback
@@ -322,7 +322,7 @@ class TestTransformers:
 def on_accelerate(
     device: str, folder: Path, *, find_unused: bool = True, stop: int = 0, accumulate: int = 1
 ) -> Any:
-    """A loop as the documentation has it; with `stop`, saved there and resumed."""
+    """The loop of the documentation; with `stop`, it is saved there and resumed."""
     import accelerate
 
     ddp = accelerate.DistributedDataParallelKwargs(find_unused_parameters=find_unused)

@@ -1,7 +1,7 @@
 """What training loops add to a step, crossed with a frozen set that changes under it.
 
-Every loop is run with FrozenAwareSGD over all parameters and compared, to the bit, with stock SGD,
-whose frozen parameters have no gradient.
+Every loop runs with FrozenAwareSGD over all parameters, and the result is compared to the bit with
+stock SGD, whose frozen parameters have no gradient.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def make_model() -> nn.Sequential:
     )
 
 
-# Modules frozen from a step on: freed early and late, frozen again, all of it, and nothing.
+# Modules frozen from a step on: unfrozen early and late, frozen again, all, and none.
 FROZEN_SETS: dict[str, dict[int, list[str]]] = {
     "nothing ever frozen": {0: []},
     "always the same frozen": {0: ["0", "1", "3"]},
@@ -71,7 +71,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @dataclass
 class Loop:
-    """What a loop does besides forward, backward and step."""
+    """What a loop does in addition to forward, backward and step."""
 
     scheduler: Scheduler | None = None
     accumulate: int = 1
@@ -129,7 +129,7 @@ def set_frozen(model: nn.Module, frozen: list[str]) -> None:
 
 
 def groups(model: nn.Sequential) -> list[dict[str, Any]]:
-    """Two groups, so that schedulers have rates to keep apart; each is frozen in part at times."""
+    """Two groups, so that schedulers have two rates; at times each is frozen in part."""
     low = [*model[0].parameters(), *model[1].parameters()]
     high = [*model[3].parameters(), *model[5].parameters()]
     return [{"params": low, "lr": 0.02}, {"params": high}]
@@ -137,7 +137,7 @@ def groups(model: nn.Sequential) -> list[dict[str, Any]]:
 
 def run(loop: Loop, plan: dict[int, list[str]], kind: type[torch.optim.SGD]) -> dict[str, Any]:
     model = make_model()
-    # Stock knows what is frozen by the gradients alone; foreach=False is its reference form.
+    # Stock knows only from missing gradients what is frozen; foreach=False is its reference.
     own = {} if kind is FrozenAwareSGD else {"foreach": False}
     optimizer = kind(groups(model), **{**BASE, **loop.hyper, **own})
     scheduler = loop.scheduler(optimizer) if loop.scheduler else None
@@ -158,7 +158,7 @@ def run(loop: Loop, plan: dict[int, list[str]], kind: type[torch.optim.SGD]) -> 
         live = [p for p in model.parameters() if p.grad is not None]
         if step in loop.overflow_at and live:
             live[0].grad[0] = torch.inf  # type: ignore[index]
-        if loop.clip is not None and live:  # without gradients both raise, or have nothing to do
+        if loop.clip is not None and live:  # without gradients both raise or have nothing to do
             scaler.unscale_(optimizer)
             loop.clip(list(model.parameters()))
         if live or not loop.scaler:  # a GradScaler wants at least one gradient
@@ -221,7 +221,7 @@ def test_every_scheduler_of_torch_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
 def test_what_is_frozen_is_left_alone_by_a_loop(loop: Loop) -> None:
-    """Not an element written: weight decay, momentum, clipping and overflow handling included."""
+    """No element is written, whatever weight decay, momentum, clipping and overflows there are."""
     model = make_model()
     optimizer = FrozenAwareSGD(groups(model), **{**BASE, **loop.hyper})
     scheduler = loop.scheduler(optimizer) if loop.scheduler else None
@@ -293,7 +293,7 @@ def test_a_run_resumed_in_the_middle_goes_on_bit_for_bit(name: str, at: int) -> 
 
 
 def test_update_bn_wants_the_average_unfrozen() -> None:
-    """The copy's norms are held as the model's are: torch resets them, and nothing fills them."""
+    """The copy's norms are held like the model's: torch resets them, and nothing refills them."""
     model = make_model()
     freeze(model, "0", "1")
     average = AveragedModel(model)
@@ -337,7 +337,7 @@ def test_adamw_over_all_parameters_holds_what_is_frozen_and_trains_what_is_freed
         else:
             optimizer.step()
         if step == STEPS // 2:
-            # Freed late, it makes the first step that a parameter of a new optimizer makes.
+            # Unfrozen late, a parameter makes the same first step as in a new optimizer.
             for p, grad in zip(late.parameters(), model[0].parameters(), strict=True):
                 p.grad = grad.grad
             torch.optim.AdamW(late.parameters(), lr=0.05, weight_decay=0.1, **options).step()

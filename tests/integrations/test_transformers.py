@@ -52,7 +52,7 @@ def data() -> list[dict[str, Tensor]]:
 
 
 class Witness(TrainerCallback):  # type: ignore[misc]
-    """Notes which layers train at each step, after all other callbacks."""
+    """Notes which layers train at each step, after all other callbacks have run."""
 
     def __init__(self) -> None:
         self.trained: list[tuple[bool, ...]] = []
@@ -123,7 +123,7 @@ def test_what_is_named_is_frozen_throughout_and_all_else_trains(tmp_path: Path) 
     assert not torch.equal(model.classifier.weight, before["classifier.weight"])
 
 
-def test_what_is_named_is_frozen_in_a_model_that_the_trainer_makes_anew(tmp_path: Path) -> None:
+def test_what_is_named_is_frozen_in_a_model_that_the_trainer_makes(tmp_path: Path) -> None:
     made: list[Any] = []
 
     def model_init() -> Any:
@@ -149,7 +149,7 @@ def test_what_is_named_is_frozen_in_a_model_that_the_trainer_makes_anew(tmp_path
 
 @pytest.mark.parametrize("asked", [None, True, False])
 @pytest.mark.parametrize("recomputes", [True, False])
-def test_what_the_trainer_asks_of_ddp_is_known(
+def test_the_trainers_setting_for_unused_parameters_is_known(
     tmp_path: Path, asked: bool | None, recomputes: bool
 ) -> None:
     from torch_freeze.integrations.transformers import _finds_unused
@@ -287,7 +287,7 @@ def test_a_resumed_run_without_its_best_weights_is_refused(tmp_path: Path) -> No
         )  # fmt: skip
 
 
-def test_best_weights_that_find_no_checkpoint_are_missed_aloud(
+def test_a_checkpoint_without_the_best_weights_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     callback = plateau(restore_best=True)
@@ -309,7 +309,7 @@ def test_a_metric_that_no_evaluation_has_is_named(tmp_path: Path) -> None:
         FreezeTrainerCallback("bert", monitor="score")
 
 
-def test_of_several_data_sets_one_has_the_metric(tmp_path: Path) -> None:
+def test_the_metric_may_belong_to_one_of_several_data_sets(tmp_path: Path) -> None:
     callback = plateau("eval_second_loss", max_evals=1)
     evaluated = {"first": data(), "second": data()}
     _, trained = train(tmp_path, make_model(), [callback], **EVALUATED, eval_dataset=evaluated)
@@ -421,7 +421,7 @@ def test_theirs_breaks_the_learning_rate_when_a_group_is_added(tmp_path: Path) -
 
     chosen = filter(lambda p: p.requires_grad, model.parameters())
     optimizer = torch.optim.SGD(chosen, lr=0.1)
-    with pytest.raises(ValueError, match="zip"):  # of as many rates as there were groups
+    with pytest.raises(ValueError, match="zip"):  # it has as many rates as there were groups
         rates_of(tmp_path, Unfreeze(), optimizer, model)
 
 
@@ -445,8 +445,8 @@ class NormlessTrainer(Trainer):  # type: ignore[misc]
 
 
 @pytest.mark.compiled
-def test_steps_in_backward_want_a_trainer_that_does_not_clip(tmp_path: Path) -> None:
-    """It does by default, which nobody who asked for neither would look for."""
+def test_steps_in_backward_need_a_trainer_that_does_not_clip(tmp_path: Path) -> None:
+    """The Trainer clips by default, which is easy to overlook."""
     found = []
     for in_backward in (False, True):
         model = make_model()

@@ -612,7 +612,7 @@ def _first_weight_trained_on(device: str) -> float:
 
 
 @pytest.mark.parametrize("device", ["cpu", DEVICE])
-def test_children_train_though_this_process_has(device: str) -> None:
-    """As the tests do that might crash: see helpers/apart.py."""
+def test_children_train_after_this_process_has(device: str) -> None:
+    """Tests that might crash rely on it: see helpers/apart.py."""
     assert _first_weight_trained_on(DEVICE) == 0.75
     assert apart.run(_first_weight_trained_on, device) == 0.75

@@ -1,7 +1,7 @@
-"""What a step on a GPU asks of the CUDA runtime, by the log of the simulated one: make test-cuda.
+"""What a step on a GPU asks of the CUDA runtime, from the simulated one's log: make test-cuda.
 
-A profiler shows kernels; waits, allocations, contexts and the streams that work goes to are seen
-by the runtime alone.
+A profiler shows kernels; only the runtime sees waits, allocations, contexts and the streams that
+work goes to.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class TestSteadyStep:
             assert len(launches(records)) == 2
 
     def test_of_gradients_of_another_layout_keeps_every_copy(self) -> None:
-        """One that is freed too early lies where the next is made."""
+        """A copy that is freed too early has the address of the next one."""
         params = [with_grad(40, 30) for _ in range(3)]
         for i, p in enumerate(params):
             p.grad = torch.full((30, 40), float(i), device="cuda").t()
@@ -275,7 +275,7 @@ class TestGraphs:
         model(x).sum().backward()
         optimizer.step()
 
-    def test_a_first_step_on_the_cpu_is_let_be(self) -> None:
+    def test_a_first_step_on_the_cpu_is_allowed(self) -> None:
         p = with_grad(300, device="cpu")
         optimizer = FrozenAwareSGD([p], **HYPER)
         x = torch.ones(3, device="cuda")
@@ -322,7 +322,7 @@ class TestGraphs:
             optimizer.step()
         for _ in range(3):
             graph.replay()
-            # What the capture used must not lie in memory that others are given.
+            # Memory that the capture used must not be given to others.
             garbage = [torch.full((40, 30), torch.nan, device="cuda") for _ in range(4)]
             del garbage
             reference.step()
@@ -539,7 +539,7 @@ class TestInBackward:
         assert_same_parameters(model, twin)
 
 
-def test_want_of_memory_leaves_everything() -> None:
+def test_out_of_memory_changes_nothing() -> None:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     small = with_grad(10)

@@ -1,7 +1,7 @@
 """Stochastic rounding of momentum to bfloat16: what is random about it, and that nothing else is.
 
-The kernels are run without the optimizer, the CPU's own and the CUDA kernel's body on the CPU. That
-every dtype, layout and variant is covered is test_body.py's to show.
+The kernels are run without the optimizer, the CPU's own and the CUDA kernel's body on the CPU.
+Every dtype, layout and variant is covered by test_body.py.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def test_narrow_gradients_are_unscaled_in_fp32(hyper: Hyper, dtype: torch.dtype)
 
 
 class Recorder:
-    """What an overflow must not touch: bits and identities (versions of CUDA tensors may move)."""
+    """What an overflow must not change: bits and identities (versions of CUDA tensors may)."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -140,7 +140,7 @@ BAD_VALUES = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 def test_an_overflow_touches_nothing_but_frozen_gradients(
     hyper: Hyper, dtype: torch.dtype, steps_before: int, value: float, device: str
 ) -> None:
-    """Afterwards training goes on as if the step had not been: first buffers are still first.
+    """Afterwards training goes on as if the step had not happened: first buffers are still first.
 
     Stock fused leaves uninitialised memory in the momentum when the first step overflows.
     """
@@ -190,7 +190,7 @@ def test_overflow_with_an_existing_buffer_in_part_of_the_tensors() -> None:
 
 
 def test_an_infinite_stale_gradient_of_a_frozen_parameter_costs_one_step() -> None:
-    """GradScaler looks at every gradient, so the step is withheld; then the gradient is gone."""
+    """GradScaler looks at every gradient, so it skips the step; then the gradient is gone."""
     trained, frozen = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
     optimizer = FrozenAwareSGD([trained, frozen], lr=0.1, momentum=0.9)
     frozen.requires_grad_(False)
@@ -206,7 +206,7 @@ def test_an_infinite_stale_gradient_of_a_frozen_parameter_costs_one_step() -> No
 
 @pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
 def test_unscale_before_the_step_is_not_unscaled_twice(hyper: Hyper) -> None:
-    """As for clipping; `grad_scale` is None then, `found_inf` is not."""
+    """This is how clipping is done; then `grad_scale` is None, but `found_inf` is not."""
     gen = cases.generator(0)
     ours = cases.make_parameters((5, 70), gen)
     theirs = cases.twin(ours)
@@ -252,7 +252,7 @@ def test_gradients_of_other_strides_are_unscaled_once(odd: Any, scale: float) ->
     optimizer: Any = FrozenAwareSGD([p], lr=0.1, momentum=0.9)
     reference = torch.optim.SGD([q], lr=0.1, momentum=0.9, foreach=False)
     p.grad, q.grad = odd(grad * scale), odd(grad).clone()
-    # By hand, because GradScaler's own look for infinities refuses an expanded gradient.
+    # Set by hand, because GradScaler's own check for infinities refuses an expanded gradient.
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
     optimizer.step()
     reference.step()
@@ -302,7 +302,7 @@ def test_what_the_kernels_do_not_cover_is_scaled_too(kind: str, overflow: bool) 
 
 
 def test_hand_set_scale_and_found_inf() -> None:
-    """Libraries set the two attributes themselves."""
+    """Some libraries set the two attributes themselves."""
     p = torch.nn.Parameter(torch.ones(3))
     optimizer: Any = FrozenAwareSGD([p], lr=0.5)
     p.grad = torch.full((3,), 4.0)
@@ -320,7 +320,7 @@ def test_hand_set_scale_and_found_inf() -> None:
 
 
 def test_scaling_is_advertised_where_the_kernels_read_it() -> None:
-    """Also by an optimizer that bypassed __init__."""
+    """An optimizer that bypassed __init__ advertises it, too."""
     p = torch.nn.Parameter(torch.ones(3))
     for kwargs in ({}, {"fused": True}):
         optimizer = FrozenAwareSGD([p], lr=0.1, **kwargs)

@@ -59,8 +59,8 @@ def test_step_goes_by_its_name_in_errors() -> None:
         optimizer.step(None, None)  # type: ignore[call-overload]
 
 
-def test_step_is_wrapped_as_stocks_for_who_unwraps_it() -> None:
-    """torch's own tests of compiled optimizers take off two wrappers."""
+def test_step_has_as_many_wrappers_as_stocks() -> None:
+    """torch's own tests of compiled optimizers remove two wrappers."""
     optimizer, p = _one()
     before = p.detach().clone()
     p.grad = torch.ones_like(p)
@@ -93,7 +93,7 @@ def test_is_an_sgd() -> None:
     assert isinstance(optimizer, torch.optim.SGD) and isinstance(optimizer, torch.optim.Optimizer)
 
 
-def test_repr_is_stocks_but_for_the_name() -> None:
+def test_repr_is_stocks_except_for_the_name() -> None:
     p = torch.nn.Parameter(torch.ones(1))
     groups = [{"params": [p], "lr": 0.3}]
     ours, theirs = (
@@ -222,7 +222,7 @@ CLASSES: dict[str, type[FrozenAwareSGD]] = {
 
 @pytest.fixture
 def global_hooks() -> Any:
-    """Registers global hooks and takes them away again."""
+    """Registers global hooks and removes them again."""
     handles: list[Any] = []
 
     def register(pre: Any = None, post: Any = None) -> None:
@@ -242,7 +242,7 @@ def global_hooks() -> Any:
 def test_hooks_run_exactly_once_and_in_stocks_order(
     kind: type[FrozenAwareSGD], remake: bool, plain_exists: bool, global_hooks: Any
 ) -> None:
-    """A plain SGD wraps `SGD.step` for good, so this also runs after one was made."""
+    """A plain SGD wraps `SGD.step` permanently, so this also runs after one was made."""
     if plain_exists:
         torch.optim.SGD([_parameter()])
     p = _parameter()
@@ -552,7 +552,7 @@ def test_learning_rate_schedulers(make: Callable[[Any], Any], as_tensor: bool) -
         )
     )
     with warnings.catch_warnings():
-        # What stock itself warns of (a deprecated argument, say) is not our concern.
+        # What stock itself warns of, such as a deprecated argument, does not matter here.
         warnings.simplefilter("ignore")
         b = make(reference)
         warnings.simplefilter("error")
@@ -578,7 +578,7 @@ def test_learning_rate_schedulers(make: Callable[[Any], Any], as_tensor: bool) -
 
 
 def test_a_scheduler_notices_a_step_it_should_have_seen() -> None:
-    """Calling the scheduler first warns with stock, and must not be silenced or made up."""
+    """Stock warns when the scheduler is called first; the warning is neither lost nor invented."""
     for order, expected in (("scheduler first", True), ("optimizer first", False)):
         optimizer, _ = _one()
         scheduler = lr_scheduler.StepLR(optimizer, 2)
@@ -738,7 +738,7 @@ def test_zero_grad(
     frozen: bool,
     implementation: dict[str, Any],
 ) -> None:
-    """The same tensor with the same zeros as stock leaves, detached from any history."""
+    """It leaves the same tensor with the same zeros as stock, detached from any history."""
     seen = []
     for make in (FrozenAwareSGD, torch.optim.SGD):
         params = [torch.nn.Parameter(torch.ones(4, 6)) for _ in range(3)]
@@ -880,7 +880,7 @@ def test_a_replaced_parameter_is_not_kept_alive() -> None:
 
 
 def test_one_storage_per_buffer() -> None:
-    """A flat storage for all would be saved whole with every single buffer."""
+    """One flat storage for all would be saved whole with each buffer."""
     params = cases.make_parameters((3, 1000, (4, 5)), cases.generator(0))
     optimizer = FrozenAwareSGD(params, lr=0.1, momentum=0.9)
     for p in params:
@@ -958,7 +958,7 @@ def _deterministic() -> Iterator[None]:
 
 
 class Listening(TorchDispatchMode):
-    """Hears every operator."""
+    """A mode that sees every operator."""
 
     heard = 0
 
@@ -1001,8 +1001,8 @@ def test_surrounding_settings_change_nothing(
         cases.assert_same_training(optimizer, reference, f"after step {step + 1}:")
 
 
-def test_a_dispatch_mode_hears_the_step() -> None:
-    """Counters of operators and memory planners listen there."""
+def test_a_dispatch_mode_sees_the_step() -> None:
+    """Operator counters and memory planners rely on it."""
     optimizer, _ = _one(momentum=0.9)
     with Listening() as mode:
         optimizer.step()
@@ -1010,7 +1010,7 @@ def test_a_dispatch_mode_hears_the_step() -> None:
 
 
 def test_the_class_is_left_without_stocks_wrapper() -> None:
-    """It costs as much as a small step; `hooked` tells Optimizer.__init__ to leave step alone."""
+    """It costs as much as a small step; with `hooked` set, Optimizer.__init__ leaves step alone."""
     step = FrozenAwareSGD.step
     _one()
     pickle.loads(pickle.dumps(_one()[0]))
@@ -1032,7 +1032,7 @@ def test_two_optimizers_over_one_parameter() -> None:
 
 
 def test_two_threads_step_two_optimizers() -> None:
-    """The step keeps no shared scratch that two threads could meet in."""
+    """The step has no shared scratch memory in which two threads could collide."""
     from concurrent.futures import ThreadPoolExecutor
 
     def train(seed: int) -> None:

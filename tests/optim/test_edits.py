@@ -15,8 +15,8 @@ from torch import Tensor
 from tests.helpers import optim_cases as cases
 from tests.helpers.optim_cases import FrozenAwareSGD, Hyper
 
-# An edit receives an optimizer and one of its parameters by its place; it is applied to ours and
-# to the oracle in turn. Edits of parameters keep the caller's list of parameters up to date.
+# An edit gets an optimizer and the index of one of its parameters; it is applied to ours and to the
+# oracle in turn. Edits that replace parameters update the caller's list of parameters.
 Edit = Callable[[torch.optim.Optimizer, int, int], None]
 
 MOMENTUM = cases.SOME_HYPERS["momentum, dampening and decay"]
@@ -190,7 +190,7 @@ EDITS: dict[str, Edit] = {
 
 
 class Pair:
-    """Our optimizer and the oracle over twin tensors, fed the same gradients and edits."""
+    """Our optimizer and the oracle over twin tensors, with the same gradients and edits."""
 
     def __init__(self, hyper: Hyper, dtype: torch.dtype = torch.float32) -> None:
         self.gen = cases.generator(11)
@@ -236,7 +236,7 @@ def test_edits_before_the_first_step_are_honoured(first: Edit) -> None:
 
 
 def test_momentum_off_on_and_off_again() -> None:
-    """The buffer rests while momentum is 0 and is taken up where it was, as stock does."""
+    """The buffer stays unchanged while momentum is 0 and is used again later, as in stock."""
     pair = Pair({"lr": 0.1})
     for momentum in (0, 0.9, 0, 0.5, 0):
         for optimizer in pair.both():
@@ -267,7 +267,7 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 def test_a_buffer_of_other_strides(
     make: Callable[[Tensor], Tensor], hyper: Hyper, dtype: torch.dtype
 ) -> None:
-    """It stays the same tensor with the same strides; values to stock's own accuracy there."""
+    """It stays the same tensor with the same strides, and its values have stock's accuracy."""
     gen = cases.generator(4)
     ours = cases.make_parameters(((6, 10),), gen, dtype)
     theirs = cases.twin(ours)
@@ -304,9 +304,9 @@ OTHER_DTYPES = {
 def test_a_buffer_of_another_dtype(
     dtype: torch.dtype, buffer_dtype: torch.dtype, hyper: Hyper
 ) -> None:
-    """It keeps its dtype, and the result is at least as near to the exact one as stock's is.
+    """It keeps its dtype, and the result is at least as close to the exact one as stock's.
 
-    Not compared in bits: stock rounds bf16 and fp16 at every operation of such a mixture.
+    Bits are not compared: stock rounds bf16 and fp16 at every operation of such a mixture.
     """
     gen = cases.generator(6)
     worst = {"ours": 0.0, "stock's": 0.0}
@@ -352,7 +352,7 @@ def test_a_buffer_of_another_dtype(
 def test_a_model_cast_wide_goes_on_as_stock(
     hyper: Hyper, start: torch.dtype, to: torch.dtype
 ) -> None:
-    """The buffer keeps the dtype it had, as stock's does."""
+    """The buffer keeps its dtype, as in stock."""
     torch.manual_seed(0)
     ours = torch.nn.Linear(7, 5, dtype=start)
     theirs = copy.deepcopy(ours)
@@ -485,7 +485,7 @@ def test_state_dict_is_stocks(named: bool, hyper: Hyper, steps: int) -> None:
 
 
 def test_a_checkpoint_from_an_old_stock_loads() -> None:
-    """Keys that old versions did not write take their defaults."""
+    """Keys that old versions did not write get their defaults."""
     pair = Pair(MOMENTUM)
     pair.train(2, "before")
     for optimizer in pair.both():

@@ -1,4 +1,4 @@
-"""Bad input: a clear error that names the place and the fix, and nothing whatsoever written."""
+"""Bad input: a clear error that names the place and the fix, and nothing is written."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_bad_tensors_raise_before_anything_is_written(
 
 
 @pytest.mark.parametrize(("spoil", "says"), cases.ids(BAD_TENSORS))
-def test_the_step_after_the_mend_is_right(spoil: Spoil, says: str) -> None:
+def test_the_step_after_the_fix_is_right(spoil: Spoil, says: str) -> None:
     trained = Trained(MOMENTUM)
     victim = trained.at((1, 1))
     kept = trained.optimizer.state[victim]
@@ -167,7 +167,7 @@ def test_the_step_after_the_mend_is_right(spoil: Spoil, says: str) -> None:
         ].clone()
     trained.optimizer.step()
     reference.step()
-    cases.assert_same_training(trained.optimizer, reference, "after the mend:")
+    cases.assert_same_training(trained.optimizer, reference, "after the fix:")
 
 
 @pytest.mark.parametrize(("spoil", "says"), cases.ids(BAD_TENSORS))
@@ -195,7 +195,7 @@ def test_what_is_frozen_is_not_checked(spoil: Spoil, says: str) -> None:
 def test_a_gradient_of_another_float_dtype_is_stepped_as_stock(
     hyper: Hyper, dtype: torch.dtype, grad_dtype: torch.dtype
 ) -> None:
-    """No bad input: torch's `p.grad_dtype` asks for such gradients, and stock promotes them."""
+    """This is valid input: torch's `p.grad_dtype` asks for such gradients; stock promotes them."""
     gen = cases.generator(0)
     ours = cases.make_parameters((9, 9), gen, dtype)
     theirs = cases.twin(ours)

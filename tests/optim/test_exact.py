@@ -277,12 +277,12 @@ CAPABILITIES = {
 
 @pytest.mark.parametrize("capability", list(CAPABILITIES))
 def test_equals_stock_under_every_cpu_capability(capability: str) -> None:
-    """Stock picks its kernels by ATEN_CPU_CAPABILITY; what it then computes is the bar."""
+    """Stock chooses its kernels by ATEN_CPU_CAPABILITY, and the results have to be the same."""
     if not CAPABILITIES[capability]():
         pytest.skip(f"this CPU has no {capability}")
     env = os.environ | {
         "ATEN_CPU_CAPABILITY": capability,
-        # As here, so that the same build of the extension is found.
+        # The same as here, so that the same build of the extension is found.
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     result = subprocess.run(

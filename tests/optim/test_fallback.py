@@ -30,7 +30,7 @@ SPARSE_HYPERS: dict[str, Hyper] = {
 
 
 def _sparse_grad(gen: torch.Generator, coalesced: bool = False) -> Tensor:
-    """Rows 0 to 9 of ten, some twice."""
+    """A gradient for some of ten rows, for some of them twice."""
     rows = torch.randint(10, (6,), generator=gen)
     grad = torch.sparse_coo_tensor(
         rows[None], cases.randn((6, 4), gen), (10, 4), check_invariants=True
@@ -49,7 +49,7 @@ def _assert_same(a: Any, b: Any, what: str) -> None:
 @pytest.mark.parametrize("coalesced", [False, True], ids=["uncoalesced", "coalesced"])
 @pytest.mark.parametrize("hyper", cases.ids(SPARSE_HYPERS))
 def test_sparse_gradients(hyper: Hyper, coalesced: bool) -> None:
-    """A sparse buffer stays sparse; dense parameters beside it are stepped as ever."""
+    """A sparse buffer stays sparse, and dense parameters in the same group are stepped as usual."""
     gen = cases.generator(0)
     ours = cases.make_parameters((7, (10, 4), 5, (10, 4)), gen)
     theirs = cases.twin(ours)
@@ -172,7 +172,7 @@ def test_complex_parameters(hyper: Hyper, conjugate: bool, dtype: torch.dtype, d
 
 
 class PlainSubclass(torch.nn.Parameter):
-    """Overrides nothing, as EMA or LoRA markers do."""
+    """Overrides nothing, like subclasses that only mark EMA or LoRA parameters."""
 
 
 class FunctionSubclass(Tensor):
@@ -343,7 +343,7 @@ BY_NAME: dict[str, Hyper] = {
 def test_an_implementation_asked_for_by_name_is_stocks(
     name: Hyper, hyper: Hyper, dtype: torch.dtype, device: str, per_group: bool
 ) -> None:
-    """Also its rounding of bf16 and fp16; and frozen tensors are still left out."""
+    """Its rounding of bf16 and fp16 is kept, too, and frozen tensors are still left out."""
     gen = cases.generator(0)
     ours = cases.make_parameters((5, 70, 9), gen, dtype, device)
     theirs = cases.twin(ours)
@@ -421,7 +421,9 @@ def test_fused_true_refuses_what_stock_fused_refuses(
     before.assert_unchanged()
     p.requires_grad_(False)
     optimizer.step()
-    assert p.grad is None and (beside != 1).all(), "frozen, it is nobody's business"
+    assert p.grad is None and (beside != 1).all(), (
+        "the gradient of a frozen parameter is not checked"
+    )
 
 
 # --------------------------------------------------------------------------------- differentiable
@@ -460,7 +462,7 @@ def test_differentiable_true_differentiates_through_the_step(
         p.square().sum().backward()
         results.append([p.detach(), leaf.grad, *(scalars[key].grad for key in learn)])
     for a, b in zip(*results, strict=True):
-        # None where the first buffer, which stock detaches, cuts the path.
+        # None where the path is cut by the first buffer, which stock detaches.
         assert (a is None and b is None) or torch.equal(a, b)
 
 

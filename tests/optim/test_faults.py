@@ -29,7 +29,7 @@ MOMENTUM: Hyper = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 
 
 class Pair:
-    """The same training twice: ours, where faults happen, and the reference, where none do."""
+    """The same training twice: ours, with faults, and the reference, without any."""
 
     def __init__(
         self, sizes: list[Any], groups: int = 2, frozen: int = 2, device: str = "cpu"
@@ -55,9 +55,9 @@ class Pair:
             p.grad, q.grad = grad, grad.clone()
 
     def step_with(self, fault: contextlib.AbstractContextManager[Any]) -> BaseException | None:
-        """One step of ours under the fault; the reference follows if it was taken.
+        """Make one step of ours under the fault; the reference follows if ours was taken.
 
-        Whether it was is read off the first trainable tensor; all others then have to agree.
+        The first trainable tensor shows whether it was; all others then have to agree.
         """
         live = [p for p in self.ours if p.requires_grad]
         before = [p._version for p in live]
@@ -192,7 +192,7 @@ def _each(function: Callable[[int], Any], numbers: range) -> list[Any]:
 
 
 def _out_of_memory(fits: int) -> None:
-    """Of three large buffers, `fits` can be made."""
+    """There is memory for `fits` of three large buffers."""
     gc.collect()
     pair = Pair([3, 3, LARGE, 5, LARGE, LARGE, LARGE], frozen=2)
     raised = pair.step_with(apart.memory_for(fits, LARGE))
@@ -224,7 +224,7 @@ def _no_python_memory(device: str) -> tuple[int, int]:
     failed = unharmed = 0
     for allocation in range(120):
         pair = Pair([2] * 8, groups=1, device=device)
-        # A buffer of None is an entry that is there already.
+        # With a buffer of None the state has an entry already.
         for p, q in zip(pair.ours[2:4], pair.theirs[2:4], strict=True):
             pair.optimizer.state[p] = {"momentum_buffer": None}
             pair.reference.state[q] = {"momentum_buffer": None}
@@ -238,7 +238,7 @@ def _no_python_memory(device: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("device", cases.DEVICES)
 def test_each_allocation_of_python_may_fail_in_turn(device: str) -> None:
-    """The first, the second, … allocation that a first step asks Python for: all or nothing."""
+    """The first, the second, … of a first step's Python allocations fails: all or nothing."""
     pytest.importorskip("_testcapi", reason="this Python was built without its test modules")
     failed, unharmed = apart.run(_no_python_memory, device)
     assert failed >= 10, "the faults did not meet the step"
@@ -249,7 +249,7 @@ def test_each_allocation_of_python_may_fail_in_turn(device: str) -> None:
 
 
 def _interrupt_in_hash(number: int, device: str) -> bool:
-    """KeyboardInterrupt in the `number`th hash of a parameter, which is a function in Python."""
+    """KeyboardInterrupt in the `number`th hash of a parameter, which is a Python function."""
     pair = Pair(SIZES, device=device)
     seen = 0
 
@@ -274,14 +274,14 @@ def _interrupt_in_hash(number: int, device: str) -> bool:
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
-def test_an_interrupt_while_buffers_are_entered_takes_them_out_again(device: str) -> None:
+def test_an_interrupt_while_buffers_enter_the_state_removes_them_again(device: str) -> None:
     hit = apart.run(_each, functools.partial(_interrupt_in_hash, device=device), range(1, 14))
     assert hit[0] and hit[9], hit
     assert not hit[-1], "more hashes than trainable parameters"
 
 
 def _interrupt_at_any_time(steps: int) -> int:
-    """A timer whose handler raises, going off somewhere in or around a first step."""
+    """A timer, whose handler raises, goes off somewhere in or around a first step."""
     caught = 0
 
     def interrupt(*_: Any) -> None:
@@ -313,7 +313,7 @@ def test_an_interrupt_at_any_time_leaves_all_or_nothing() -> None:
 
 
 class _Finalized:
-    """Lets go of everything it knows when it is collected."""
+    """Drops the gradients and buffers that it knows when it is collected."""
 
     def __init__(self, pair: Pair) -> None:
         self.me = self
@@ -326,7 +326,7 @@ class _Finalized:
 
 
 def _collected_in_a_first_step(threshold: int) -> int:
-    """A collection in mid-step drops every gradient and buffer: those found are still stepped."""
+    """A collection during a step drops every gradient and buffer; those found are still stepped."""
     pair = Pair([60_000] * 12)
     _Finalized(pair)
     before = [p.detach().clone() for p in pair.ours]
@@ -349,7 +349,7 @@ def test_a_garbage_collection_in_a_first_step_may_drop_the_gradients() -> None:
 
 
 def _reentrant_step() -> None:
-    """Letting go of a frozen parameter's gradient runs code that steps again."""
+    """Dropping a frozen parameter's gradient runs code that steps again."""
     pair = Pair(SIZES, frozen=3)
     calls = []
 
@@ -367,12 +367,12 @@ def _reentrant_step() -> None:
     cases.assert_same_training(pair.optimizer, pair.reference, "after a step in a step:")
 
 
-def test_a_step_within_a_step_is_a_step_more() -> None:
+def test_a_step_within_a_step_is_one_more_step() -> None:
     apart.run(_reentrant_step)
 
 
 def test_steps_of_stocks_form_are_all_or_nothing_for_the_kernels() -> None:
-    """What stock's form raises comes before the kernels: none of their tensors is written."""
+    """Stock's form raises before the kernels run, so none of their tensors is written."""
     pair = Pair(SIZES)
 
     class Refuses(Tensor):

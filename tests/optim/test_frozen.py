@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.helpers import optim_cases as cases
 from tests.helpers.optim_cases import FrozenAwareSGD, Hyper
 
-# What may lie in `.grad` of a frozen parameter: freezing does not clear what backward left there.
+# What `.grad` of a frozen parameter may be: requires_grad_() does not clear what backward left.
 STALE_GRADIENTS: dict[str, Callable[[Tensor], Tensor | None]] = {
     "no gradient": lambda p: None,
     "a gradient": torch.ones_like,
@@ -234,7 +234,7 @@ def test_no_gradient_anywhere_is_a_no_op() -> None:
 
 
 def test_a_whole_training_with_backward() -> None:
-    """The usual use: freeze a layer of a network, train, unfreeze, train on."""
+    """The usual way: freeze a layer of a network, train, unfreeze it, train on."""
     torch.manual_seed(0)
     ours = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 10))
     theirs = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 10))

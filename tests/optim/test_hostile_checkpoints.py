@@ -75,7 +75,7 @@ def _checkpoint_cases() -> Iterator[tuple[str, Case]]:
         "with groups by name": lambda s: s.update(param_groups={"0": s["param_groups"][0]}),
         "with a parameter too few": lambda s: s["param_groups"][0]["params"].pop() and None,
         "with a parameter too many": lambda s: s["param_groups"][0]["params"].append(3),
-        "with the same parameter thrice": lambda s: s["param_groups"][0].update(params=[0, 0, 0]),
+        "with one parameter three times": lambda s: s["param_groups"][0].update(params=[0, 0, 0]),
         "with parameters by name": lambda s: s["param_groups"][0].update(params=["a", "b", "c"]),
         "with params that is None": lambda s: s["param_groups"][0].update(params=None),
         "without params": lambda s: s["param_groups"][0].pop("params") and None,
@@ -85,7 +85,9 @@ def _checkpoint_cases() -> Iterator[tuple[str, Case]]:
         "with an entry that is a list": lambda s: s["state"].update({1: [1, 2]}),
         "with an entry that is a tensor": lambda s: s["state"].update({1: torch.ones(4, 6)}),
         "with an entry that is text": lambda s: s["state"].update({1: "momentum"}),
-        "with an entry for nobody": lambda s: s["state"].update({99: {"momentum_buffer": None}}),
+        "with an entry for no parameter": lambda s: s["state"].update(
+            {99: {"momentum_buffer": None}}
+        ),
         "with entries by text": lambda s: s.update(
             state={str(k): v for k, v in s["state"].items()}
         ),

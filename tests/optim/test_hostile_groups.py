@@ -30,7 +30,7 @@ from tests.helpers.hostile_input import (
 
 
 class _Numberlike:
-    """A number to whoever asks `float()`."""
+    """A number for `float()`."""
 
     def __float__(self) -> float:
         return 0.5

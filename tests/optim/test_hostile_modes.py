@@ -79,7 +79,7 @@ def _under_transform(transform: Callable[..., Any]) -> Build:
 
 
 def _late_layout(make: Make) -> torch.optim.SGD:
-    """A gradient to be copied into the parameter's layout, in mid-walk."""
+    """A gradient that the step has to copy into the parameter's layout."""
     params = make_params()
     optimizer = trained(make, params)
     params[1].grad = torch.ones(6, 4).t()

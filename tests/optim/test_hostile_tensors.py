@@ -204,7 +204,7 @@ class _Loud(torch.Tensor):
 
 
 class _Hashed(torch.nn.Parameter):
-    """Hashing it runs Python, which lets go of every gradient that it can find."""
+    """Its hash is a Python function that drops all gradients."""
 
     victims: list[Tensor]
 
@@ -312,7 +312,7 @@ def _kind_cases() -> Iterator[tuple[str, Case]]:
             setattr(p, "data", p.detach().clone()) for g in o.param_groups for p in g["params"]
         ],
         "steps": lambda o: o.param_groups[1].update(lr=0.1) or o.step(),
-        "steps for ever": lambda o: o.step(),
+        "steps forever": lambda o: o.step(),
         "adds a group": lambda o: o.add_param_group({"params": [torch.ones(2)]}),
     }
     for name, what in evil.items():

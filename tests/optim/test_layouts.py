@@ -29,7 +29,7 @@ def _channels_last(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> T
 
 
 def _odd_singletons(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    """Contiguous, but with strides of size-1 dims that no formula would give."""
+    """Contiguous, but with unusual strides in the dimensions of size 1."""
     plain = torch.empty(shape, dtype=dtype, device=device)
     strides = [
         997 if size == 1 else stride for size, stride in zip(shape, plain.stride(), strict=True)
@@ -92,7 +92,7 @@ def test_dense_tensors_of_equal_strides_are_exact(
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """The bar of 1e-5, and for narrow types two roundings more: stock rounds at each operation."""
+    """1e-5, and for narrow types two roundings more, because stock rounds at each operation."""
     return max(1e-5, 4 * torch.finfo(dtype).eps) if dtype.itemsize == 2 else 1e-5
 
 
@@ -195,7 +195,7 @@ def test_odd_gradients(
 )
 @pytest.mark.parametrize("odd", [name for name in ODD_GRADIENTS if "expanded" in name])
 def test_an_expanded_gradient_has_stocks_bits(odd: str, hyper: Hyper, dtype: torch.dtype) -> None:
-    """Stock rounds a repeated element's product before the sum, in a row's last places."""
+    """Stock rounds the product of a repeated element before the sum at the end of a row."""
     gen = cases.generator(3)
     start = cases.randn((33, 13), gen, dtype)
     p, q = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
@@ -256,7 +256,7 @@ def test_zero_dimensional_and_empty(
 @pytest.mark.parametrize("dtype", cases.ids(cases.DTYPES))
 @pytest.mark.parametrize("part", ["parameter", "gradient", "buffer", "all three"])
 def test_views_at_any_element_offset(part: str, dtype: torch.dtype, device: str) -> None:
-    """At every offset into a flat storage and with every short length; no neighbour is written."""
+    """Every offset into a flat storage and every short length; no neighbour is written."""
     gen = cases.generator(0)
     hyper = cases.SOME_HYPERS["momentum, dampening and decay"]
     guard = 8
@@ -297,7 +297,7 @@ def test_views_at_any_element_offset(part: str, dtype: torch.dtype, device: str)
 
 @pytest.mark.parametrize("dtype", cases.ids(cases.DTYPES))
 def test_storage_at_any_byte_offset(dtype: torch.dtype) -> None:
-    """Memory from elsewhere need not be aligned to its elements: stock's form and roundings."""
+    """Foreign memory may not be aligned to its elements; it takes stock's form and roundings."""
     gen = cases.generator(0)
     hyper = cases.SOME_HYPERS["momentum, dampening and decay"]
     ours, theirs, memory = [], [], []
@@ -308,7 +308,7 @@ def test_storage_at_any_byte_offset(dtype: torch.dtype) -> None:
         ours.append(torch.nn.Parameter(torch.frombuffer(raw, dtype=dtype, offset=offset)))
         ours[-1].data.copy_(value)
         theirs.append(torch.nn.Parameter(value.clone()))
-    # Where every second byte is an element's first, some are aligned, and those the kernels take.
+    # Where elements start at every second byte some are aligned, and the kernels take those.
     aligned = [(i + 1) % dtype.itemsize == 0 for i in range(len(ours))]
     optimizer = FrozenAwareSGD(ours, **hyper)
     reference = cases.Reference(
@@ -412,7 +412,8 @@ def test_overlapping_parameters_update_one_after_the_other(kind: str, hyper: Hyp
 
 Groups = list[dict[str, Any]]
 
-# Over one storage: some have a kernel; some, strided or in a group that asks for it, stock's form.
+# All over one storage: some have a kernel; those that are strided or in a group that asks for it
+# take stock's form.
 OVERLAPPING_IN_BOTH_FORMS: dict[str, Callable[[Tensor], Groups]] = {
     "dense, then strided": lambda flat: [{"params": [flat[:40], flat[:60:2]]}],
     "strided, then dense": lambda flat: [{"params": [flat[:60:2], flat[:40]]}],
@@ -478,7 +479,7 @@ def test_overlapping_parameters_keep_their_order_where_one_has_no_kernel(
 
 @pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
 def test_strided_parameters_may_ask_for_fused(hyper: Hyper) -> None:
-    """Stock's fused form takes their memory to be contiguous; and overlapping ones keep order."""
+    """Stock's fused form would take them for contiguous; overlapping ones keep their order."""
     flat = cases.randn(60, cases.generator(0))
     gen = cases.generator(1)
     ours, theirs = (
@@ -488,7 +489,7 @@ def test_strided_parameters_may_ask_for_fused(hyper: Hyper) -> None:
     optimizer = FrozenAwareSGD(ours, **hyper, fused=True)
     reference = torch.optim.SGD(theirs, **hyper, foreach=False)
     for step in range(4):
-        # The second has momentum when the first begins.
+        # The second has momentum before the first step of the first.
         cases.set_grads(ours[step == 0 :], theirs[step == 0 :], gen)
         optimizer.step()
         reference.step()
@@ -530,7 +531,7 @@ def test_what_shares_memory_and_has_no_stock_form_is_refused() -> None:
 @pytest.mark.parametrize("threads", [1, 4], ids="{} threads".format)
 @pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
 def test_large_overlapping_parameters(hyper: Hyper, threads: int) -> None:
-    """Large enough for several threads, which must not run into one another."""
+    """Large enough for several threads, which must not collide."""
     gen = cases.generator(0)
     start = cases.randn(400_000, gen)
     flats = start.clone(), start.clone()
@@ -646,7 +647,7 @@ def test_a_gradient_made_in_inference_mode() -> None:
 
 
 def test_a_buffer_made_in_inference_mode_is_refused_before_anything_is_written() -> None:
-    """Stock refuses to write it outside of inference mode, but only once it has written it."""
+    """Stock refuses it outside of inference mode, but only after it has written to it."""
     p = torch.nn.Parameter(torch.ones(5))
     optimizer = FrozenAwareSGD([p], lr=0.1, momentum=0.9)
     with torch.inference_mode():

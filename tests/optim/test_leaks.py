@@ -33,16 +33,16 @@ def resident() -> int:
 
 
 def objects() -> collections.Counter[str]:
-    """How many objects of each type live."""
+    """How many objects of each type are alive."""
     gc.collect()
     return collections.Counter(type(o).__name__ for o in gc.get_objects())
 
 
 def grown(run: Callable[[], Any]) -> dict[str, int]:
-    """Types of which more live after `run`, once everything here has run and filled its caches.
+    """Types with more objects after `run`, once everything has run and filled its caches.
 
-    What leaks does so every time; the collector, which decides late which tuples it need not
-    track, does not find one more of them three times over.
+    A leak shows every time. The collector decides late which tuples it need not track, but it does
+    not find one more of them three times in a row.
     """
     run()
     least: dict[str, int] = {}
@@ -167,7 +167,7 @@ CHURN: dict[str, tuple[Callable[[int], None], int]] = {
 @linux
 @pytest.mark.parametrize(("churn", "count"), cases.ids(CHURN))
 def test_nothing_grows(churn: Callable[[int], None], count: int) -> None:
-    """Twice as many leave as many objects, and no more than 8 MiB: a leak of 1 kB each shows."""
+    """Twice as many leave the same number of objects and at most 8 MiB: a leak of 1 kB shows."""
     more = grown(lambda: churn(20))
     assert not more, more
     churn(count // 10)
@@ -177,12 +177,12 @@ def test_nothing_grows(churn: Callable[[int], None], count: int) -> None:
 
 
 def test_a_leak_would_be_seen() -> None:
-    """The measures themselves."""
+    """Checks the measures themselves."""
     kept: list[Any] = []
     assert grown(lambda: kept.append(_small(5))).get("Parameter", 0) == 5
     if sys.platform.startswith("linux"):
         before = resident()
-        fresh = mmap.mmap(-1, 64 << 20)  # not malloc's, which may have any size lying about
+        fresh = mmap.mmap(-1, 64 << 20)  # not by malloc, which may have free memory of any size
         fresh.write(bytes(64 << 20))
         assert resident() - before > 32 << 20
 
@@ -232,7 +232,7 @@ def test_a_failed_step_holds_nothing(spoil: Callable[[FrozenAwareSGD, list[Any]]
 
 
 def test_a_step_holds_nothing_afterwards() -> None:
-    """A step's working memory is kept for its capacity; the tensors are let go at once."""
+    """A step keeps its working memory for the next one, but releases the tensors at once."""
     optimizer, params = _small(6)
     optimizer.param_groups[1]["foreach"] = False
     for p in params:

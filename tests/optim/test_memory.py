@@ -38,7 +38,7 @@ def _trained(hyper: Hyper, dtype: torch.dtype = torch.float32, count: int = 40) 
 
 
 def test_the_allocations_are_seen() -> None:
-    """The measure itself: stock with decay makes temporaries, and is caught at it."""
+    """Checks the measure itself: stock with decay makes temporaries, which have to show."""
     p = torch.nn.Parameter(torch.ones(1000))
     p.grad = torch.ones(1000)
     stock = torch.optim.SGD([p], lr=0.1, momentum=0.9, weight_decay=0.1)
@@ -88,7 +88,7 @@ def test_zero_grad_allocates_nothing(set_to_none: bool) -> None:
 
 
 def _python_bytes(run: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes of Python objects that one `run` adds at its peak, and what 100 of them leave behind.
+    """Bytes of Python objects that one `run` adds at its peak, and that 100 of them leave behind.
 
     The least of three measurements, since other threads of the process are counted too.
     """
@@ -114,7 +114,7 @@ def _python_bytes(run: Callable[[], Any]) -> tuple[int, int]:
 
 @pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
 def test_a_steady_step_makes_no_python_object_per_parameter(hyper: Hyper) -> None:
-    """161 trainable and 40 frozen parameters: not even 8 bytes for each of them."""
+    """For 161 trainable and 40 frozen parameters, it takes less than 8 bytes for each of them."""
     optimizer, _ = _trained(hyper, count=201)
     peak, left = _python_bytes(optimizer.step)
     assert peak < 8 * 161

@@ -1,4 +1,4 @@
-"""What becomes of momentum while its parameter is frozen, and momentum in bfloat16."""
+"""What happens to momentum while its parameter is frozen, and momentum in bfloat16."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = ((5,), (3, 7), (65,), (), (0, 2), (33,))
 
 
 class Forgetful(Reference):
-    """Stock's for-loop, from which whoever is frozen at a step has its momentum taken away."""
+    """Stock's for-loop, which loses the momentum of every parameter that is frozen at a step."""
 
     def step(self, closure: Any = None) -> Any:
         loss = super().step(closure)
@@ -60,8 +60,8 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 @pytest.mark.parametrize("hyper", cases.ids(MOMENTUM))
 @pytest.mark.parametrize("policy", ["reset", "drop"])
-def test_momentum_begins_anew_after_a_freeze(policy: Any, hyper: Hyper) -> None:
-    """Undamped, as a first momentum is, whatever the dampening."""
+def test_momentum_starts_over_after_a_freeze(policy: Any, hyper: Hyper) -> None:
+    """Like any first momentum it is undamped, whatever the dampening."""
     for optimizer, reference in pairs(hyper, frozen_momentum=policy):
         for p, q in zip(params_of(optimizer), params_of(reference), strict=True):
             if p.requires_grad:
@@ -71,7 +71,7 @@ def test_momentum_begins_anew_after_a_freeze(policy: Any, hyper: Hyper) -> None:
                 assert "momentum_stale" not in optimizer.state[p]
 
 
-def test_keep_is_the_default_and_stocks() -> None:
+def test_keep_is_the_default_and_equals_stock() -> None:
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = FrozenAwareSGD([p], 0.1, 0.9)
     p.grad = torch.ones(3)
@@ -93,7 +93,7 @@ def test_drop_frees_the_memory_at_the_next_step() -> None:
 def test_drop_frees_the_memory_before_the_next_forward_pass(
     in_backward: bool, profiled: bool
 ) -> None:
-    """zero_grad() does, so that the old momentum never lies beside new activations."""
+    """zero_grad() frees it, so that old momentum is never held together with new activations."""
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
     optimizer = FrozenAwareSGD(
         [{"params": params[:2], "frozen_momentum": "drop"}, {"params": params[2:]}],
@@ -118,7 +118,7 @@ def test_drop_frees_the_memory_before_the_next_forward_pass(
         p.requires_grad_(True)
     train()
     momentum = [optimizer.state[p]["momentum_buffer"][0].item() for p in params]
-    # Anew, and so undamped: 1; the others 0.9 * 1 + 0.5 * 1.
+    # The new one is undamped: 1; the others are 0.9 * 1 + 0.5 * 1.
     assert momentum == pytest.approx([1.4, 1.0, 1.4])
 
 
@@ -133,7 +133,7 @@ def test_reset_keeps_the_memory() -> None:
     assert len(seen) == len(SIZES)
 
 
-def test_each_group_has_its_own() -> None:
+def test_each_group_has_its_own_policy() -> None:
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
     optimizer = FrozenAwareSGD(
         [
@@ -206,7 +206,7 @@ def test_a_parameter_without_a_gradient_is_not_frozen() -> None:
 def test_checkpoints_go_on_where_they_were(
     through: str, dtype: torch.dtype | None, policy: Any
 ) -> None:
-    """Saved with some parameters frozen; both go on alike, bit for bit."""
+    """They are saved with some parameters frozen, and both runs go on alike, bit for bit."""
     options: dict[str, Any] = {"frozen_momentum": policy, "momentum_dtype": dtype}
     options |= {"momentum_seed": 3} if dtype else {}
     gen = cases.generator(0)
@@ -300,13 +300,13 @@ def test_it_trains_as_far_as_float32() -> None:
     assert narrow != wide
 
 
-def test_the_seed_says_what_is_rounded_how() -> None:
+def test_the_seed_determines_the_rounding() -> None:
     a = quadratic({"momentum_dtype": torch.bfloat16}, 20)
     assert a == quadratic({"momentum_dtype": torch.bfloat16}, 20)
     assert a != quadratic({"momentum_dtype": torch.bfloat16, "momentum_seed": 1000}, 20)
 
 
-def test_a_checkpoint_of_stocks_is_narrowed_and_one_of_ours_is_stocks() -> None:
+def test_stocks_checkpoint_is_narrowed_and_ours_loads_into_stock() -> None:
     p, q = (torch.nn.Parameter(torch.ones(100)) for _ in range(2))
     stock = torch.optim.SGD([p], 0.1, 0.9)
     p.grad = torch.randn(100, generator=cases.generator(0))

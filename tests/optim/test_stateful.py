@@ -64,7 +64,7 @@ BUCKETS = st.sampled_from((None, None, 0, 1e-4, 1))
 
 
 class Reference(cases.Reference):
-    """And what becomes of the momentum of whatever is frozen at a step, or at zero_grad()."""
+    """Also decides about the momentum of whatever is frozen at a step or at zero_grad()."""
 
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
@@ -227,7 +227,7 @@ class Training(RuleBasedStateMachine):
 
     @rule(mask=st.integers(1, 2**16 - 1), times=st.integers(1, 3))
     def run_backward_and_step(self, mask: int, times: int) -> None:
-        """Autograd's gradients, on top of what lies in `.grad`; may be applied as they come."""
+        """Autograd adds its gradients to `.grad`; they may be applied as they come."""
         for _ in range(times):
             losses: list[list[Tensor]] = [[], []]
             for i, (p, q) in enumerate(self._pairs()):
@@ -341,7 +341,7 @@ class Training(RuleBasedStateMachine):
 
     @rule(place=PLACES)
     def replace_ones_data(self, place: int) -> None:
-        """In the same layout: with a buffer of other strides, stock's bits are no bar."""
+        """The layout stays: with a buffer of other strides, stock's bits are no reference."""
         p, q = self._pair(place)
         value = self._value(p.shape, p.dtype)
         for x in (p, q):
@@ -352,7 +352,7 @@ class Training(RuleBasedStateMachine):
     def change_ones_dtype(self, place: int, dtype: torch.dtype) -> None:
         """Between fp32 and fp64 the buffer stays as it is, as after `model.double()`.
 
-        With bf16 or fp16 it is cast too: how stock rounds such a mixture is no bar.
+        With bf16 or fp16 it is cast too: stock's rounding of such a mixture is no reference.
         """
         for optimizer, p in zip(self._both(), self._pair(place), strict=True):
             narrow = {p.dtype, dtype} & set(cases.NARROW_DTYPES.values())
@@ -369,7 +369,7 @@ class Training(RuleBasedStateMachine):
         place=PLACES,
     )
     def step_with_a_grad_scaler(self, mask: int, bad: float | None, place: int) -> None:
-        """fp16 gradients excepted: GradScaler refuses to look at them on the reference's behalf."""
+        """Except with fp16 gradients, which GradScaler refuses to unscale for the reference."""
         self._backward(mask, self.scale)
         pairs = [(p, q) for p, q in self._pairs() if p.grad is not None and p.numel()]
         if bad is not None and pairs:
@@ -411,7 +411,7 @@ class Training(RuleBasedStateMachine):
 
     @rule(how=st.sampled_from(("deepcopy", "pickle")))
     def remake(self, how: str) -> None:
-        """Views of one storage come apart in deepcopy and pickle, in both alike."""
+        """Views of one storage are separated by deepcopy and pickle, in both alike."""
         for p in (*self._params(self.optimizer), *self._params(self.reference)):
             p.grad = None
         if how == "deepcopy":

@@ -28,12 +28,12 @@ from torch_freeze import _build, freeze, unfreeze
 
 HYPER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-3}
 
-# Below and above the size from which the step lets other threads run.
+# Below and above the size from which a step releases the GIL.
 SIZES = {"small": [100] * 20, "large, so that the lock is released": [200_000] * 8}
 
 
 def _in_threads(*functions: Callable[[], Any]) -> None:
-    """All at once, none starting before all are there; what one raises is raised here."""
+    """Run in threads that all start at once; what one raises is raised here."""
     barrier = threading.Barrier(len(functions))
     errors: list[BaseException] = []
 
@@ -100,7 +100,7 @@ def test_one_optimizer_is_stepped_by_many_threads_in_turn() -> None:
 
 
 def test_memory_may_be_exchanged_while_a_large_step_runs() -> None:
-    """The lock is released then; the memory in use is held until the step is over.
+    """The GIL is released then; the memory in use is kept until the step is over.
 
     The tensors stay: `p.grad = None` in one thread while another reads `p.grad` is a race in torch.
     """
@@ -114,7 +114,7 @@ def test_memory_may_be_exchanged_while_a_large_step_runs() -> None:
                 p.data = spare.clone()
                 if p in training.optimizer.state:
                     training.optimizer.state[p]["momentum_buffer"] = spare.clone()
-            torch.empty(600_000).fill_(float("nan"))  # takes freed memory at once
+            torch.empty(600_000).fill_(float("nan"))  # reuses freed memory at once
 
     def step() -> None:
         gen = cases.generator(2)
@@ -145,7 +145,7 @@ def test_models_freeze_in_threads() -> None:
     _in_threads(*[lambda seed=seed: run(seed) for seed in range(4)])
 
 
-# A step's threads, seen from outside. Each line ends with the test's leave to go on.
+# A step's threads, seen from outside. After each line it waits for the test's permission.
 SHARED = """
 import os, sys, time
 import torch
@@ -213,7 +213,7 @@ class Traced:
         self.input, self.output = self.process.stdin, self.process.stdout
 
     def wait_till_it_waits(self) -> None:
-        """Till the process has not run for a second."""
+        """Wait until the process has not run for a second."""
         then: list[str] = []
         now: list[str] = []
         while then != now or not now:
@@ -223,7 +223,7 @@ class Traced:
             then, now = now, stat.rpartition(")")[2].split()[11:13]
 
     def read(self, seconds: float = 60) -> list[str] | None:
-        """The words of the next line; None where it does not come in time."""
+        """The words of the next line, or None if it does not come in time."""
         ready, _, _ = select.select([self.output], [], [], seconds)
         return self.output.readline().split() if ready else None
 
@@ -250,7 +250,7 @@ class Traced:
 @pytest.mark.compiled
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_steps_after_one_that_waited_for_a_late_thread_are_done_alone() -> None:
-    """One of torch's threads is stopped till a step has waited for it, and again after it."""
+    """One of torch's threads is stopped until a step has waited for it, and again afterwards."""
     traced = Traced()
     try:
         (thread,) = map(int, traced.read() or ())

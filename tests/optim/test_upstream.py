@@ -73,7 +73,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
 
 
 def test_every_implementation_upstream_knows_is_covered() -> None:
-    """A new flag of torch's must be looked at."""
+    """A new flag of torch needs a case here."""
     assert set(INFO.supported_impls) == {"foreach", "differentiable", "fused"}
     assert {
         item.values[0].keys() <= FrozenAwareSGD([torch.ones(1)]).defaults.keys()

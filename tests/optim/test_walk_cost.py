@@ -36,7 +36,7 @@ MARGIN_ELSEWHERE = 0.6
 
 
 def environment() -> str:
-    """What the figures depend on, short of the code."""
+    """What the figures depend on, apart from the code."""
     compiler = torch_freeze.build_info().compiler
     version = re.search(r"(\d+)\.\d+", compiler)
     name = "clang" if "clang" in compiler else "gcc"
@@ -135,7 +135,7 @@ def test_instructions_per_parameter_are_as_recorded(kind: str, measured: Measure
     assert figure <= wanted * (1 + margin), (
         f"{kind}: {figure} instructions each, where {wanted} are recorded for {environment()}"
     )
-    # Far fewer is good news, and a record that would let half of it be lost again.
+    # Far fewer is good news, but with the old record half of the gain could be lost again.
     if here:
         assert figure >= wanted * (1 - margin), (
             f"{kind}: {figure} instructions each, fewer than the {wanted} recorded; record them "

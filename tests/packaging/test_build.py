@@ -50,14 +50,14 @@ def setup_py(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 class TestBuildInfo:
-    def test_tells_the_torch_at_hand(self) -> None:
+    def test_names_the_torch_in_use(self) -> None:
         info = torch_freeze.build_info()
         assert info.version == torch_freeze.__version__
         assert info.torch == torch.__version__
         assert info.cuda in (None, torch.version.cuda)
         assert info.compiler
 
-    def test_has_architectures_or_the_reason_why_not(self) -> None:
+    def test_has_architectures_or_says_why_not(self) -> None:
         info = torch_freeze.build_info()
         assert bool(info.cuda) == bool(info.architectures) == (info.cpu_only_because is None)
         assert all(re.fullmatch(r"(sm|compute)_\d+\w?", code) for code in info.architectures)
@@ -102,7 +102,7 @@ class TestBuildInfo:
         }
         assert str(torch_freeze.BuildInfo(**fields | changes)) == text
 
-    def test_is_of_the_version_in_the_metadata(self) -> None:
+    def test_has_the_version_of_the_metadata(self) -> None:
         command = [sys.executable, "setup.py", "--version"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert done.stdout.split()[-1] == torch_freeze.__version__
@@ -164,7 +164,7 @@ DAMAGES: dict[str, tuple[Callable[[SimpleNamespace], Any], str]] = {
 
 class TestImportErrors:
     @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES.keys())
-    def test_name_the_mend(
+    def test_name_the_fix(
         self,
         copy: SimpleNamespace,
         damage: Callable[[SimpleNamespace], Any],
@@ -196,7 +196,7 @@ class TestImportErrors:
     def test_stand_where_the_loader_refuses_the_module(
         self, copy: SimpleNamespace, tmp_path: Path, needs: str, reason: str
     ) -> None:
-        """As a module built for CUDA under a CPU torch, and one built against another version."""
+        """For example a module built for CUDA under a CPU torch, or against another version."""
         command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o"]
         source, linked = "void of_another_torch(void); void* PyInit__C(void);", []
         source += "void* PyInit__C(void) { of_another_torch(); return 0; }"
@@ -213,7 +213,7 @@ class TestImportErrors:
         )
 
     def test_come_for_a_module_built_against_another_torch(self) -> None:
-        """With the real thing, where CI has built for two of them."""
+        """This uses a real module, where CI has built for two versions of torch."""
         other = os.environ.get("TORCH_FREEZE_OF_ANOTHER_TORCH")
         if not other:
             pytest.skip("TORCH_FREEZE_OF_ANOTHER_TORCH names no folder of such a torch_freeze")
@@ -271,7 +271,7 @@ def fake_torch(cuda: str | None, *gpus: tuple[int, int]) -> Any:
 
 
 def fake_nvcc(root: Path, release: str, wrapper: Path | None = None) -> None:
-    """An nvcc in ``root``/bin that tells of itself as nvcc does, and perhaps a wrapper of it."""
+    """An nvcc in ``root``/bin that prints its version as nvcc does, and perhaps a wrapper of it."""
     nvcc = root / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(
@@ -291,7 +291,7 @@ def fake_nvcc(root: Path, release: str, wrapper: Path | None = None) -> None:
 class TestToolkit:
     @pytest.fixture(autouse=True)
     def empty_path(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Only what a test makes is found; /usr/bin/env and sh stay."""
+        """Leave only /usr/bin/env, sh and what a test makes to be found."""
         monkeypatch.setenv("PATH", str(tmp_path / "wrapper"))
 
     def test_is_found_behind_a_wrapper(self, setup_py: ModuleType, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def run(*command: object, cwd: Path) -> str:
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
     source = folder / "source"
-    # Of the tree only what git would have, so that nothing built before gets in.
+    # Only the files that git would have, so that nothing built before gets in.
     kept = ("*.toml", "*.py", "*.in", "*.md", "LICENSE", "Makefile", ".clang-format", "mkdocs.yml")
     names = [path.name for pattern in kept for path in ROOT.glob(pattern)]
     names += ["csrc", "src", "tests", "benchmarks", "examples", "docs"]
@@ -79,7 +79,7 @@ def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment_with(wheel: Path, folder: Path) -> Path:
-    """An environment that holds the wheel; torch is seen where it is, and nothing is downloaded."""
+    """An environment with the wheel, which sees torch where it is; nothing is downloaded."""
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     options = ("--no-deps", "--no-index", "--quiet")
@@ -89,7 +89,7 @@ def environment_with(wheel: Path, folder: Path) -> Path:
                        cwd=folder).strip())  # fmt: skip
     here = sysconfig.get_path("purelib")
     around = {str(Path(torch.__file__).parents[1]), here}
-    # Behind the wheel's own folder: an editable torch_freeze of this environment is not meant.
+    # After the wheel's own folder, so that this environment's editable torch_freeze is not found.
     (purelib / "torch.pth").write_text("".join(f"{path}\n" for path in sorted(around)))
     return python
 
@@ -170,7 +170,7 @@ def test_the_installed_package_is_typed_for_its_users(clean_python: Path, tmp_pa
 def test_the_stub_of_the_compiled_module_agrees_with_it(clean_python: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("mypy") is None:
         pytest.skip("mypy, which has stubtest, is not installed")
-    # That its metaclass is pybind11's, which no stub can name; its members are compared.
+    # Its metaclass is pybind11's, which no stub can name; its members are compared.
     (tmp_path / "known").write_text("torch_freeze._C.BackwardStep\n")
     stubtest = (clean_python, "-m", "mypy.stubtest", "--allowlist", "known")
     run(*stubtest, "torch_freeze._C", cwd=tmp_path)
