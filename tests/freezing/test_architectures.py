@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers.models import Recurrent
 from torch_freeze import (
     FrozenAwareSGD,
     audit,
@@ -412,7 +413,7 @@ def fpn() -> tuple[Any, Any]:
     ops = pytest.importorskip("torchvision.ops")
     backbone = models.detection.backbone_utils.resnet_fpn_backbone
     model = backbone(
-        backbone_name="resnet18", weights=None, norm_layer=ops.FrozenBatchNorm2d, trainable_layers=3
+        backbone_name="resnet18", weights=None, norm_layer=ops.FrozenBatchNorm2d, trains=3
     )
     return model, (torch.randn(1, 3, 64, 64),)
 
@@ -483,18 +484,6 @@ def clip() -> tuple[Any, Any]:
     return transformers.CLIPModel(config), example
 
 
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(20, 4)
-        self.cell = nn.LSTM(4, 8, 2, dropout=0.1, batch_first=True)
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.head(self.cell(self.embed(x))[0])
-        return out
-
-
 # Wav2Vec2 and HuBERT learn this for masked time steps, and here nothing is masked.
 UNMASKED = {("no gradient", "masked_spec_embed")}
 # The frozen embedding is the weight of the head's decoder, which otherwise trains.
@@ -561,7 +550,11 @@ ZOO: dict[str, tuple[Maker, list[str], set[tuple[str, str]]]] = {
     "HuBERT": (speech("Hubert"), ["feature_extractor", "feature_projection"], UNMASKED),
     "ViTMAE": (masked_autoencoder, ["vit"], set()),
     "CLIP": (clip, ["vision_model"], set()),
-    "LSTM": (lambda: (Recurrent(), (IDS,)), ["embed", "cell"], set()),
+    "LSTM": (
+        lambda: (Recurrent(nn.LSTM, num_layers=2, dropout=0.1), (IDS,)),
+        ["embed", "cell"],
+        set(),
+    ),
 }
 
 
@@ -660,7 +653,7 @@ def vit_mae() -> Any:
 def faster_rcnn() -> Any:
     detection = pytest.importorskip("torchvision").models.detection
     backbone = detection.backbone_utils.resnet_fpn_backbone(
-        backbone_name="resnet18", weights=None, trainable_layers=3
+        backbone_name="resnet18", weights=None, trains=3
     )
     model = detection.FasterRCNN(backbone, num_classes=2, min_size=64, max_size=64)
     target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_freeze
+from tests.helpers.models import norm_net
 from torch_freeze import (
     FINDING_KINDS,
     Finding,
@@ -32,11 +33,6 @@ from torch_freeze import (
 
 # The function has the same name as the module and hides it.
 torch_freeze_audit: Any = sys.modules["torch_freeze.audit"]
-
-
-def make() -> Any:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
 
 def stock(parameters: Any, **options: Any) -> torch.optim.Optimizer:
@@ -60,12 +56,12 @@ Case = Callable[[], tuple[nn.Module, Any]]
 
 
 def unowned() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     return model, stock(model[2].parameters())
 
 
 def _stale() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     for p in model[0].parameters():
         p.requires_grad_(False)
     model[0].weight.grad = torch.ones(4, 3)
@@ -88,7 +84,7 @@ def _stale_elsewhere() -> tuple[nn.Module, Any]:
 
 
 def no_gradient() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     model.register_parameter("spare", nn.Parameter(torch.ones(2)))
     back(model)
     return model, stock(model.parameters())
@@ -96,7 +92,7 @@ def no_gradient() -> tuple[nn.Module, Any]:
 
 def compiled_stale() -> tuple[nn.Module, Any]:
     # This is what a stale compiled graph does: it goes on as if the layer were frozen.
-    model = make()
+    model = norm_net()
     freeze(model, "0")
     unfreeze(model, "0")
     model[1:](model[0](torch.randn(4, 3)).detach()).square().sum().backward()
@@ -104,7 +100,7 @@ def compiled_stale() -> tuple[nn.Module, Any]:
 
 
 def _never_stepped() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     freeze(model, "0")
     optimizer = FrozenAwareSGD(model.parameters(), lr=0.1, momentum=0.9)
     back(model)
@@ -115,7 +111,7 @@ def _never_stepped() -> tuple[nn.Module, Any]:
 
 
 def norm_trains() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     for p in model[1].parameters():
         p.requires_grad_(False)
     return model, None
@@ -144,14 +140,14 @@ def norm_told_not_to_track() -> tuple[nn.Module, Any]:
 
 
 def hold_lost_by_conversion() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     freeze(model, "0", "1")
     convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
     return convert(model).train(), None
 
 
 def _hold_overridden() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     freeze(model, "1")
     model[1].training = True
     return model, None
@@ -159,7 +155,7 @@ def _hold_overridden() -> tuple[nn.Module, Any]:
 
 def _held_but_made_trainable(*frozen: str) -> Case:
     def case() -> tuple[nn.Module, Any]:
-        model = make()
+        model = norm_net()
         freeze(model, *frozen)
         for p in model.parameters():
             p.requires_grad = True
@@ -169,7 +165,7 @@ def _held_but_made_trainable(*frozen: str) -> Case:
 
 
 def _held_and_partly_trainable() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     freeze(model, "1")
     model[1].weight.requires_grad_(True)
     model[1].training = True
@@ -205,32 +201,32 @@ def tied() -> tuple[nn.Module, Any]:
 
 
 def two_groups() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     optimizer = stock(model.parameters())
     optimizer.param_groups.append({**optimizer.param_groups[0], "params": [model[2].bias]})
     return model, optimizer
 
 
 def two_optimizers() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     return model, [stock(model.parameters()), stock([model[2].bias])]
 
 
 def all_frozen() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     freeze(model)
     return model, FrozenAwareSGD(model.parameters(), lr=0.1)
 
 
 def foreign() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     optimizer = stock(model.parameters())
     model[2] = nn.Linear(4, 2)
     return model, optimizer
 
 
 def momentum_of_frozen() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     optimizer = FrozenAwareSGD(model.parameters(), lr=0.1, momentum=0.9)
     back(model)
     optimizer.step()
@@ -241,7 +237,7 @@ def momentum_of_frozen() -> tuple[nn.Module, Any]:
 
 def _momentum_by_policy(policy: str | None) -> Case:
     def case() -> tuple[nn.Module, Any]:
-        model = make()
+        model = norm_net()
         make_one: Any = stock if policy is None else FrozenAwareSGD
         options = {} if policy is None else {"lr": 0.1, "frozen_momentum": policy}
         optimizer = make_one(model.parameters(), momentum=0.9, **options)
@@ -254,7 +250,7 @@ def _momentum_by_policy(policy: str | None) -> Case:
 
 
 def _momentum_of_one_group_dropped() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     groups = [
         {"params": list(model[0].parameters()), "frozen_momentum": "drop"},
         {"params": [*model[1].parameters(), *model[2].parameters()]},
@@ -267,7 +263,7 @@ def _momentum_of_one_group_dropped() -> tuple[nn.Module, Any]:
 
 
 def frozen_unowned() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     freeze(model, "0", "1")
     return model, stock([p for p in model.parameters() if p.requires_grad])
 
@@ -275,7 +271,7 @@ def frozen_unowned() -> tuple[nn.Module, Any]:
 def _not_reduced() -> tuple[nn.Module, Any]:
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    model = make()
+    model = norm_net()
     freeze(model, "0")
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     model[0].requires_grad_(True)
@@ -290,7 +286,7 @@ def _no_process_group_left() -> Iterator[None]:
 
 
 def _norm_left_in_eval() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     freeze(model, "1", hold_norm=False)
     model[1].eval()
     unfreeze(model)
@@ -339,7 +335,7 @@ def _groups(model: Any, body: float, head: float) -> list[dict[str, Any]]:
 
 
 def _zero_lr() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     optimizer = torch.optim.AdamW(_groups(model, 0.0, 0.1))
     back(model)
     optimizer.step()
@@ -719,7 +715,7 @@ def _trained(model: Any, **options: Any) -> torch.optim.Optimizer:
 
 @quiet("no gradient")
 def _unfrozen_and_no_backward_since() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     freeze(model, "0", "1")
     optimizer = _trained(model)
     unfreeze(model, "0")
@@ -729,7 +725,7 @@ def _unfrozen_and_no_backward_since() -> tuple[nn.Module, Any]:
 
 @quiet("no gradient")
 def _unfrozen_by_a_schedule() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     schedule = torch_freeze.gradual_unfreeze(model, ["0", "1", "2"])
     schedule.step()
     optimizer = _trained(model)
@@ -741,7 +737,7 @@ def _unfrozen_by_a_schedule() -> tuple[nn.Module, Any]:
 
 def _scheduled(make_schedule: Callable[[Any], Any], steps: int = 0) -> Case:
     def case() -> tuple[nn.Module, Any]:
-        model = make()
+        model = norm_net()
         optimizer = torch.optim.SGD(_groups(model, 0.1, 0.2), lr=0.1)
         schedule = make_schedule(optimizer)
         back(model)
@@ -763,7 +759,7 @@ def _warm_up_of_one_group_from_0() -> tuple[nn.Module, Any]:
 
 @quiet("zero lr")
 def _warm_up_of_all_by_hand() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     return model, torch.optim.SGD(_groups(model, 0.0, 0.0), lr=0.0)
 
 
@@ -775,21 +771,21 @@ def _a_schedule_at_its_end() -> tuple[nn.Module, Any]:
 
 @quiet("zero lr")
 def _frozen_as_well() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     freeze(model, "0", "1")
     return model, torch.optim.SGD(_groups(model, 0.0, 0.1), lr=0.1)
 
 
 @quiet("zero lr")
 def _an_optimizer_that_chooses_its_rate() -> tuple[nn.Module, Any]:
-    model, optimizer = make(), stock([torch.zeros(1)])
+    model, optimizer = norm_net(), stock([torch.zeros(1)])
     optimizer.param_groups = [{"params": list(model.parameters()), "lr": None}]
     return model, optimizer
 
 
 @quiet("never stepped")
 def _lbfgs_which_keeps_all_state_under_one_parameter() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
     x = torch.randn(8, 3)
 
@@ -813,12 +809,12 @@ def _lbfgs_whose_first_parameter_is_frozen() -> tuple[nn.Module, Any]:
 
 @quiet("norm in eval")
 def _the_whole_model_in_eval() -> tuple[nn.Module, Any]:
-    return make().eval(), None
+    return norm_net().eval(), None
 
 
 @quiet("norm in eval")
 def _a_held_norm() -> tuple[nn.Module, Any]:
-    model = make()
+    model = norm_net()
     freeze(model, "1")
     return model.train(), None
 
@@ -903,7 +899,7 @@ MOVERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("mover", MOVERS)
 def test_a_stale_gradient_moves_what_is_frozen_under(mover: str, zeros: bool) -> None:
     """The error also holds for a gradient that zero_grad(set_to_none=False) left behind."""
-    model = make()
+    model = norm_net()
     optimizer = MOVERS[mover](model.parameters())
     back(model)
     optimizer.step()
@@ -924,7 +920,7 @@ def test_a_stale_gradient_moves_what_is_frozen_under(mover: str, zeros: bool) ->
 
 
 def test_lbfgs_moves_what_is_frozen_without_a_gradient() -> None:
-    model = make()
+    model = norm_net()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
     x = torch.randn(8, 3)
 
@@ -987,7 +983,7 @@ HEALTHY: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("case", HEALTHY)
 def test_audit_is_silent_on_a_healthy_model(case: str) -> None:
-    model = make()
+    model = norm_net()
     optimizer = HEALTHY[case](model)
     assert audit(model, optimizer) == []
     model.train()
@@ -1035,7 +1031,7 @@ def test_a_hold_that_freezing_made_is_no_error(case: str, affine: bool) -> None:
 
 @pytest.mark.compiled
 def test_gradients_applied_in_backward_are_not_missed() -> None:
-    model = make()
+    model = norm_net()
     optimizer = FrozenAwareSGD(
         model.parameters(), lr=0.1, momentum=0.9, step_in_backward=True, bucket_mb=0
     )
@@ -1112,4 +1108,4 @@ def test_wrong_arguments_raise() -> None:
     with pytest.raises(TypeError, match=r"audit\(model, 'net'\)"):
         call("net")
     with pytest.raises(TypeError, match="optimizer must be"):
-        call(make(), "sgd")
+        call(norm_net(), "sgd")

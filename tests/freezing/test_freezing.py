@@ -25,6 +25,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_freeze
+from tests.helpers.models import weights
 from torch_freeze import (
     FreezeSchedule,
     FrozenAwareSGD,
@@ -100,10 +101,6 @@ def batch() -> torch.Tensor:
 
 def trains(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
-
-
-def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def changed(model: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
@@ -409,12 +406,12 @@ def test_freezing_and_unfreezing_twice_changes_nothing_more(net: Net) -> None:
 def test_what_is_frozen_at_construction_trains_once_unfrozen(net: Net) -> None:
     freeze_except(net, "head")
     optimizer = FrozenAwareSGD(net.parameters(), lr=0.1, momentum=0.9)
-    before = snapshot(net)
+    before = weights(net)
     net(batch()).square().sum().backward()
     optimizer.step()
     assert changed(net, before) == {"head.weight", "head.bias"}
     unfreeze(net)
-    before = snapshot(net)
+    before = weights(net)
     net(batch()).square().sum().backward()
     optimizer.step()
     assert {"stem.weight", "layers.0.conv.weight", "head.weight"} <= changed(net, before)
@@ -423,7 +420,7 @@ def test_what_is_frozen_at_construction_trains_once_unfrozen(net: Net) -> None:
 def test_an_empty_trainable_set_is_a_step_that_does_nothing(net: Net) -> None:
     freeze(net)
     optimizer = FrozenAwareSGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-    before = snapshot(net)
+    before = weights(net)
     optimizer.step()
     optimizer.zero_grad()
     assert not changed(net, before)
@@ -693,7 +690,7 @@ def test_the_hold_survives_train_after(copied: str, norm: str) -> None:
     for mode in (True, False, True):
         assert model.train(mode) is model and type(inner.train(mode)) is type(inner)
         assert not inner.training and model.get_submodule("0").training == mode
-        before = snapshot(model)
+        before = weights(model)
         x = batch()
         out = model(x)
         assert not changed(model, before), "running statistics moved"
@@ -709,7 +706,7 @@ def test_the_hold_survives_train_after(copied: str, norm: str) -> None:
     assert not inner.training
     model.train()
     assert inner.training and held_by(inner) is None and "train" not in vars(inner)
-    before = snapshot(model)
+    before = weights(model)
     model(batch())
     assert any("running" in name for name in changed(model, before))
 
@@ -796,13 +793,13 @@ assert model.train()[1].training and not model[2].training
     # Saved there in eval mode and loaded here, it is still held, and its own mode is the last one
     # asked for.
     back: Any = torch.load(out, weights_only=False).train()
-    before = snapshot(back)
+    before = weights(back)
     back(batch())
     assert not changed(back, before) and torch_freeze.report(back).total.norms_held == 2
     assert back[1].train(mode) is back[1] and not back[1].training
     assert unfreeze(back).released == ("1", "2")
     assert back[1].training == mode and back[2].training and back[1].act.training == mode
-    before = snapshot(back)
+    before = weights(back)
     back.train()(batch())
     assert "1.running_mean" in changed(back, before)
 
@@ -823,7 +820,7 @@ def test_a_loaded_norm_that_is_replaced_by_what_its_train_returns_is_held_again(
     model: Any = _pickled(made)
     model[0][1] = model[0][1].train()
     assert torch_freeze.report(model).total.norms_held == 1
-    before = snapshot(model)
+    before = weights(model)
     model.train()(batch())
     assert not changed(model, before)
     unfreeze(model)
@@ -926,7 +923,7 @@ def test_hold_norm_false_ends_a_hold(mode: bool, net: Net) -> None:
 def test_hold_norm_false_leaves_norms_in_their_own_mode(net: Net) -> None:
     result = freeze(net, hold_norm=False)
     assert result.held == () and all(m.training for m in net.modules())
-    before = snapshot(net)
+    before = weights(net)
     net(batch())
     assert any("running_mean" in name for name in changed(net, before))
 
@@ -1073,7 +1070,7 @@ def test_a_held_model_can_be(how: str, net: Net) -> None:
             made = jit.trace(net, x)
         else:
             made = jit.script(net)
-    before = snapshot(net)
+    before = weights(net)
     assert torch.allclose(made(x), net(x), atol=1e-6)
     assert not changed(net, before)
 
@@ -1086,7 +1083,7 @@ def test_the_norms_of_a_scripted_model_are_held() -> None:
     result = freeze(model, "1")
     assert (result.held, result.changed) == (("1",), ("1.weight", "1.bias"))
     model.train()
-    before = snapshot(model)
+    before = weights(model)
     model(torch.randn(5, 2))
     assert not changed(model, before)
     unfreeze(model)
@@ -1350,7 +1347,7 @@ def test_a_compiled_model_follows_freezing_and_unfreezing(net: Net) -> None:
     x = batch()
     freeze(compiled, "layers", "stem")
     compiled.train()
-    before = snapshot(net)
+    before = weights(net)
     compiled(x).sum().backward()
     assert not changed(net, before)
     assert {n for n, p in net.named_parameters() if p.grad is not None} == names(net, "head")
@@ -1359,7 +1356,7 @@ def test_a_compiled_model_follows_freezing_and_unfreezing(net: Net) -> None:
     assert counter.frame_count == frozen_frames, "recompiled without a change"
     result = unfreeze(compiled, "_orig_mod.layers")
     assert set(result.changed) == names(net, "layers")
-    before = snapshot(net)
+    before = weights(net)
     compiled(x).sum().backward()
     assert any("running_mean" in name for name in changed(net, before))
     with_grad = {n for n, p in net.named_parameters() if p.grad is not None}
@@ -1372,7 +1369,7 @@ def test_the_hold_survives_the_default_compiler(net: Net) -> None:
     freeze(net)
     compiled: Any = torch.compile(net, backend="aot_eager")
     compiled.train()
-    before = snapshot(net)
+    before = weights(net)
     x = batch()
     assert torch.allclose(compiled(x), net(x), atol=1e-6)
     assert not changed(net, before)
@@ -1493,7 +1490,7 @@ def test_freezing_before_wrapping_works_without_a_warning(net: Net, one_process:
         warnings.simplefilter("error", UserWarning)
         freeze(net, "stem", "layers.0")
         ddp: Any = DistributedDataParallel(net)
-        before = snapshot(net)
+        before = weights(net)
         for _ in range(2):
             ddp.train()
             ddp(batch()).sum().backward()

@@ -16,12 +16,12 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.models import norm_net
 from torch_freeze import FrozenAwareSGD, freeze, guard, unfreeze
 
 
 def make() -> Any:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model = norm_net()
     freeze(model, "0", "1")
     return model
 

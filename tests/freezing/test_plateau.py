@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.helpers.models import assert_same_weights, chain, trains, weights
 from tests.helpers.processes import World, world_of
 from torch_freeze import (
     AdvanceOnPlateau,
@@ -37,19 +38,12 @@ NAN, INF = math.nan, math.inf
 
 
 def make(layers: int = 3) -> Any:
-    """Linear layers, with a batch norm after the first."""
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
-    return model.insert(1, nn.BatchNorm1d(4))
+    return chain(layers, norm=True)
 
 
 def table(model: nn.Module) -> FreezeSchedule:
     """Three phases: the last layer trains, then the one before it, then all."""
     return FreezeSchedule(model, {0: ["0", "1", "2"], 5: ["0", "1"], 6: []})
-
-
-def trains(model: nn.Module) -> list[bool]:
-    return [m.weight.requires_grad for m in model.modules() if isinstance(m, nn.Linear)]
 
 
 def phases(schedule: AdvanceOnPlateau, metrics: list[Any]) -> list[int]:
@@ -266,16 +260,6 @@ def test_a_value_that_is_no_metric_is_refused_and_changes_nothing(case: str) -> 
 # --- the best weights ----------------------------------------------------------------------------
 
 
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert got.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(got[name], tensor), name
-
-
 def spoil(model: nn.Module, by: float) -> None:
     """Move what trains, as an epoch would; the norm's statistics too."""
     with torch.no_grad():
@@ -295,17 +279,17 @@ def test_each_phase_begins_at_the_best_weights_of_the_run() -> None:
     # Phase 0 ends after 2 setbacks, phase 1 without having improved on it, phase 2 having done so.
     for epoch, metric in enumerate([5.0, 3.0, 4.0, 4.0, 4.0, 9.0, 2.0, 3.0, 3.0]):
         spoil(model, epoch + 0.25)
-        now = bits(model)
+        now = weights(model)
         if metric in (3.0, 2.0) and schedule.best != min(metric, schedule.best or INF):
             best = now
         changed = schedule.step(metric)
         ended = epoch in (3, 5, 8)
         assert changed == ended
-        assert_same(bits(model), best if ended else now)
+        assert_same_weights(weights(model), best if ended else now)
     assert schedule.finished
     spoil(model, 1.0)
     schedule.load_best_weights()
-    assert_same(bits(model), best)
+    assert_same_weights(weights(model), best)
 
 
 def test_without_restore_best_the_weights_stay() -> None:
@@ -314,9 +298,9 @@ def test_without_restore_best_the_weights_stay() -> None:
     schedule.step()
     for metric in (1.0, 2.0, 3.0, 4.0):
         spoil(model, 1.0)
-        now = bits(model)
+        now = weights(model)
         schedule.step(metric)
-        assert_same(bits(model), now)
+        assert_same_weights(weights(model), now)
     assert "weights" not in schedule.state_dict()
 
 
@@ -326,9 +310,9 @@ def test_a_phase_that_ends_at_its_best_keeps_it() -> None:
     schedule.step()
     for metric in (3.0, 2.0, 1.0):
         spoil(model, 1.0)
-        now = bits(model)
+        now = weights(model)
         schedule.step(metric)
-        assert_same(bits(model), now)
+        assert_same_weights(weights(model), now)
 
 
 def test_a_phase_without_a_finite_metric_restores_nothing() -> None:
@@ -336,10 +320,10 @@ def test_a_phase_without_a_finite_metric_restores_nothing() -> None:
     schedule = AdvanceOnPlateau(table(model), patience=0, restore_best=True)
     schedule.step()
     spoil(model, 1.0)
-    now = bits(model)
+    now = weights(model)
     schedule.step(NAN)
     assert schedule.phase == 1
-    assert_same(bits(model), now)
+    assert_same_weights(weights(model), now)
 
 
 def test_buffers_that_a_state_dict_leaves_out_are_left_alone() -> None:
@@ -371,10 +355,10 @@ def test_best_weights_of_another_model_are_refused_and_nothing_is_changed() -> N
     schedule.step()
     schedule.step(1.0)
     model[3] = nn.Linear(4, 2)
-    now, state = bits(model), schedule.state_dict()
+    now, state = weights(model), schedule.state_dict()
     with pytest.raises(RuntimeError, match=r"3.weight has shape \[2, 4\]; of the best .* \[4, 4\]"):
         schedule.step(2.0)
-    assert_same(bits(model), now)
+    assert_same_weights(weights(model), now)
     assert schedule.phase == 0 and schedule.last == state["last"]
 
 
@@ -432,14 +416,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(at: int) -> None
     resumed.load(first.save())
     resumed.train(at, 10)
     assert first.trained + resumed.trained == whole.trained
-    assert_same(bits(resumed.model), bits(whole.model))
+    assert_same_weights(weights(resumed.model), weights(whole.model))
     for name, parameter in resumed.model.named_parameters():
         momentum = resumed.optimizer.state[parameter]["momentum_buffer"]
         other = whole.optimizer.state[whole.model.get_parameter(name)]["momentum_buffer"]
         assert torch.equal(momentum, other), name
     resumed.schedule.load_best_weights()
     whole.schedule.load_best_weights()
-    assert_same(bits(resumed.model), bits(whole.model))
+    assert_same_weights(weights(resumed.model), weights(whole.model))
 
 
 def test_without_weights_the_state_is_plain_json() -> None:
@@ -523,8 +507,12 @@ def test_it_is_copied_and_pickled_with_its_model() -> None:
     for twin in (copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))):
         spoil(twin.model, 1.0)
         assert twin.step(4.0) and twin.phase == 2
-        assert trains(twin.model) == [T, T, T] and trains(schedule.model) == [F, T, T]
-        assert_same(bits(twin.model), bits(schedule.model))
+        assert trains(twin.model) == [T, T, T] and trains(schedule.model) == [
+            F,
+            T,
+            T,
+        ]
+        assert_same_weights(weights(twin.model), weights(schedule.model))
 
 
 # --- files, and what is printed ------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers.models import Recurrent
 from torch_freeze import FreezeReport, FrozenAwareSGD, freeze, freeze_except, report, unfreeze
 
 
@@ -468,18 +469,6 @@ def test_attention_is_measured_though_its_projection_is_never_called() -> None:
     in_proj = 3 * 8 * 8 + 3 * 8
     assert result.flow.skipped == in_proj
     assert result.flow.crossed == result.total.frozen - in_proj
-
-
-class Recurrent(nn.Module):
-    def __init__(self, kind: Any) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(9, 4)
-        self.cell = kind(4, 8, batch_first=True)
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.head(self.cell(self.embed(x))[0])
-        return out
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+from tests.helpers.models import chain, trains
 from torch_freeze import (
     FreezeSchedule,
     FrozenAwareSGD,
@@ -30,20 +31,6 @@ from torch_freeze import (
     rotate,
 )
 from torch_freeze._hold import held_by
-
-
-def make(layers: int = 4, norm: bool = False) -> Any:
-    torch.manual_seed(0)
-    model = nn.Sequential()
-    for i in range(layers):
-        model.add_module(str(i), nn.Linear(4, 4))
-    if norm:
-        model.insert(1, nn.BatchNorm1d(4))
-    return model
-
-
-def trains(model: nn.Module) -> list[bool]:
-    return [m.weight.requires_grad for m in model.modules() if isinstance(m, nn.Linear)]
 
 
 def run(schedule: FreezeSchedule, model: nn.Module, units: int) -> list[list[bool]]:
@@ -60,34 +47,34 @@ T, F = True, False
 
 
 def test_each_entry_is_what_is_frozen_from_there_on() -> None:
-    model = make(3)
+    model = chain(3)
     schedule = FreezeSchedule(model, {2: [], 0: ["0", "1"], 1: "0"})
     assert run(schedule, model, 4) == [[F, F, T], [F, T, T], [T, T, T], [T, T, T]]
 
 
 def test_before_the_first_entry_nothing_changes() -> None:
-    model = make(2)
+    model = chain(2)
     freeze(model, "1")
     schedule = FreezeSchedule(model, {2: ["0"]})
     assert run(schedule, model, 3) == [[T, F], [T, F], [F, F]]
 
 
 def test_parameters_that_no_entry_names_stay_as_they_are() -> None:
-    model = make(3)
+    model = chain(3)
     freeze(model, "2")
     schedule = FreezeSchedule(model, {0: ["0"], 1: ["1"]})
     assert run(schedule, model, 2) == [[F, T, F], [T, F, F]]
 
 
 def test_step_returns_whether_anything_changed() -> None:
-    model = make(3)
+    model = chain(3)
     schedule = FreezeSchedule(model, {0: ["0"], 2: ["0"], 3: []})
     assert [schedule.step() for _ in range(5)] == [True, False, False, True, False]
     assert schedule.last == 4
 
 
 def test_norms_follow_the_schedule() -> None:
-    model = make(2, norm=True)
+    model = chain(2, norm=True)
     for how, held in ((True, [True, False]), (False, [False, False])):
         schedule = FreezeSchedule(model, {0: ["0", "1"], 1: []}, hold_norm=how)
         for expected in held:
@@ -108,7 +95,7 @@ def test_a_norm_without_parameters_follows_the_schedule() -> None:
 
 
 def test_a_norm_stays_held_when_two_entries_freeze_it() -> None:
-    model = make(2, norm=True)
+    model = chain(2, norm=True)
     schedule = FreezeSchedule(model, {0: ["0", "1"], 1: [lambda n, p: n.startswith("1.")]})
     schedule.step()
     schedule.step()
@@ -117,7 +104,7 @@ def test_a_norm_stays_held_when_two_entries_freeze_it() -> None:
 
 
 def test_freezing_by_schedule_drops_gradients() -> None:
-    model = make(2)
+    model = chain(2)
     model(torch.ones(1, 4)).sum().backward()
     FreezeSchedule(model, {0: ["0"]}).step()
     assert model[0].weight.grad is None and model[1].weight.grad is not None
@@ -127,7 +114,7 @@ def test_freezing_by_schedule_drops_gradients() -> None:
 def test_gradual_unfreezing_unfreezes_group_after_group_from_the_output_down(
     every: int, units: int
 ) -> None:
-    model = make(5)
+    model = chain(5)
     freeze(model, "0", "4")
     schedule = gradual_unfreeze(model, ["1", ["2", "3"], "4"], every=every)
     # Layer 0 is in no group and stays frozen.
@@ -143,7 +130,7 @@ def test_gradual_unfreezing_unfreezes_group_after_group_from_the_output_down(
 def test_freeze_out_follows_the_papers_formula(
     how: Any, shares: list[float], scale_lr: bool
 ) -> None:
-    model = make(3)
+    model = chain(3)
     total, lr = 40, 0.1
     schedule = freeze_out(model, ["0", "1", "2"], total, t0=0.5, how=how, scale_lr=scale_lr)
     assert schedule.shares == shares
@@ -164,7 +151,7 @@ def test_freeze_out_follows_the_papers_formula(
 
 
 def test_freeze_out_leaves_parameters_in_no_group_alone() -> None:
-    model = make(3)
+    model = chain(3)
     schedule = freeze_out(model, ["0", "1"], 10)
     groups = schedule.param_groups(0.1, momentum=0.9)
     assert [len(group["params"]) for group in groups] == [2, 2, 2]
@@ -177,7 +164,7 @@ def test_freeze_out_leaves_parameters_in_no_group_alone() -> None:
 
 
 def test_freeze_out_of_one_group_is_plain_cosine_annealing() -> None:
-    model = make(1)
+    model = chain(1)
     schedule = freeze_out(model, ["*"], 10)
     assert schedule.shares == [1.0]
     assert schedule.lr_lambdas()[0](5) == pytest.approx(0.5)
@@ -216,7 +203,7 @@ def test_gradual_unfreezing_trains_a_tied_parameter_with_the_last_group_that_has
 
 
 def test_gradual_unfreezing_frees_a_tied_parameter_in_the_middle_with_its_last_group() -> None:
-    model = make(4)
+    model = chain()
     model[2].weight = model[0].weight
     schedule = gradual_unfreeze(model, ["0", "1", "2", "3"])
     seen = []
@@ -235,7 +222,7 @@ def test_a_shared_module_belongs_to_the_last_group_that_has_it() -> None:
 
 
 def test_a_name_in_two_groups_is_frozen_with_the_first() -> None:
-    model = make(3)
+    model = chain(3)
     schedule = gradual_unfreeze(model, ["0", "1", "*"])
     assert run(schedule, model, 3) == [[F, F, T], [F, T, T], [T, T, T]]
 
@@ -258,7 +245,7 @@ def test_freeze_out_freezes_and_rates_a_tied_parameter_with_its_last_group() -> 
 
 
 def test_freeze_out_puts_a_tied_parameter_into_one_group() -> None:
-    model = make(2)
+    model = chain(2)
     model[1].weight = model[0].weight
     groups = freeze_out(model, ["0", "1"], 10).param_groups(0.1)
     assert [len(group["params"]) for group in groups] == [1, 2]
@@ -266,7 +253,7 @@ def test_freeze_out_puts_a_tied_parameter_into_one_group() -> None:
 
 def test_the_rates_of_freeze_out_resume() -> None:
     def build() -> tuple[Any, Any]:
-        schedule = freeze_out(make(3), ["0", "1", "2"], 10)
+        schedule = freeze_out(chain(3), ["0", "1", "2"], 10)
         optimizer = FrozenAwareSGD(schedule.param_groups(0.1), lr=0.1)
         return schedule, lr_scheduler.LambdaLR(optimizer, schedule.lr_lambdas())
 
@@ -284,7 +271,7 @@ def test_the_rates_of_freeze_out_resume() -> None:
 
 
 def test_rotation_trains_k_layers_and_what_always_names() -> None:
-    model = make(8)
+    model = chain(8)
     schedule = rotate(model, "[1-6]", k=2, every=3, always=["7"], seed=4)
     seen = run(schedule, model, 90)
     assert all(s[0] is False and s[7] is True and sum(s[1:7]) == 2 for s in seen)
@@ -298,14 +285,14 @@ def test_rotation_trains_k_layers_and_what_always_names() -> None:
 def test_rotation_depends_on_its_seed_alone() -> None:
     def draws(seed: int) -> list[list[bool]]:
         torch.manual_seed(seed)
-        model = make(6)
+        model = chain(6)
         return run(rotate(model, "*", k=1, every=1, seed=seed), model, 20)
 
     assert draws(1) == draws(1) != draws(2)
 
 
 def test_rotation_names_the_active_layers() -> None:
-    model = make(4)
+    model = chain()
     schedule = rotate(model, "*", k=2, every=1)
     assert schedule.active == ()
     schedule.step()
@@ -376,7 +363,7 @@ def test_the_work_grows_no_faster_than_the_number_of_layers(kind: str) -> None:
 
 
 def test_a_changed_model_is_seen_at_the_next_step() -> None:
-    model = make(4)
+    model = chain()
     schedule = rotate(model, ["0", "1", "2", "3"], k=1, every=1)
     schedule.step()
     for i in range(4):
@@ -390,7 +377,7 @@ def test_a_changed_model_is_seen_at_the_next_step() -> None:
 
 
 def test_a_long_timeline_shows_what_is_near() -> None:
-    schedule = gradual_unfreeze(make(120), [str(i) for i in range(120)])
+    schedule = gradual_unfreeze(chain(120), [str(i) for i in range(120)])
     for _ in range(70):
         schedule.step()
     lines = str(schedule).splitlines()
@@ -463,7 +450,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_construction_refuses(case: str) -> None:
     call, error, said = WRONG[case]
-    model = make()
+    model = chain()
     with pytest.raises(error, match=said):
         call(model)
     assert trains(model) == [True] * 4
@@ -473,7 +460,7 @@ def test_construction_refuses(case: str) -> None:
 
 
 def test_the_timeline_shows_every_entry_and_the_current_one() -> None:
-    model = make(3)
+    model = chain(3)
     schedule = FreezeSchedule(model, {0: ["0", model[1]], 4: [nn.Linear], 6: []})
     assert "not begun" in str(schedule) and ">" not in str(schedule)
     run(schedule, model, 6)
@@ -488,7 +475,7 @@ def test_the_timeline_shows_every_entry_and_the_current_one() -> None:
 
 @pytest.mark.parametrize("kind", ["freeze_out", "rotate", "gradual", "long"])
 def test_every_timeline_fits_120_columns(kind: str) -> None:
-    model = make(40)
+    model = chain(40)
     makers: dict[str, Callable[[], FreezeSchedule]] = {
         "freeze_out": lambda: freeze_out(model, [str(i) for i in range(40)], 1000),
         "rotate": lambda: rotate(model, "*", k=20, every=10, always=["39", model[3]]),
@@ -515,13 +502,13 @@ SCHEDULES: dict[str, Callable[[Any], FreezeSchedule]] = {
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("at", range(0, 8, 3))
 def test_a_resumed_schedule_goes_on_as_the_uninterrupted_one(kind: str, at: int) -> None:
-    model = make(norm=True)
+    model = chain(norm=True)
     schedule = SCHEDULES[kind](model)
     run(schedule, model, at)
     file = io.BytesIO()
     torch.save(schedule.state_dict(), file)
     file.seek(0)
-    fresh = make(norm=True)
+    fresh = chain(norm=True)
     resumed = SCHEDULES[kind](fresh)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert trains(fresh) == trains(model) and resumed.last == schedule.last
@@ -613,9 +600,9 @@ OTHERS: dict[str, tuple[Maker, Maker, str]] = {
 @pytest.mark.parametrize("case", OTHERS)
 def test_the_state_of_another_schedule_is_refused_and_the_difference_named(case: str) -> None:
     saves, loads, said = OTHERS[case]
-    saved = saves(make())
+    saved = saves(chain())
     saved.step()
-    fresh = make()
+    fresh = chain()
     resumed = loads(fresh)
     with pytest.raises(ValueError, match=rf"of another schedule: .*{said}.*same arguments"):
         resumed.load_state_dict(saved.state_dict())
@@ -623,10 +610,10 @@ def test_the_state_of_another_schedule_is_refused_and_the_difference_named(case:
 
 
 def test_a_schedule_written_differently_that_freezes_the_same_resumes() -> None:
-    model = make()
+    model = chain()
     schedule = FreezeSchedule(model, {0: ["0", model[1]], 2: ["*.weight"]})
     schedule.step()
-    fresh = make()
+    fresh = chain()
     names = ["0.weight", "0.bias", "1.weight", "1.bias"]
     again = [re.compile(r"weight$")]
     resumed = FreezeSchedule(fresh, {0: names, 2: again})
@@ -635,11 +622,11 @@ def test_a_schedule_written_differently_that_freezes_the_same_resumes() -> None:
 
 
 def test_the_state_restores_what_the_schedule_does_not_manage() -> None:
-    model = make(norm=True)
+    model = chain(norm=True)
     freeze(model, "1", "4")
     schedule = FreezeSchedule(model, {0: ["0"]})
     schedule.step()
-    fresh = make(norm=True)
+    fresh = chain(norm=True)
     freeze(fresh, "2")
     resumed = FreezeSchedule(fresh, {0: ["0"]})
     resumed.load_state_dict(schedule.state_dict())
@@ -657,11 +644,11 @@ def test_the_state_restores_what_the_schedule_does_not_manage() -> None:
 
 
 def test_names_in_the_state_do_not_depend_on_wrapping() -> None:
-    model = make()
+    model = chain()
     compiled: Any = torch.compile(model, backend="eager")
     schedule = FreezeSchedule(compiled, {0: ["_orig_mod.0"], 1: []})
     schedule.step()
-    fresh = make()
+    fresh = chain()
     resumed = any_schedule(nn.DataParallel(fresh), {0: ["0"], 1: []})
     resumed.load_state_dict(schedule.state_dict())
     assert trains(fresh) == trains(model) == [F, T, T, T]
@@ -694,11 +681,11 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], st
 @pytest.mark.parametrize("case", BAD_STATES)
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(case: str) -> None:
     spoil, error, said = BAD_STATES[case]
-    model = make()
+    model = chain()
     schedule = FreezeSchedule(model, {0: ["0"]})
     schedule.step()
     state = schedule.state_dict()
-    fresh = make()
+    fresh = chain()
     resumed = FreezeSchedule(fresh, {0: ["0"]})
     with pytest.raises(error, match=said):
         resumed.load_state_dict(spoil(state))
@@ -707,11 +694,11 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(case: str) -> 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_a_schedule_is_copied_and_pickled_with_its_model(kind: str) -> None:
-    model = make()
+    model = chain()
     schedule = SCHEDULES[kind](model)
     run(schedule, model, 2)
     before = trains(model)
-    fresh = make()
+    fresh = chain()
     expected = run(SCHEDULES[kind](fresh), fresh, 6)[2:]
     for twin in (copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))):
         assert run(twin, twin.model, 4) == expected
@@ -746,11 +733,11 @@ FILES: dict[str, Callable[[Any], FreezeSchedule]] = {
 
 @pytest.mark.parametrize("kind", FILES)
 def test_a_schedule_read_from_its_file_is_the_same(kind: str, tmp_path: Path) -> None:
-    model = make(norm=True)
+    model = chain(norm=True)
     schedule = FILES[kind](model)
     run(schedule, model, 3)
     export_schedule(schedule, tmp_path / "plan.json")
-    fresh = make(norm=True)
+    fresh = chain(norm=True)
     again = read_schedule(fresh, tmp_path / "plan.json")
     assert again.last == -1 and trains(fresh) == [T, T, T, T]
     again.load_state_dict(schedule.state_dict())
@@ -763,7 +750,7 @@ def test_a_schedule_read_from_its_file_is_the_same(kind: str, tmp_path: Path) ->
 
 def test_a_file_is_replaced_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "plan.json"
-    export_schedule(gradual_unfreeze(make(), ["0", "1"]), path)
+    export_schedule(gradual_unfreeze(chain(), ["0", "1"]), path)
     before = path.read_text()
 
     def full(*_: Any) -> None:
@@ -771,7 +758,7 @@ def test_a_file_is_replaced_in_one_go(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="No space"):
-        export_schedule(rotate(make(), "*", 1, 1), path)
+        export_schedule(rotate(chain(), "*", 1, 1), path)
     assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -845,14 +832,14 @@ def test_a_bad_file_is_refused_with_its_name_and_the_place(case: str, tmp_path: 
     content, said = BAD_FILES[case]
     path = tmp_path / "plan.json"
     path.write_bytes(content.encode(errors="surrogateescape"))
-    model = make()
+    model = chain()
     with pytest.raises((ValueError, TypeError), match=f"read_schedule: .*plan.json.* {said}"):
         read_schedule(model, path)
     assert trains(model) == [T, T, T, T]
 
 
 def test_what_is_no_schedule_or_no_json_is_not_exported(tmp_path: Path) -> None:
-    schedule = rotate(make(), "*", 1, 1)
+    schedule = rotate(chain(), "*", 1, 1)
     with pytest.raises(TypeError, match="the first argument is the schedule; got Sequential"):
         export_schedule(schedule.model, tmp_path / "plan.json")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"name it plan\.json"):
@@ -873,7 +860,7 @@ class Run:
     """A training run of 12 steps that unfreezes at steps 4 and 8."""
 
     def __init__(self, rates: str) -> None:
-        self.model = make(3, norm=True)
+        self.model = chain(3, norm=True)
         self.schedule = gradual_unfreeze(self.model, ["0", ["1", "2"], "3"], 4, unit="step")
         self.optimizer = FrozenAwareSGD(
             self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01
@@ -950,7 +937,7 @@ class FilterRun(Run):
     """The same run by the usual recipe: filter at construction, add_param_group later."""
 
     def __init__(self, rates: str) -> None:
-        self.model = make(3)
+        self.model = chain(3)
         self.model[:2].requires_grad_(False)
         kept = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer: Any = torch.optim.SGD(kept, lr=0.1, momentum=0.9, weight_decay=0.01)
@@ -983,7 +970,7 @@ def test_the_usual_recipe_cannot_load_its_own_checkpoint() -> None:
 
 
 def test_the_usual_recipe_loads_another_layers_momentum() -> None:
-    model = make(2)
+    model = chain(2)
     optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1, momentum=0.9)
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()

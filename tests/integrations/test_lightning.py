@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Mode
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
 import torch_freeze  # noqa: E402
+from tests.helpers.models import assert_same_weights, weights  # noqa: E402
 from torch_freeze import (  # noqa: E402
     AdvanceOnPlateau,
     FreezeSchedule,
@@ -94,15 +95,6 @@ def fit(net: Net, callback: Any, epochs: int, ckpt: Path | None = None, **option
     return trainer
 
 
-def weights(net: Net) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
-
-
-def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    for name, tensor in wanted.items():
-        assert torch.equal(got[name], tensor), name
-
-
 def test_what_is_named_is_frozen_throughout_and_all_else_trains() -> None:
     net = Net()
     before = weights(net)
@@ -166,7 +158,7 @@ def test_training_under_the_callback_equals_a_plain_loop() -> None:
             optimizer.zero_grad()
             plain.training_step(batch).backward()
             optimizer.step()
-    assert_equal(weights(net), weights(plain))
+    assert_same_weights(weights(net), weights(plain))
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
@@ -186,7 +178,7 @@ def test_a_resumed_run_goes_on_in_the_middle_of_the_schedule(
     second = Net(rates=True)
     resumed = callback()
     fit(second, resumed, 4, tmp_path / "run.ckpt")
-    assert_equal(weights(second), weights(whole))
+    assert_same_weights(weights(second), weights(whole))
     assert first.trained + second.trained == whole.trained
     assert resumed.schedule is not None
     assert resumed.schedule.last == (3 if unit == "epoch" else 4 * BATCHES - 1)
@@ -337,14 +329,14 @@ def test_a_resumed_run_goes_on_in_its_phase_with_the_best_weights(
     callback = plateau(restore_best=True)
     fit(whole, callback, 7)
     # It goes back to the best of epoch 1 after epoch 2, and of epoch 3 after epochs 4 and 5.
-    assert_equal(whole.seen[3], whole.seen[2])
-    assert_equal(whole.seen[5], whole.seen[4])
-    assert_equal(weights(whole), whole.seen[4])
+    assert_same_weights(whole.seen[3], whole.seen[2])
+    assert_same_weights(whole.seen[5], whole.seen[4])
+    assert_same_weights(weights(whole), whole.seen[4])
     first = Scored(scores)
     fit(first, plateau(restore_best=True), stop).save_checkpoint(tmp_path / "run.ckpt")
     second, resumed = Scored(scores), plateau(restore_best=True)
     fit(second, resumed, 7, tmp_path / "run.ckpt")
-    assert_equal(weights(second), weights(whole))
+    assert_same_weights(weights(second), weights(whole))
     assert first.trained + second.trained == whole.trained
     assert resumed.schedule is not None and callback.schedule is not None
     assert str(resumed.schedule) == str(callback.schedule)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as rates
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
+from tests.helpers.models import weights
 from torch_freeze import FreezeSchedule, FrozenAwareSGD, audit, freeze, guard, unfreeze
 
 STEPS = 12
@@ -175,7 +176,7 @@ def run(loop: Loop, plan: dict[int, list[str]], kind: type[torch.optim.SGD]) -> 
     names = {id(p): name for name, p in model.named_parameters()}
     return {
         **history,
-        "weights": {n: t.clone() for n, t in model.state_dict().items()},
+        "weights": weights(model),
         "momentum": {
             names[id(p)]: s["momentum_buffer"]
             for p, s in optimizer.state.items()

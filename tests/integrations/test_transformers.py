@@ -20,6 +20,7 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
+from tests.helpers.models import weights  # noqa: E402
 from torch_freeze import AdvanceOnPlateau, FrozenAwareSGD, gradual_unfreeze, rotate  # noqa: E402
 from torch_freeze.integrations.transformers import FreezeTrainerCallback  # noqa: E402
 
@@ -104,10 +105,6 @@ def train(
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, witness.trained
-
-
-def weights(model: Any) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def test_what_is_named_is_frozen_throughout_and_all_else_trains(tmp_path: Path) -> None:
