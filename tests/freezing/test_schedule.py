@@ -800,7 +800,7 @@ BAD_FILES: dict[str, tuple[str, str]] = {
         '{"type": "gradual_unfreeze", "groups": "0"}',
         "groups must be a list of groups",
     ),
-    "a regex that is none": (
+    "an invalid regex": (
         '{"type": "rotate", "layers": {"regex": "("}, "k": 1, "every": 1}',
         r"layers: '\(' is no regular expression",
     ),

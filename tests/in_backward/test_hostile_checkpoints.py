@@ -163,7 +163,7 @@ for _policy_name in ("reset", "drop"):
 
 
 @CASES.case(
-    "frozen_momentum of no kind, set in a group",
+    "an unknown frozen_momentum, set in a group",
     error="frozen_momentum of param_groups",
     ordinary_raises=True,
 )

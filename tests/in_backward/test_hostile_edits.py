@@ -258,7 +258,7 @@ def shared_model(make: Make) -> Any:
     return train(model, optimizer)
 
 
-@CASES.case("one process more, forked while hooks are there", forks=True)
+@CASES.case("training that goes on in a forked process", forks=True)
 def forked(make: Make) -> Any:
     model = net()
     optimizer = make(model.parameters())

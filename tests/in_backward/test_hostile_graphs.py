@@ -85,7 +85,7 @@ def gan_unfrozen(make: Make) -> Any:
     return gan(make, lambda model, trains: None, lambda optimizer: optimizer.zero_grad())
 
 
-@CASES.case("the same, with module.zero_grad()", error="second")
+@CASES.case("two optimizers in turns, with module.zero_grad()", error="second")
 def gan_module_zero(make: Make) -> Any:
     def zero(optimizer: FrozenAwareSGD) -> None:
         for group in optimizer.param_groups:
@@ -134,15 +134,6 @@ def second_backward(make: Make) -> Any:
     model[:4].requires_grad_(True)
     optimizer.step()
     return result(model, optimizer)
-
-
-@CASES.case("gradient accumulation", error="for the second time|second backward")
-def accumulation(make: Make) -> Any:
-    model = net()
-    optimizer = make(model.parameters())
-    loss_of(model, 0).backward()
-    loss_of(model, 1).backward()
-    optimizer.step()
 
 
 @CASES.case("gradient accumulation after ordinary iterations", error="second")
@@ -211,15 +202,6 @@ def gradient_penalty(make: Make) -> Any:
         return ((g.norm(dim=1) - 1) ** 2).mean() + loss_of(model, step)
 
     return train(model, make(model.parameters()), loss=loss)
-
-
-@CASES.case("create_graph=True", error="create_graph=True")
-def create_graph(make: Make) -> Any:
-    model = net()
-    optimizer = make(model.parameters())
-    warnings.simplefilter("ignore")
-    loss_of(model).backward(create_graph=True)
-    optimizer.step()
 
 
 @CASES.case("retain_graph=True, and no second backward")

@@ -15,14 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as rates
-from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from tests.helpers.models import weights
+from tests.helpers.schedulers import SCHEDULERS, STEPS, Scheduler
 from torch_freeze import FreezeSchedule, FrozenAwareSGD, audit, freeze, guard, unfreeze
 
-STEPS = 12
 BASE = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}
-Scheduler = Callable[[torch.optim.Optimizer], Any]
 
 
 def make_model() -> nn.Sequential:
@@ -40,30 +39,6 @@ FROZEN_SETS: dict[str, dict[int, list[str]]] = {
     "frozen from the input up": {0: [], 3: ["0", "1"], 7: ["0", "1", "3"]},
     "rotated": {0: ["0", "1"], 2: ["3"], 4: ["5"], 6: ["0", "1", "5"], 9: ["3"]},
     "everything frozen for a while": {0: [], 4: ["0", "1", "3", "5"], 7: []},
-}
-
-# torch's schedulers, each with arguments under which the rate changes during the run.
-SCHEDULERS: dict[str, Scheduler] = {
-    "LambdaLR": lambda o: rates.LambdaLR(o, [lambda n, i=i: 0.9**n / (1 + i) for i in range(2)]),
-    "MultiplicativeLR": lambda o: rates.MultiplicativeLR(o, lambda n: 0.9),
-    "StepLR": lambda o: rates.StepLR(o, 3),
-    "MultiStepLR": lambda o: rates.MultiStepLR(o, [2, 7]),
-    "ConstantLR": lambda o: rates.ConstantLR(o, total_iters=4),
-    "LinearLR": lambda o: rates.LinearLR(o, 0.1, total_iters=8),
-    "ExponentialLR": lambda o: rates.ExponentialLR(o, 0.9),
-    "PolynomialLR": lambda o: rates.PolynomialLR(o, STEPS, 2.0),
-    "CosineAnnealingLR": lambda o: rates.CosineAnnealingLR(o, STEPS),
-    "CosineAnnealingWarmRestarts": lambda o: rates.CosineAnnealingWarmRestarts(o, 4),
-    "CyclicLR": lambda o: rates.CyclicLR(o, 0.01, 0.1, step_size_up=3),
-    "OneCycleLR": lambda o: rates.OneCycleLR(o, 0.1, total_steps=STEPS + 1),
-    "ReduceLROnPlateau": lambda o: rates.ReduceLROnPlateau(o, patience=0),
-    "SequentialLR": lambda o: rates.SequentialLR(
-        o, [rates.LinearLR(o, 0.1, total_iters=4), rates.ExponentialLR(o, 0.8)], [4]
-    ),
-    "ChainedScheduler": lambda o: rates.ChainedScheduler(
-        [rates.ConstantLR(o, total_iters=4), rates.ExponentialLR(o, 0.9)]
-    ),
-    "SWALR": lambda o: SWALR(o, swa_lr=0.01, anneal_epochs=5),
 }
 
 
@@ -212,12 +187,6 @@ def test_a_learning_rate_scheduler_never_notices_the_frozen_set(
     assert_identical(got, run(loop, plan, torch.optim.SGD))
     assert got["rate"] == run(loop, FROZEN_SETS["nothing ever frozen"], FrozenAwareSGD)["rate"]
     assert len({tuple(lrs) for lrs in got["rate"]}) > 1
-
-
-def test_every_scheduler_of_torch_is_in_the_table() -> None:
-    abstract = {"LRScheduler", "_LRScheduler"}
-    known = {name for name in rates.__all__ if name not in abstract}
-    assert known <= SCHEDULERS.keys()
 
 
 @pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)

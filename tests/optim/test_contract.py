@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import optim_cases as cases
 from tests.helpers.optim_cases import FrozenAwareSGD
+from tests.helpers.schedulers import SCHEDULERS
 
 MOMENTUM = cases.SOME_HYPERS["momentum, dampening and decay"]
 
@@ -500,29 +501,6 @@ def test_nothing_is_recorded_without_a_profiler() -> None:
 
 
 # -------------------------------------------------------------------------- learning-rate schedules
-
-SCHEDULERS: dict[str, Callable[[Any], Any]] = {
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
-    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.9),
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
-    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 5]),
-    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o),
-    "LinearLR": lambda o: lr_scheduler.LinearLR(o),
-    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [3]
-    ),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)]
-    ),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 3),
-    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.5, 20),
-    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 6),
-    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 0.05, 3),
-}
 
 
 def test_the_table_names_every_scheduler_of_torch() -> None:
@@ -1026,26 +1004,3 @@ def test_two_optimizers_over_one_parameter() -> None:
         first.step()
         second.step()
     assert torch.allclose(p, torch.full((3,), 1 - 0.1 - 0.2 - 0.19 - 0.2))
-
-
-# ----------------------------------------------------------------------------------------- threads
-
-
-def test_two_threads_step_two_optimizers() -> None:
-    """The step has no shared scratch memory in which two threads could collide."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    def train(seed: int) -> None:
-        gen = cases.generator(seed)
-        ours = cases.make_parameters((5, 40_000, 7), gen)
-        theirs = cases.twin(ours)
-        optimizer = FrozenAwareSGD(ours, **MOMENTUM)
-        reference = torch.optim.SGD(theirs, **MOMENTUM, foreach=False)
-        for step in range(20):
-            cases.set_grads(ours, theirs, gen)
-            optimizer.step()
-            reference.step()
-            cases.assert_same_training(optimizer, reference, f"after step {step + 1}:")
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(train, range(4)))
