@@ -29,7 +29,7 @@ from tests.cuda_on_cpu import build  # noqa: E402
 
 # Every test under the first two; under the others those on which the order of streams tells.
 SCHEDULES = ("now", "late", "side-late", "main-late", "2", "3")
-GPU = re.compile(r"mark\.gpu|DEVICES")
+GPU = re.compile(r"mark\.gpu|DEVICES|helpers.hostile")
 # A context is made whatever the order; its tests start processes, which take long.
 ORDER_TELLS = "(Graphs or Streams or Devices or InBackward or promises) and not Contexts"
 

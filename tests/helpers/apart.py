@@ -53,12 +53,18 @@ def put_aside() -> None:
             while True:
                 # Done here once and not in every child: recv() imports the function's module; then
                 # come what torch imports for a first optimizer, and the tests' pool of numbers.
-                function, seconds = theirs.recv()
+                try:
+                    function, seconds = theirs.recv()
+                except EOFError:  # the other end is closed
+                    break
+                except Exception as error:  # of that import, which only fails the test at hand
+                    theirs.send((pickle.dumps((False, f"{type(error).__name__}: {error}")), 0))
+                    continue
                 importlib.import_module("torch._dynamo")
                 cases.randn(1, cases.generator(0))
                 theirs.send(_answer_of_child(function, seconds))
         finally:
-            os._exit(0)  # when the other end is closed, at the latest
+            os._exit(0)
     theirs.close()
     _Origin.pipe, _Origin.of = ours, os.getpid()
 
