@@ -413,7 +413,7 @@ def fpn() -> tuple[Any, Any]:
     ops = pytest.importorskip("torchvision.ops")
     backbone = models.detection.backbone_utils.resnet_fpn_backbone
     model = backbone(
-        backbone_name="resnet18", weights=None, norm_layer=ops.FrozenBatchNorm2d, trains=3
+        backbone_name="resnet18", weights=None, norm_layer=ops.FrozenBatchNorm2d, trainable_layers=3
     )
     return model, (torch.randn(1, 3, 64, 64),)
 
@@ -653,7 +653,7 @@ def vit_mae() -> Any:
 def faster_rcnn() -> Any:
     detection = pytest.importorskip("torchvision").models.detection
     backbone = detection.backbone_utils.resnet_fpn_backbone(
-        backbone_name="resnet18", weights=None, trains=3
+        backbone_name="resnet18", weights=None, trainable_layers=3
     )
     model = detection.FasterRCNN(backbone, num_classes=2, min_size=64, max_size=64)
     target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
