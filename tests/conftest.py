@@ -39,6 +39,9 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The wheel takes long to compile. At the end pytest-xdist deals single tests out to all its
+    # processes, and more than one of them would compile it.
+    items.sort(key=lambda item: item.path.parent.name != "packaging")
     compiled = torch_freeze.build_info().compiled
     reasons = {"gpu": _why_no_gpu(), "compiled": None if compiled else "no compiled module"}
     for marker, reason in reasons.items():
