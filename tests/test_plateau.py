@@ -554,7 +554,7 @@ def test_what_is_printed_says_where_it_stands() -> None:
     lines = str(schedule).splitlines()
     assert lines[0] == (
         "AdvanceOnPlateau, in phase 0 for 3 evaluations, best 2, 1 without improvement: "
-        "manages 48 of 68 parameters; the others stay as they are"
+        "manages 48 of 68 parameters; the others are not changed"
     )
     assert [line.split()[:3] for line in lines[2:]] == [
         [">", "0-", "48"],

@@ -10,7 +10,7 @@ from torch import nn
 from . import _hold, _record
 from ._select import nearest
 from ._tree import ParamEntry, Tree, check_model
-from .freezing import Change, _check_trainable, _warn_ddp
+from .freezing import Change, check_trainable, warn_ddp
 from .report import FreezeReport, build_report
 
 _KEYS = ("frozen", "trainable", "found", "by_hand", "tied", "held")
@@ -154,7 +154,7 @@ def apply_frozen_state(
     known = [entry for entry in tree.params.values() if id(entry) in to_freeze]
     for entry in known:
         if not to_freeze[id(entry)]:
-            _check_trainable(entry, caller)
+            check_trainable(entry, caller)
 
     change = Change()
     for entry in known:
@@ -189,7 +189,7 @@ def apply_frozen_state(
             change.released.append(norm)
     chilled = [entry for entry in change.params if to_freeze[id(entry)]]
     thawed = [entry for entry in change.params if not to_freeze[id(entry)]]
-    _warn_ddp(tree, caller, thawed=thawed, chilled=chilled, stacklevel=stacklevel)
+    warn_ddp(tree, caller, thawed=thawed, chilled=chilled, stacklevel=stacklevel)
     return change, known
 
 

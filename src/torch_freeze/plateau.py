@@ -13,7 +13,7 @@ from torch import nn
 from ._select import Selection
 from ._tree import ParamEntry, Tree
 from .freezing import set_frozen
-from .schedule import FreezeOutSchedule, FreezeSchedule, RotationSchedule, _check_int
+from .schedule import FreezeOutSchedule, FreezeSchedule, RotationSchedule, check_int
 
 
 class AdvanceOnPlateau(FreezeSchedule):
@@ -109,7 +109,7 @@ class AdvanceOnPlateau(FreezeSchedule):
             )
         if mode not in ("min", "max"):
             raise ValueError(f"{caller}: mode must be 'min' or 'max', got {mode!r}.")
-        _check_int(caller, "patience", patience, least=0)
+        check_int(caller, "patience", patience, least=0)
         if isinstance(min_delta, bool) or not isinstance(min_delta, (int, float)):
             raise TypeError(f"{caller}: min_delta must be a number, got {min_delta!r}.")
         if not 0 <= min_delta < math.inf:
@@ -235,7 +235,7 @@ class AdvanceOnPlateau(FreezeSchedule):
         if missing:
             raise ValueError(f"load_state_dict: the state has no {', '.join(map(repr, missing))}.")
         for key, least in (("phase", -1), ("evals", 0), ("bad_evals", 0)):
-            _check_int("load_state_dict", repr(key), state[key], least=least)
+            check_int("load_state_dict", repr(key), state[key], least=least)
         if state["phase"] >= len(self._phases) or (state["phase"] < 0) != (state["last"] < 0):
             raise ValueError(
                 f"load_state_dict: phase {state['phase']} after {state['last']} evaluations is no "
@@ -317,7 +317,7 @@ class AdvanceOnPlateau(FreezeSchedule):
         inner = self.schedule._settings()
         return {"schedule": type(self).__name__, **self._own_arguments(), "phases": inner}
 
-    def _arguments(self) -> tuple[str, dict[str, Any]]:
+    def arguments(self) -> tuple[str, dict[str, Any]]:
         return "AdvanceOnPlateau", {"schedule": self.schedule, **self._own_arguments()}
 
 
@@ -369,7 +369,7 @@ def _per_phase(
         )
     for number in listed:
         if number is not None:
-            _check_int(caller, what, number, least=least)
+            check_int(caller, what, number, least=least)
     return list(listed)
 
 

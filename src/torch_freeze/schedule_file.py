@@ -258,7 +258,7 @@ def _kind(value: object) -> str:
 
 
 def _written(schedule: FreezeSchedule, tree: Tree) -> dict[str, Any]:
-    kind, arguments = schedule._arguments()
+    kind, arguments = schedule.arguments()
     written: dict[str, Any] = {"type": kind}
     for name, value in arguments.items():
         if name == "schedule":

@@ -32,12 +32,12 @@ _Rest = list[tuple[int, list[Tensor]]]
 
 
 class FrozenAware(torch.optim.Optimizer):
-    """Makes an optimizer of torch's skip frozen parameters: ``class X(FrozenAware, torch.optim.X)``.
+    """Makes an optimizer of torch's skip frozen parameters.
 
-    A subclass sets ``_step_kernels`` and ``_frozen_state_option``, and defines
-    ``_check_own_options``, ``_check_stock``, ``_step_stock`` and, if loading a checkpoint may
-    change its state, ``_loaded``. Its constructor calls ``_configure`` before torch's constructor
-    and ``_prepare`` after it.
+    A subclass is declared as ``class FrozenAwareX(FrozenAware, torch.optim.X)``. It sets
+    ``_step_kernels`` and ``_frozen_state_option``, and defines ``_check_own_options``,
+    ``_check_stock``, ``_step_stock`` and, if a loaded state needs converting, ``_loaded``. Its
+    constructor calls ``_configure`` before torch's constructor and ``_prepare`` after it.
     """
 
     # Takes (param_groups, state, grad_scale, found_inf, done, unless_observed).
