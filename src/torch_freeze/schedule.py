@@ -188,7 +188,7 @@ class FreezeSchedule:
 
     def arguments(self) -> tuple[str, dict[str, Any]]:
         """What makes this schedule: a public function's name and its arguments after the model."""
-        return "FreezeSchedule", {"entries": self._entries, **self._common_arguments()}
+        return self._arguments()
 
     def __str__(self) -> str:
         tree = Tree(self.model)
@@ -306,6 +306,9 @@ class FreezeSchedule:
                 "schedule built with the same arguments."
             )
         check_int("load_state_dict", "'last'", state["last"], least=-1)
+
+    def _arguments(self) -> tuple[str, dict[str, Any]]:
+        return "FreezeSchedule", {"entries": self._entries, **self._common_arguments()}
 
     def _common_arguments(self) -> dict[str, Any]:
         return {"unit": self.unit, "hold_norm": self.hold_norm}
@@ -471,8 +474,8 @@ def rotate(
 
     Args:
         model: the model.
-        layers: a glob over modules (or anything else `freeze` takes). Each match is a layer to draw;
-            a match inside another one does not count.
+        layers: a glob over modules (or anything else `freeze` takes). Each match is a layer to
+            draw; a match inside another one does not count.
         k: number of layers that train at a time.
         every: number of units between two draws.
         always: what always trains, in the terms of `freeze`.
@@ -503,7 +506,7 @@ def rotate(
 
 
 class _GroupSchedule(FreezeSchedule):
-    """A FreezeSchedule that freezes the first few of its groups; `counts` says how many, by unit."""
+    """A FreezeSchedule that freezes its first few groups: {unit number: how many} in `counts`."""
 
     def __init__(
         self,
@@ -584,7 +587,7 @@ class GradualUnfreezeSchedule(_GroupSchedule):
         self.every = every
         super().__init__(model, groups, counts, unit, hold_norm)
 
-    def arguments(self) -> tuple[str, dict[str, Any]]:
+    def _arguments(self) -> tuple[str, dict[str, Any]]:
         own = {"groups": self._groups, "every": self.every}
         return "gradual_unfreeze", {**own, **self._common_arguments()}
 
@@ -646,7 +649,7 @@ class FreezeOutSchedule(_GroupSchedule):
         own = {"total_steps": self.total_steps, "shares": list(self.shares)}
         return {**super()._settings(), **own}
 
-    def arguments(self) -> tuple[str, dict[str, Any]]:
+    def _arguments(self) -> tuple[str, dict[str, Any]]:
         own = {"groups": self._groups, "total_steps": self.total_steps, "t0": self.t0}
         own |= {"how": self.how, "scale_lr": self.scale_lr}
         return "freeze_out", {**own, **self._common_arguments()}
@@ -765,7 +768,7 @@ class RotationSchedule(FreezeSchedule):
             "always": [entry.name for entry in always],
         }
 
-    def arguments(self) -> tuple[str, dict[str, Any]]:
+    def _arguments(self) -> tuple[str, dict[str, Any]]:
         own = {"layers": self._layers, "k": self.k, "every": self.every, "always": self._always}
         return "rotate", {**own, "seed": self.seed, **self._common_arguments()}
 
