@@ -44,11 +44,11 @@ def percent(part: float, whole: float = 1.0) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
 
 
-def listed(names: Iterable[object], most: int = 3, more: str = "and {} more") -> str:
+def listed(names: Iterable[str], most: int = 3) -> str:
     """The first few of some names, and how many more there are: "a, b, c and 2 more"."""
-    names = list(map(str, names))
-    shown = ", ".join(names[:most])
-    return f"{shown} {more.format(len(names) - most)}" if len(names) > most else shown
+    texts = list(names)
+    shown = ", ".join(texts[:most])
+    return f"{shown} and {len(texts) - most} more" if len(texts) > most else shown
 
 
 def fit(text: str, width: int = WIDTH) -> str:

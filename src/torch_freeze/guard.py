@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import _format
 from ._hold import held_by, is_norm
 from ._tree import ModuleEntry, Tree, check_model, is_lazy
 
@@ -65,9 +66,7 @@ def guard(model: nn.Module, *, content: bool = False) -> Iterator[None]:
     yield
     changed = _changes(watched, modules, _by_name(Tree(model)))
     if changed:
-        shown = ", ".join(f"{name} ({how})" for name, how in list(changed.items())[:20])
-        if len(changed) > 20:
-            shown += f" and {len(changed) - 20} more"
+        shown = _format.listed((f"{name} ({how})" for name, how in changed.items()), 20)
         modules_too = [name in modules for name in changed]
         noun = "module" if all(modules_too) else "part" if any(modules_too) else "tensor"
         raise RuntimeError(

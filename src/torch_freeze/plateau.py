@@ -212,7 +212,7 @@ class AdvanceOnPlateau(FreezeSchedule):
         _restore_weights(Tree(self.model), self._weights, "load_best_weights")
 
     def state_dict(self) -> dict[str, Any]:
-        """Like `FreezeSchedule.state_dict`; with `restore_best` also the best weights, as tensors."""
+        """Like `FreezeSchedule.state_dict`; with `restore_best` also the best weights (tensors)."""
         state = super().state_dict()
         state |= {
             "phase": self.phase,
