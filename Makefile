@@ -18,7 +18,7 @@ comma := ,
 # Its package has no __main__ to run with -m.
 clang_format = $(PY) -c 'import clang_format; clang_format.clang_format()'
 
-cxx_files = $(wildcard csrc/* tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
+cxx_files = $(wildcard csrc/*.* csrc/*/*.* tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
 
 compile = $(PY) setup.py -q build_ext --inplace
 

@@ -169,7 +169,8 @@ def configure(torch: ModuleType) -> tuple[setuptools.Extension, dict[str, object
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     extension = setuptools.Extension(
         NAME,
-        sorted(str(source) for source in Path("csrc").glob("*.cpp")),
+        sorted(str(source) for source in Path("csrc").rglob("*.cpp")),
+        include_dirs=[str(Path("csrc").resolve())],
         language="c++",
         libraries=["c10", "torch", "torch_cpu", "torch_python"],
         library_dirs=cpp_extension.library_paths(),
@@ -185,7 +186,7 @@ def configure(torch: ModuleType) -> tuple[setuptools.Extension, dict[str, object
         codes = re.findall(r",code=(\w+)", " ".join(flags))
         # The toolkit's own headers come first; torch's stand in for what it lacks.
         includes += [path for path in [*toolkit.includes, *headers] if path != "/usr/include"]
-        extension.sources += sorted(str(source) for source in Path("csrc").glob("*.cu"))
+        extension.sources += sorted(str(source) for source in Path("csrc").rglob("*.cu"))
         extension.define_macros += [("WITH_CUDA", None)]
         extension.libraries += ["c10_cuda"]
         extension.extra_objects += [str(path) for path in libraries[:1]]

@@ -1,8 +1,8 @@
 #include <torch/csrc/utils/pybind.h>
 
-#include "backward_step.h"
-#include "kernel_on_host.h"
-#include "sgd_step.h"
+#include "core/backward_step.h"
+#include "testing/kernel_on_host.h"
+#include "optim/sgd_step.h"
 
 namespace py = pybind11;
 using namespace py::literals;

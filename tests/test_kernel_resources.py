@@ -28,7 +28,7 @@ from torch_freeze import _C
 ROOT = Path(__file__).resolve().parents[1]
 # By torch's own packages: the toolkit's headers of another minor version come with the wheels.
 NVIDIA = Path(torch.__file__).parent.parent / "nvidia"
-HEADER = (ROOT / "csrc" / "multi_tensor_cuda.h").read_text()
+HEADER = (ROOT / "csrc" / "kernels" / "tiles.h").read_text()
 WARPS, BLOCKS = (
     int(re.search(rf"{name} = (\d+);", HEADER)[1])  # type: ignore[index]
     for name in ("kWarps", "kBlocksPerMultiprocessor")
@@ -98,7 +98,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     flags += ["-ptx", "-arch=compute_80", "-std=c++20"]
     flags += ["--expt-relaxed-constexpr", "-DWITH_CUDA", "-o", str(ptx)]
     nvcc = str(toolkit.home / "bin" / "nvcc")
-    source = str(ROOT / "csrc" / "sgd_cuda.cu")
+    source = str(ROOT / "csrc" / "optim" / "sgd_cuda.cu")
     done = subprocess.run([nvcc, *flags, *includes, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return Compiled(ptx, toolkit.home / "bin" / "ptxas", toolkit.known)

@@ -91,7 +91,7 @@ def compile_all(cuda: list[str]) -> dict[str, Path]:
                 inputs += [Path(torch.__file__)]
                 flags = torch_flags
             if name == "kernels":
-                inputs += (ROOT / "csrc").glob("*.h")
+                inputs += (ROOT / "csrc").rglob("*.h")
             jobs.append(pool.submit(compile_to, made[name], inputs, *flags, "-c", source))
         for job in jobs:
             job.result()

@@ -7,9 +7,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "multi_tensor_cuda.h"
+#include "kernels/tiles.h"
 #include "runtime.h"
-#include "sgd_cuda.h"
+#include "optim/sgd_cuda.h"
 
 namespace {
 

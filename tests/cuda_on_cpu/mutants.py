@@ -27,7 +27,7 @@ from cuda_on_cpu import build  # noqa: E402
 
 CUDA, PROMISES = "test_cuda.py", "test_cuda_promises.py"
 KERNELS = "kernels"  # the bodies that the simulation runs in place of the device code
-LAUNCHES = "csrc/sgd_cuda.cu"
+LAUNCHES = "csrc/optim/sgd_cuda.cu"
 SECONDS = 900  # a fault may make a test go on for ever
 
 
@@ -43,13 +43,13 @@ class Fault(NamedTuple):
     compiled: str = ""  # for a header: what is compiled with it
 
 
-SGD_CUDA = "csrc/sgd_cuda.cu"
-FORMULA = "csrc/sgd_cuda.h"
-MATH = "csrc/sgd_math.h"
-TABLES = "csrc/multi_tensor_cuda.h"
-STEP = "csrc/sgd_step.cpp"
-WALK = "csrc/param_walk.cpp"
-BACKWARD = "csrc/backward_step.cpp"
+SGD_CUDA = "csrc/optim/sgd_cuda.cu"
+FORMULA = "csrc/optim/sgd_cuda.h"
+MATH = "csrc/optim/sgd_math.h"
+TABLES = "csrc/kernels/tiles.h"
+STEP = "csrc/optim/sgd_step.cpp"
+WALK = "csrc/core/param_walk.cpp"
+BACKWARD = "csrc/core/backward_step.cpp"
 
 FAULTS = (
     # How a kernel is launched.
@@ -444,7 +444,8 @@ def compile_unit(tree: Path, unit: str) -> Path:
     commands = run(["ninja", "-C", str(objects()), "-t", "commands"]).splitlines()
     (command,) = (line for line in commands if f" -c {source} -o {made} " in line)
     ours = tree / f"{source.stem}.o"
-    command = command.replace(str(source), str(tree / unit)).replace(str(made), str(ours))
+    for path, planted in ((source, tree / unit), (made, ours), (ROOT / "csrc", tree / "csrc")):
+        command = command.replace(str(path), str(planted))
     # Nobody runs the machine code of the kernels here.
     command = re.sub(r"( -gencode=arch=(\w+),code=\w+)+", r" -gencode=arch=\2,code=\2 -G", command)
     run(re.sub(r" -O3\b", " -O0", command).replace(" -g ", " "))
@@ -455,7 +456,9 @@ def link(tree: Path, changed: Path) -> None:
     """Link the module of the changed object and those of the working tree."""
     from torch.utils import cpp_extension
 
-    others = [str(o) for o in (objects() / "csrc").glob("*.o") if o.name != changed.name]
+    sources = [*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.cu")]
+    made = [(objects() / source.relative_to(ROOT)).with_suffix(".o") for source in sources]
+    others = [str(o) for o in made if o.name != changed.name]
     (module,) = (tree / "src" / "torch_freeze").glob("_C.*.so")
     paths = [f"-L{path}" for path in cpp_extension.library_paths()]
     libraries = [f"-l{name}" for name in ("c10", "c10_cuda", "torch", "torch_cpu", "torch_python")]

@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "tensor_update.h"
+#include "core/tensor_update.h"
 
 namespace torch_freeze {
 

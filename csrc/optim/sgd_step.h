@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "sgd_math.h"
+#include "optim/sgd_math.h"
 
 namespace torch_freeze {
 

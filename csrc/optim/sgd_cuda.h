@@ -11,10 +11,10 @@
 #include <tuple>
 #include <type_traits>
 
-#include "host_device.h"
-#include "multi_tensor_cuda.h"
-#include "sgd_math.h"
-#include "tensor_update.h"
+#include "kernels/host_device.h"
+#include "kernels/tiles.h"
+#include "optim/sgd_math.h"
+#include "core/tensor_update.h"
 
 namespace torch_freeze {
 

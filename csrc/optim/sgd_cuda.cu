@@ -10,9 +10,9 @@
 #include <atomic>
 #include <cstdint>
 
-#include "multi_tensor_cuda.h"
-#include "sgd_cuda.h"
-#include "tensor_update.h"
+#include "kernels/tiles.h"
+#include "optim/sgd_cuda.h"
+#include "core/tensor_update.h"
 
 namespace torch_freeze {
 namespace {

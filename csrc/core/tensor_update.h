@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "sgd_math.h"
+#include "optim/sgd_math.h"
 
 namespace torch_freeze {
 

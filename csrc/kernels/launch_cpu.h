@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <ctime>
 
-#include "tensor_update.h"
+#include "core/tensor_update.h"
 
 namespace torch_freeze {
 

@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-#include "sgd_step.h"
+#include "optim/sgd_step.h"
 
 namespace torch_freeze {
 

@@ -35,7 +35,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "host_device.h"
+#include "kernels/host_device.h"
 
 namespace torch_freeze::multi_tensor {
 

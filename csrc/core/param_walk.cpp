@@ -1,4 +1,4 @@
-#include "param_walk.h"
+#include "core/param_walk.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>

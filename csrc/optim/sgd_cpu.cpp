@@ -11,7 +11,7 @@
 #include <string>
 #include <type_traits>
 
-#include "multi_tensor_cpu.h"
+#include "kernels/launch_cpu.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define TORCH_FREEZE_X86 1

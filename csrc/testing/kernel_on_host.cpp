@@ -1,5 +1,5 @@
 // Runs the CUDA kernel's body on the CPU, thread after thread of block after block of any grid.
-#include "kernel_on_host.h"
+#include "testing/kernel_on_host.h"
 
 #include <pybind11/stl.h>
 
@@ -13,9 +13,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "multi_tensor_cuda.h"
-#include "sgd_cuda.h"
-#include "tensor_update.h"
+#include "kernels/tiles.h"
+#include "optim/sgd_cuda.h"
+#include "core/tensor_update.h"
 
 namespace py = pybind11;
 using namespace py::literals;

@@ -1,4 +1,4 @@
-#include "backward_step.h"
+#include "core/backward_step.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>

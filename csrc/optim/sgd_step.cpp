@@ -1,4 +1,4 @@
-#include "sgd_step.h"
+#include "optim/sgd_step.h"
 
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/record_function.h>
@@ -12,7 +12,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "param_walk.h"
+#include "core/param_walk.h"
 
 #ifdef WITH_CUDA
 #include <c10/cuda/CUDAException.h>
