@@ -2,21 +2,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import apart
 import hypothesis
 import pytest
 import torch
 
 import torch_freeze
+from tests.helpers import apart
 
-# Shared machines pause for seconds; how long an example takes says nothing about it.
+# Shared machines pause for seconds, so no example has a deadline.
 hypothesis.settings.register_profile("torch_freeze", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("torch_freeze")
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second thread, and on a busy machine wait for it."""
+    """Small tensors gain nothing from a second thread, and on a busy machine they wait for it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
-from cuda_on_cpu import build  # noqa: E402
+from tests.cuda_on_cpu import build  # noqa: E402
 
-CUDA, PROMISES = "test_cuda.py", "test_cuda_promises.py"
+CUDA, PROMISES = "kernels/test_cuda.py", "kernels/test_cuda_promises.py"
 KERNELS = "kernels"  # the bodies that the simulation runs in place of the device code
 LAUNCHES = "csrc/optim/sgd_cuda.cu"
 SECONDS = 900  # a fault may make a test go on for ever
@@ -494,7 +494,8 @@ def pytest_words(fault: Fault) -> list[str]:
     """The arguments of run.py for the tests that should notice."""
     tests, _, names = fault.tests.partition(" -k ")
     chosen = [f"tests/{name}" for name in tests.split()] + (["-k", names] if names else [])
-    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "cuda_on_cpu.plugin", "-m", "gpu"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.cuda_on_cpu.plugin"]
+    pytest += ["-m", "gpu"]
     return ["--schedule", fault.schedule, "--run", *pytest, *chosen]
 
 
