@@ -132,7 +132,8 @@ def check_ddp(
         )
     if static_graph:
         raise RuntimeError(
-            f"{changes}wrapped the model with a graph that never changes. {to_be_dynamic}"
+            f"{changes}wrapped the model under the assumption that the graph never changes. "
+            f"{to_be_dynamic}"
         )
     unknown = schedule.to_unfreeze()
     if unknown:
