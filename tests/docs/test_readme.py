@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 import json
 import pathlib
 import re
@@ -52,7 +53,7 @@ def test_the_first_code_freezes_and_unfreezes(capsys: pytest.CaptureFixture[str]
     assert all(p.requires_grad for p in model.parameters())
     moved = [
         [not torch.equal(old, new) for old, new in zip(*epochs, strict=True)]
-        for epochs in zip(seen, seen[1:], strict=False)
+        for epochs in itertools.pairwise(seen)
     ]
     # The parameters of the backbone come first, then the two of the head.
     assert moved == [[False] * 4 + [True] * 2] * 2 + [[True] * 6] * 2

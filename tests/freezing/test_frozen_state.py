@@ -162,7 +162,7 @@ MISFITS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], type[Exception
         lambda: Net(tied=False),
         lambda s: s,
         ValueError,
-        r"tied differently: 'embed\.weight', 'head\.weight' were one tensor when the state was taken",
+        r"tied differently: 'embed\.weight', 'head\.weight' were one tensor when the state was",
     ),
     "a model that is tied where the state is not": (
         Net,
