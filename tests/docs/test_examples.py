@@ -163,7 +163,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     monkeypatch.setenv("SEEDS", "1")
     notebook = nbformat.read(FOLDER / "gradual_unfreezing.ipynb", as_version=4)
-    # The kernel of this very Python, whatever kernels are registered.
+    # Use the kernel of this Python, whichever kernels are registered.
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3")
     client.execute(cwd=str(tmp_path))
     shown = json.dumps([cell.get("outputs", []) for cell in notebook.cells])

@@ -669,7 +669,7 @@ def test_every_kind_has_a_case_at_every_level_and_none_is_unlisted() -> None:
 
 
 def test_the_reference_page_lists_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The site's hooks are written for its generator, of which this needs nothing.
+    # The site's hooks import its generator, which is not needed here.
     griffe: Any = ModuleType("griffe")
     griffe.Extension = griffe.Object = object
     monkeypatch.setitem(sys.modules, "griffe", griffe)

@@ -439,7 +439,7 @@ class TestInBackward:
         assert not waits(records)
 
     def test_a_flush_makes_no_fill_and_no_allocation(self) -> None:
-        """What stands for the gradients that are gone, after each flush, is made once."""
+        """The placeholders of the gradients that are gone after a flush are made once."""
         asked_for = []
         for options in ({}, {"step_in_backward": True, "bucket_mb": 0}):
             torch.manual_seed(0)

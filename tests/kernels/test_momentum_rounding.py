@@ -363,7 +363,7 @@ def test_bits_are_uniform_and_independent_in_pairs(pair: str) -> None:
 
 @every_rounded
 def test_elements_beyond_2_to_the_32(triple: Triple) -> None:
-    """Memory that is only reserved, but for the pages that a few blocks touch."""
+    """The memory is only reserved, except for the pages that a few blocks touch."""
     edge = 1 << 32
     numel = edge + 5 * triple.tile + 3
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)

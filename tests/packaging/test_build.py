@@ -249,7 +249,7 @@ def test_the_folder_of_a_clone_hides_no_installed_package() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 def test_the_module_shares_the_thread_pool_of_torch() -> None:
-    """Two OpenMP runtimes in a process would be two pools, of which torch sizes one."""
+    """Two OpenMP runtimes in a process would have two pools, and torch sizes only one."""
     code = (
         "import torch_freeze, re\n"
         "print(*re.findall(r'/.*lib[gi]?omp.*', open('/proc/self/maps').read()))"
