@@ -75,17 +75,17 @@ def export_schedule(schedule: FreezeSchedule, path: str | os.PathLike[str]) -> N
     path = _check_path(path, "export_schedule")
     text = _layout(_written(schedule, Tree(schedule.model))) + "\n"
     # Written to the same folder first, so that a full disk does not destroy the old file.
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(handle, "w", encoding="utf-8") as file:
             file.write(text)
         # mkstemp makes a file that nobody else can read. Give it the usual mode.
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)
-        os.replace(beside, path)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
     except BaseException:
-        os.unlink(beside)
+        os.unlink(temporary)
         raise
 
 

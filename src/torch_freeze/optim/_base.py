@@ -233,7 +233,7 @@ class FrozenAware(torch.optim.Optimizer):
     _step_observed = _disable_dynamo(_torch.Optimizer.profile_hook_step(_step))
 
     def _finish(self, rest: _Rest, grad_scale: Any, found_inf: Any) -> None:
-        """Finish a step that the kernels cannot do alone: torch's form for `rest`, then they."""
+        """Finish a step that needs torch's form for `rest` and the kernels for the others."""
         self._step_rest(rest, grad_scale, found_inf)
         self._step_kernels(self.param_groups, self.state, grad_scale, found_inf, rest)
 
