@@ -26,7 +26,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Insert files and tables, adjust links, and title code blocks by the words tests read."""
-    if found := re.fullmatch(r"<!-- the file (\w+\.md) -->\s*", markdown):
+    if found := re.match(r"<!-- the file (\w+\.md) -->", markdown):
         markdown = _linked_from_docs((_ROOT / found[1]).read_text())
     # A picture of the benchmarks is copied to the site; other results are named, not linked.
     markdown = markdown.replace(f"](../{_RESULTS}/", f"]({_RESULTS}/")

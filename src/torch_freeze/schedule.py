@@ -187,7 +187,16 @@ class FreezeSchedule:
         )
 
     def arguments(self) -> tuple[str, dict[str, Any]]:
-        """What makes this schedule: a public function's name and its arguments after the model."""
+        """What makes this schedule: a public function's name and its arguments after the model.
+
+        Example:
+            >>> from torch import nn
+            >>> from torch_freeze import gradual_unfreeze
+            >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+            >>> function, arguments = gradual_unfreeze(model, ["0", "1"], every=2).arguments()
+            >>> function, arguments["groups"], arguments["every"]
+            ('gradual_unfreeze', [['0'], ['1']], 2)
+        """
         return self._arguments()
 
     def __str__(self) -> str:
