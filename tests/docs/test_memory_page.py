@@ -1,4 +1,4 @@
-"""The code of docs/memory.md and of the README's part on memory, as it stands."""
+"""The code of docs/memory.md, as it stands."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def train(names: dict[str, Any]) -> None:
 def test_the_pages_code() -> None:
     names: dict[str, Any] = {}
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
-    in_backward, drop, narrow = blocks(page)
+    in_backward, drop, narrow, _ = blocks(page)
     exec(compile(in_backward, "memory.md", "exec"), names)
     assert names["optimizer"].step_in_backward
     train(names)
@@ -49,12 +49,12 @@ def test_the_pages_code() -> None:
     assert state[names["model"][2].weight]["momentum_buffer"].dtype is torch.bfloat16
 
 
-def test_the_readmes_code() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = blocks(text.partition("\n## Memory\n")[2].partition("\n## ")[0])
+def test_all_options_together() -> None:
+    text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    (code,) = blocks(text.partition("\n## All together\n")[2].partition("\n## ")[0])
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
     names: dict[str, Any] = {"model": model, "torch": torch, "torch_freeze": torch_freeze}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "memory.md", "exec"), names)
     train(names)
     assert names["optimizer"].step_in_backward
 

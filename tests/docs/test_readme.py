@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import inspect
-import json
+import itertools
 import pathlib
 import re
 import shlex
@@ -13,25 +14,54 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 import torch_freeze
 
 ROOT = pathlib.Path(__file__).parents[2]
 HOW_WE_KNOW = (ROOT / "docs" / "how-we-know.md").read_text()
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
+}
 
 
-def block(start: str) -> str:
-    found = [text for text in BLOCKS if text.startswith(start)]
-    assert len(found) == 1, f"{len(found)} blocks of README.md start with {start!r}"
+def block(start: str, page: str = "README.md") -> str:
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+    found = [text for text in blocks if text.startswith(start)]
+    assert len(found) == 1, f"{len(found)} blocks of {page} start with {start!r}"
     return found[0]
 
 
-def test_the_ten_lines_run_and_unfreeze(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_code_freezes_and_unfreezes(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.BatchNorm1d(16))
+    model = nn.Sequential()
+    model.add_module("backbone", backbone)
+    model.add_module("head", nn.Linear(16, 4))
+    seen = [[p.detach().clone() for p in model.parameters()]]
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(torch.randn(32, 8)).square().mean().backward()
+        optimizer.step()
+        seen.append([p.detach().clone() for p in model.parameters()])
+
+    names = {"model": model, "train": train}
+    exec(block("import torch_freeze\n"), names)
+    assert "4 changed" in capsys.readouterr().out.splitlines()[0]
+    assert all(p.requires_grad for p in model.parameters())
+    moved = [
+        [not torch.equal(old, new) for old, new in zip(*epochs, strict=True)]
+        for epochs in itertools.pairwise(seen)
+    ]
+    # The parameters of the backbone come first, then the two of the head.
+    assert moved == [[False] * 4 + [True] * 2] * 2 + [[True] * 6] * 2
+
+
+def test_the_page_use_runs_and_unfreezes(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
-    exec(block("import torch\n"), names)
+    exec(block("import torch\n", "docs/use.md"), names)
     assert "4 changed" in capsys.readouterr().out.splitlines()[0]
     trainable = {name for name, p in names["model"].named_parameters() if p.requires_grad}
     assert trainable == {"0.weight", "0.bias", "3.weight", "3.bias"}
@@ -57,67 +87,41 @@ def test_the_equivalent_is_equivalent() -> None:
         assert torch.equal(ours, theirs)
 
 
-def side_by_side() -> dict[str, Any]:
-    torch.manual_seed(0)
-    body, head = nn.Linear(4, 4), nn.Linear(4, 2)
-    net = nn.Sequential(body, head)
-    body.requires_grad_(False)
-
-    def train(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, steps: int) -> None:
-        for _ in range(steps):
-            optimizer.zero_grad()
-            net(torch.ones(3, 4)).square().sum().backward()
-            optimizer.step()
-            scheduler.step()
-
-    return {
-        "torch": torch,
-        "torch_freeze": torch_freeze,
-        "OneCycleLR": OneCycleLR,
-        "body": body,
-        "head": head,
-        "net": net,
-        "train": train,
-    }
+def test_every_block_of_the_readme_is_tested() -> None:
+    starts = ("import torch_freeze\n", "def reference_step")
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == len(starts) and all(text.startswith(starts) for text in blocks)
 
 
-def test_before_raises_what_it_says() -> None:
-    text = block("# before")
-    said = re.search(r"# (\w+: .*)$", text.strip())
-    assert said
-    with pytest.raises(KeyError) as caught:
-        exec(text, side_by_side())
-    assert f"KeyError: {caught.value}" == said[1]
+def mentioned(pattern: str) -> list[str]:
+    found = (re.findall(pattern, text, re.MULTILINE) for text in PAGES.values())
+    return sorted({name for names in found for name in names})
 
 
-def test_after_trains_the_body() -> None:
-    names = side_by_side()
-    before = names["body"].weight.clone()
-    exec(block("# after"), names)
-    assert not torch.equal(names["body"].weight, before)
-
-
-def test_every_block_is_tested() -> None:
-    # The last one is tests/docs/test_memory_page.py's.
-    starts = ("import torch\n", "def reference_step", "# before", "# after", "optimizer = torch_")
-    assert all(text.startswith(starts) for text in BLOCKS)
-
-
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"make ([\w-]+)", README))))
+@pytest.mark.parametrize("target", mentioned(r"(?:^|`)make ([\w-]+)"))
 def test_make_knows(target: str) -> None:
-    if target in ("sure", "it"):
-        pytest.fail(f"'make {target}' is no command")
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"`python ([\w/]+\.py)", README))))
+@pytest.mark.parametrize("command", mentioned(r"`python ([\w/]+\.py)"))
 def test_the_script_exists(command: str) -> None:
     assert (ROOT / shlex.split(command)[0]).is_file()
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([\w./-]+)\)", README))))
-def test_the_link_leads_somewhere(target: str) -> None:
-    assert (ROOT / target).exists()
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    targets = re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text)
+    missing = [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()]
+    assert missing == []
+
+
+FILES = r"`((?:src|csrc|tests|benchmarks|docs|examples)/[\w./-]+)`"
+
+
+@pytest.mark.parametrize("file", mentioned(FILES))
+def test_the_file_that_a_page_names_exists(file: str) -> None:
+    assert (ROOT / file).exists()
 
 
 @pytest.mark.parametrize(
@@ -129,7 +133,7 @@ def test_the_page_how_we_know_names_tests_that_exist(test: str) -> None:
     assert files and all("def test_" in file.read_text() for file in files)
 
 
-RECORDED = ROOT / "benchmarks" / "results" / "cpu_epyc_2_cores_memory.json"
+RECORDED = ROOT / "benchmarks" / "results" / "amd_epyc_memory.csv"
 MEMORY_COLUMNS = {
     "stock default": "stock/default",
     "stock fused": "stock/fused",
@@ -140,14 +144,17 @@ MEMORY_COLUMNS = {
 
 
 def test_the_memory_table_is_the_recorded_one() -> None:
-    peaks = {
-        (outcome["title"].partition(",")[0], outcome["case"]): {
-            row["contestant"]["key"]: row["figures"]["peak"] for row in outcome["rows"]
-        }
-        for outcome in json.loads(RECORDED.read_text())["memory"]
-        if "case" in outcome
-    }
-    table = re.search(r"^\| peak above the model, MB (\|.*\|\n(?:\|.*\|\n)+)", README, re.MULTILINE)
+    models = {"resnet50": "ResNet-50", "vit_b_16": "ViT-B/16", "bert_base": "BERT-base"}
+    models["decoder_1b"] = "1.07B decoder in bf16"
+    peaks: dict[tuple[str, str], dict[str, float]] = {}
+    with RECORDED.open() as file:
+        for row in csv.DictReader(file):
+            model, _, case = row["workload"].partition("/")
+            if row["measure"] == "peak":  # of all iterations the steady one, which is the last
+                of_case = peaks.setdefault((models[model], case), {})
+                of_case[row["contestant"]] = float(row["value"].split()[-1])
+    page = PAGES["docs/memory.md"]
+    table = re.search(r"^\| peak above the model, MB (\|.*\|\n(?:\|.*\|\n)+)", page, re.MULTILINE)
     assert table is not None
     header, _, *rows = table[1].splitlines()
     assert [cell.strip() for cell in header.strip("|").split("|")] == list(MEMORY_COLUMNS)

@@ -419,7 +419,7 @@ FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
         "warning",
         "norm trains",
         ["1"],
-        "normalises by the batch",
+        "normalizes by the batch",
     ),
     "a spectral norm of a frozen layer in train mode": (
         _spectral_norm_moves(nn.utils.parametrizations.spectral_norm),
@@ -475,21 +475,21 @@ FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
         "warning",
         "held but trainable",
         ["0.1"],
-        "Fine if it was frozen by itself",
+        "This is fine if it was frozen by itself",
     ),
     "a tied parameter half frozen": (
         tied_half_frozen,
         "warning",
         "tied half",
         ["body.embed.weight"],
-        "though head.weight lies in a module that is otherwise trainable",
+        "though head.weight is in a module that is otherwise trainable",
     ),
     "a tied parameter half trainable": (
         tied_half_trainable,
         "warning",
         "tied half",
         ["body.embed.weight"],
-        "though body.embed.weight lies in a module that is otherwise frozen",
+        "though body.embed.weight is in a module that is otherwise frozen",
     ),
     "a tied parameter": (
         tied,
@@ -503,14 +503,14 @@ FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
         "error",
         "two groups",
         ["2.bias"],
-        "stands 2 times",
+        "is 2 times in the param groups",
     ),
     "a parameter in two optimizers": (
         two_optimizers,
         "error",
         "two groups",
         ["2.bias"],
-        "stands 2 times",
+        "is 2 times in the param groups",
     ),
     "everything frozen": (all_frozen, "warning", "all frozen", [""], "does nothing"),
     "parameters replaced after the optimizer was made": (
@@ -539,21 +539,21 @@ FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
         "info",
         "momentum of frozen",
         [""],
-        "It resumes from there when they are unfrozen; delete optimizer.state[p]",
+        "It is used again when they are unfrozen; delete optimizer.state[p]",
     ),
     "momentum that is kept": (
         _momentum_by_policy("keep"),
         "info",
         "momentum of frozen",
         [""],
-        "It resumes from there when they are unfrozen; frozen_momentum='drop' frees it",
+        "It is used again when they are unfrozen; frozen_momentum='drop' frees it",
     ),
     "momentum that starts afresh": (
         _momentum_by_policy("reset"),
         "info",
         "momentum of frozen",
         [""],
-        "It starts afresh when they are unfrozen",
+        "It starts from zero when they are unfrozen",
     ),
     "momentum that is dropped": (
         _momentum_by_policy("drop"),
@@ -588,7 +588,7 @@ FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
         "info",
         "dropout active",
         ["body.1"],
-        "its output differs from pass to pass",
+        "the output differs from pass to pass",
     ),
     "several of them": (
         _dropout(
@@ -618,7 +618,7 @@ FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
         "warning",
         "weight norm",
         ["0"],
-        "is frozen but for 0.weight_g and 0.weight_v",
+        "is frozen except for 0.weight_g and 0.weight_v",
     ),
     "the older weight_norm on a layer without bias in a frozen model": (
         _old_weight_norm(bias=False),
@@ -633,7 +633,7 @@ FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
         "zero lr",
         ["0", "1"],
         # Two moments and a step count of Adam for each parameter, and its gradient.
-        "their gradients are computed all the same, and gradients and optimizer state take",
+        "their gradients are computed, and gradients and optimizer state take",
     ),
     "frozen parameters the filter left out": (
         frozen_unowned,

@@ -162,13 +162,13 @@ MISFITS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], type[Exception
         lambda: Net(tied=False),
         lambda s: s,
         ValueError,
-        r"tied otherwise: 'embed\.weight', 'head\.weight' were one tensor when the state was taken",
+        r"tied differently: 'embed\.weight', 'head\.weight' were one tensor when the state was",
     ),
     "a model that is tied where the state is not": (
         Net,
         lambda s: {**s, "tied": [], "trainable": [*s["trainable"], "head.weight"]},
         ValueError,
-        r"tied otherwise: 'embed\.weight', 'head\.weight' are one tensor here",
+        r"tied differently: 'embed\.weight', 'head\.weight' are one tensor here",
     ),
     "a held norm that is none": (
         Net,

@@ -201,7 +201,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "too few max_evals": (
         lambda m: any_plateau(table(m), max_evals=[1, 2]),
         ValueError,
-        "max_evals has 2 numbers, and the schedule 3 phases",
+        "max_evals has 2 numbers, but the schedule has 3 phases",
     ),
     "max_evals in text": (lambda m: any_plateau(table(m), max_evals="3"), TypeError, "got '3'"),
     "a restore_best in text": (
@@ -237,7 +237,7 @@ def test_a_mistake_is_named(case: str) -> None:
 
 
 NO_METRICS: dict[str, tuple[Any, str]] = {
-    "None": (None, "the metric is None; give the value of the evaluation"),
+    "None": (None, "the metric is None; pass the value of the evaluation"),
     "text": ("0.5", "must be a number or a tensor of one, got '0.5'"),
     "a bool": (True, "got True"),
     "two numbers": (torch.ones(2), r"got a Tensor of \(2,\)"),
@@ -356,7 +356,7 @@ def test_best_weights_of_another_model_are_refused_and_nothing_is_changed() -> N
     schedule.step(1.0)
     model[3] = nn.Linear(4, 2)
     now, state = weights(model), schedule.state_dict()
-    with pytest.raises(RuntimeError, match=r"3.weight has shape \[2, 4\]; of the best .* \[4, 4\]"):
+    with pytest.raises(RuntimeError, match=r"3.weight has shape \[2, 4\]; in the best .* \[4, 4\]"):
         schedule.step(2.0)
     assert_same_weights(weights(model), now)
     assert schedule.phase == 0 and schedule.last == state["last"]
@@ -480,7 +480,7 @@ BAD_STATES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weights of another shape": (
         {"weights": {**make().state_dict(), "0.bias": torch.ones(3)}},
         ValueError,
-        r"0.bias has shape \[4\]; of the best weights it has \[3\]",
+        r"0.bias has shape \[4\]; in the best weights it has \[3\]",
     ),
     "weights of fewer layers": ({"weights": make(2).state_dict()}, ValueError, "no '3.weight'"),
     "weights of more layers": ({"weights": make(4).state_dict()}, ValueError, "have '4.weight'"),
@@ -542,7 +542,7 @@ def test_what_is_printed_says_where_it_stands() -> None:
     lines = str(schedule).splitlines()
     assert lines[0] == (
         "AdvanceOnPlateau, in phase 0 for 3 evaluations, best 2, 1 without improvement: "
-        "manages 48 of 68 parameters; the others stay as they are"
+        "manages 48 of 68 parameters; the others are not changed"
     )
     assert [line.split()[:3] for line in lines[2:]] == [
         [">", "0-", "48"],

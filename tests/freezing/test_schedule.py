@@ -802,7 +802,7 @@ BAD_FILES: dict[str, tuple[str, str]] = {
     ),
     "an invalid regex": (
         '{"type": "rotate", "layers": {"regex": "("}, "k": 1, "every": 1}',
-        r"layers: '\(' is no regular expression",
+        r"layers: '\(' is not a regular expression",
     ),
     "a flag that is a string": (
         '{"type": "gradual_unfreeze", "groups": ["0"], "hold_norm": "no"}',

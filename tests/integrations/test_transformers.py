@@ -291,7 +291,7 @@ def test_a_checkpoint_without_the_best_weights_is_reported(
     options = {**EVALUATED, "num_train_epochs": 1}
     trainer, _ = train(tmp_path, make_model(), [callback], scores=[1.0], **options)
     callback.on_save(trainer.args, trainer.state, trainer.control)
-    assert "checkpoint-4: the best weights are not saved" in caplog.text
+    assert "checkpoint-4, so the best weights are not saved" in caplog.text
 
 
 def test_a_metric_that_no_evaluation_has_is_named(tmp_path: Path) -> None:

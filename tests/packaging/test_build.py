@@ -148,7 +148,7 @@ DAMAGES: dict[str, tuple[Callable[[SimpleNamespace], Any], str]] = {
     "no module in a source tree": (make_source_tree, rf"{INSTALL} -e /"),
     "a module that does not load": (
         lambda copy: copy.module.write_bytes(b"\x7fELF"),
-        r"built for this torch .*, yet its module does not load",
+        r"built for this torch .*, but its module does not load",
     ),
     "no record": (lambda copy: copy.record.unlink(), r"cannot tell what .* was built for"),
     "a garbled record": (
@@ -209,7 +209,7 @@ class TestImportErrors:
         subprocess.run([*command, copy.module, *linked], input=source, text=True, check=True)
         said = import_error(copy.parent)
         assert re.search(
-            rf"was built for this torch .*, yet its module does not load .*{reason}", said
+            rf"was built for this torch .*, but its module does not load .*{reason}", said
         )
 
     def test_come_for_a_module_built_against_another_torch(self) -> None:

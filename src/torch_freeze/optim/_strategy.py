@@ -1,4 +1,8 @@
-"""When gradients are applied: in `step`, or while backward runs; an optimizer does either."""
+"""The two strategies of an optimizer: apply gradients in `step`, or while backward runs.
+
+An optimizer has one of them and calls it at the same points whichever it is, so nothing else has
+to ask which.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ _Groups = list[dict[str, Any]]
 
 
 class InStep:
-    """Everything happens in `step`, as in stock."""
+    """Apply all gradients in `step`, as torch does. There is nothing to check or to clean up."""
 
     bucket_bytes = 0
 
@@ -23,23 +27,23 @@ class InStep:
         _C.BackwardStep.check_free(groups[-1:], len(groups) - 1)
 
     def begin_step(self, groups: _Groups, scaling: dict[str, Any]) -> None:
-        """Nothing has to be checked."""
+        """Do nothing."""
 
     def end_step(self, groups: _Groups) -> None:
-        """Nothing is left of backward."""
+        """Do nothing."""
 
     def check_between_steps(self, function: str) -> None:
-        """There is always only a whole step."""
+        """Do nothing: no step is ever half done."""
 
     def check_zero_grad(self, set_to_none: bool) -> None:
-        """Gradients may be reset at any time."""
+        """Do nothing: gradients may be reset at any time."""
 
     def close(self) -> None:
-        """There are no hooks to take off."""
+        """Do nothing: there are no hooks to remove."""
 
 
 class InBackward:
-    """Gradients are collected in buckets while backward runs, applied, and freed at once."""
+    """Collect gradients in buckets while backward runs, apply each bucket, and free it at once."""
 
     def __init__(self, optimizer: Any, bucket_mb: float | None, clip_value: float | None) -> None:
         bucket_bytes = None if bucket_mb is None else int(bucket_mb * 2**20)
@@ -55,29 +59,29 @@ class InBackward:
         return int(self._steps.bucket_bytes)
 
     def attach(self, groups: _Groups) -> None:
-        """Take the parameters of new groups too."""
+        """Hook the parameters of new groups too."""
         self._steps.attach(groups)
 
     def begin_step(self, groups: _Groups, scaling: dict[str, Any]) -> None:
-        """Raise unless backward and what is left of it are one step; take GradScaler's tensors."""
-        # GradScaler would leave these behind when this raises, as with them it does.
+        """Raise unless the gradients applied in backward and those left make one whole step."""
+        # With these check_step raises, and GradScaler would then leave them on the optimizer.
         given = scaling.pop("grad_scale", None), scaling.pop("found_inf", None)
         self._steps.check_step(groups, *given)
 
     def end_step(self, groups: _Groups) -> None:
-        """Begin the next step with the next backward."""
+        """Let the next backward begin the next step."""
         self._steps.end_step(groups)
 
     def check_between_steps(self, function: str) -> None:
-        """Raise where backward has applied a part of the gradients."""
+        """Raise if backward has applied some of the gradients and `step` has not been called."""
         self._steps.check_between_steps(function)
 
     def check_zero_grad(self, set_to_none: bool) -> None:
-        """Raise where backward has applied a part of the gradients."""
+        """Raise if backward has applied some of the gradients and `step` has not been called."""
         self._steps.check_zero_grad(set_to_none)
 
     def close(self) -> None:
-        """Take the hooks off; what has not been applied stays in ``.grad``."""
+        """Remove the hooks; gradients that were not applied stay in ``.grad``."""
         self._steps.close()
 
 
@@ -90,13 +94,13 @@ def check_options(
     clip_value: float | None,
     differentiable: bool,
 ) -> tuple[float | None, float | None] | None:
-    """Check the constructor's options.
+    """Check the constructor's options for stepping in backward.
 
     Returns:
-        (bucket_mb, clip_value) to step in backward with; None to step in `step`.
+        (bucket_mb, clip_value) for `InBackward`; None for `InStep`.
 
     Raises:
-        ValueError: they contradict each other or make no sense.
+        ValueError: the options contradict each other or are out of range.
     """
     options = {"bucket_mb": bucket_mb, "clip_value": clip_value}
     if not step_in_backward:
@@ -109,10 +113,10 @@ def check_options(
         return None
     if differentiable:
         raise ValueError(
-            "step_in_backward=True cannot be differentiable: it lets go of the graph's "
-            "gradients while backward runs"
+            "step_in_backward=True cannot be differentiable: it frees the graph's gradients "
+            "while backward runs"
         )
     for name, value in options.items():
         if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"Invalid {name} value: {value}; it has to be finite and not < 0")
+            raise ValueError(f"Invalid {name} value: {value}; it must be finite and at least 0")
     return bucket_mb, clip_value
