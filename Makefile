@@ -22,7 +22,7 @@ cxx_files = $(wildcard csrc/*.* csrc/*/*.* tests/cuda_on_cpu/*.cpp tests/cuda_on
 
 compile = $(PY) setup.py -q build_ext --inplace
 
-.PHONY: help compare test test-cuda test-cuda-mutants sanitize build wheel lint format typecheck gpu memory docs clean
+.PHONY: help compare test coverage test-cuda test-cuda-mutants sanitize build wheel lint format typecheck gpu memory docs clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,9 @@ compare: $(call need,bench) ## compare FrozenAwareSGD with stock SGD, on the GPU
 
 test: build ## run the tests and the examples in the docstrings
 	$(PY) -m pytest $(ARGS)
+
+coverage: build ## run the tests and print which share of src/torch_freeze they run
+	$(PY) -m pytest --cov=torch_freeze --cov-report=term $(ARGS)
 
 test-cuda: build ## run the GPU tests on simulated CUDA, without a GPU, in several orders of its streams
 	$(PY) tests/cuda_on_cpu/run.py $(ARGS)
@@ -94,8 +97,8 @@ docs: $(call need,docs) ## build the site from docs/ and the docstrings, into si
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 clean: ## remove what was built; the virtual environment stays
-	rm -rf build dist site *.egg-info src/*.egg-info src/torch_freeze/_C.*
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info src/*.egg-info src/torch_freeze/*.so src/torch_freeze/_C.*.json
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 $(VENV)/.has-pip:
 	$(PYTHON) -m venv --upgrade-deps $(VENV)

@@ -8,6 +8,7 @@ package that says in its version and its requirements which torch it was compile
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import os
@@ -25,6 +26,7 @@ import setuptools
 from setuptools.command.build_ext import build_ext
 
 NAME = "torch_freeze._C"
+TESTING = "torch_freeze._kernel_on_host"  # for the tests alone: never installed
 PURE = "TORCH_FREEZE_NO_EXTENSION"
 TORCH = "torch>=2.11"
 
@@ -169,7 +171,7 @@ def configure(torch: ModuleType) -> tuple[setuptools.Extension, dict[str, object
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     extension = setuptools.Extension(
         NAME,
-        sorted(str(source) for source in Path("csrc").rglob("*.cpp")),
+        sorted(str(s) for s in Path("csrc").rglob("*.cpp") if s.parent.name != "testing"),
         include_dirs=[str(Path("csrc").resolve())],
         language="c++",
         libraries=["c10", "torch", "torch_cpu", "torch_python"],
@@ -231,19 +233,30 @@ class BuildExt(build_ext):
         """Compile, and record beside the module what it was compiled for."""
         torch = import_torch()
         extension, info = configure(torch)
+        testing = copy.deepcopy(extension)  # compiling it adds arguments
+        testing.name, testing.sources = TESTING, ["csrc/testing/kernel_on_host.cpp"]
+        command = self.compile(torch, extension)
+        if self.inplace:  # in a clone, where the tests are
+            self.compile(torch, testing)
+        # Read before the module is loaded, so that another torch is named and not crashed into.
+        path = Path(command.get_ext_fullpath(NAME)).with_suffix(".json")
+        path.write_text(json.dumps(info, indent=1) + "\n")
+
+    def compile(self, torch: ModuleType, extension: setuptools.Extension) -> build_ext:
+        """Compile one module by torch's own command."""
         from torch.utils.cpp_extension import BuildExtension
 
         self.distribution.ext_modules = [extension]
-        command = BuildExtension(self.distribution)
+        command: build_ext = BuildExtension(self.distribution)
         command.inplace, command.build_lib = self.inplace, self.build_lib
         # One folder per torch, for an editable install too: ninja then compiles what changed, and a
         # torch replaced by another with older file dates is no reason to keep stale objects.
         command.build_temp = f"build/torch-{torch.__version__}-{sys.implementation.cache_tag}"
+        if extension.name == TESTING:
+            command.build_temp += "-testing"
         command.ensure_finalized()
         command.run()
-        # Read before the module is loaded, so that another torch is named and not crashed into.
-        path = Path(command.get_ext_fullpath(NAME)).with_suffix(".json")
-        path.write_text(json.dumps(info, indent=1) + "\n")
+        return command
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the site does to pages and docstrings before they are rendered."""
+"""Prepares pages and docstrings for the site."""
 
 from __future__ import annotations
 
@@ -9,12 +9,32 @@ from typing import Any
 
 import griffe
 
-_AUDIT = Path(__file__).parents[1] / "src" / "torch_freeze" / "audit.py"
+_ROOT = Path(__file__).parents[1]
+_AUDIT = _ROOT / "src" / "torch_freeze" / "audit.py"
+_RESULTS = "benchmarks/results"
 _TITLES = {"before": "Before", "after": "After", "setup": "For all that follows"}
 
 
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pictures of the benchmarks, which are outside of docs/."""
+    from mkdocs.structure.files import File
+
+    for path in sorted((_ROOT / _RESULTS).glob("*.png")):
+        files.append(File.generated(config, f"{_RESULTS}/{path.name}", abs_src_path=str(path)))
+    return files
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Give code blocks their titles, from the words that the tests read, and fill in tables."""
+    """Insert files and tables, adjust links, and title code blocks by the words tests read."""
+    if found := re.match(r"<!-- the file (\w+\.md) -->", markdown):
+        markdown = _linked_from_docs((_ROOT / found[1]).read_text())
+    # A picture of the benchmarks is copied to the site; other results are named, not linked.
+    markdown = markdown.replace(f"](../{_RESULTS}/", f"]({_RESULTS}/")
+    markdown = re.sub(
+        rf"(?<!!)\[([^]]+)\]\(({_RESULTS}/[^)]+)\)",
+        lambda link: f"{link[1]} in `{link[2]}`" if link[1] == "recorded" else f"`{link[2]}`",
+        markdown,
+    )
     markdown = markdown.replace("<!-- the kinds of finding -->", _kinds_of_finding())
     return re.sub(
         r"^```python (before|after|setup)$",
@@ -24,8 +44,19 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     )
 
 
+def _linked_from_docs(markdown: str) -> str:
+    """A file of the repository's root, with the links that it needs as a page in docs/."""
+    markdown = markdown.replace("](docs/", "](")
+    names = "|".join(("README", "CHANGELOG", "CONTRIBUTING"))
+    return re.sub(
+        rf"\]\(({names})\.md",
+        lambda link: f"]({'index' if link[1] == 'README' else link[1].lower()}.md",
+        markdown,
+    )
+
+
 def _kinds_of_finding() -> str:
-    """A table of FINDING_KINDS, read from the source: nothing need be compiled for the site."""
+    """A table of FINDING_KINDS, read from the source so that nothing has to be compiled."""
     (kinds,) = (
         ast.literal_eval(statement.value)
         for statement in ast.parse(_AUDIT.read_text()).body

@@ -23,16 +23,17 @@ case $kind in
     flags="-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"
     runtime="libasan.so libubsan.so"
     # Left out: two tables of accesses that the kernel's body would make and does not. They take minutes here.
-    tests=(tests/test_hostile.py tests/test_faults.py tests/test_optim_errors.py tests/test_threads.py
-      tests/test_optim_exact.py tests/test_in_backward.py tests/test_momentum_policies.py tests/test_kernel_body.py
-      --deselect=tests/test_kernel_body.py::test_every_byte_is_stored_once
-      --deselect=tests/test_kernel_body.py::test_all_but_the_ends_moves_in_vectors)
+    tests=(tests/optim/test_hostile_*.py tests/optim/test_{faults,errors,threads,exact,momentum_policies}.py
+      tests/in_backward/test_step.py tests/kernels/test_body.py
+      --deselect=tests/kernels/test_body.py::test_every_byte_is_stored_once
+      --deselect=tests/kernels/test_body.py::test_all_but_the_ends_moves_in_vectors)
     ;;
   thread)
     flags="-fsanitize=thread"
     runtime="libtsan.so"
     # Left out: it shares steps between threads of OpenMP, whose barriers are not seen.
-    tests=(tests/test_threads.py --deselect=tests/test_threads.py::test_steps_after_one_that_waited_for_a_late_thread_are_done_alone)
+    tests=(tests/optim/test_threads.py
+      --deselect=tests/optim/test_threads.py::test_steps_after_one_that_waited_for_a_late_thread_are_done_alone)
     ;;
   *)
     fail "'$kind' is neither address nor thread"

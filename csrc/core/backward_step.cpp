@@ -21,6 +21,9 @@
 #include <typeinfo>
 #include <utility>
 
+#include "core/observers.h"
+#include "core/overlap.h"
+
 namespace torch_freeze {
 namespace py = pybind11;
 using c10::TensorImpl;
@@ -28,9 +31,6 @@ using torch::autograd::AutogradMeta;
 using torch::autograd::PostAccumulateGradHook;
 
 namespace {
-
-constexpr const char* kStep = "FrozenAwareSGD.step";
-constexpr const char* kBackward = "FrozenAwareSGD(step_in_backward=True)";
 
 // Without a size from the user, a bucket is this part of the trainable bytes, and no more than so many: gradients
 // that are still in the cache when they are applied need not come from memory again. On the CPU 1 to 4 MiB
@@ -82,7 +82,7 @@ py::object list_of(const py::list& param_groups, Py_ssize_t group) {
   if (!PyList_Check(params.ptr()) && !PyTuple_Check(params.ptr())) {
     throw py::type_error(
         c10::str(
-            kStep, ": param_groups[", group, "]['params'] is a ", Py_TYPE(params.ptr())->tp_name,
+            "step: param_groups[", group, "]['params'] is a ", Py_TYPE(params.ptr())->tp_name,
             "; give it a list of tensors"));
   }
   return params;
@@ -148,7 +148,7 @@ class GradientHook : public PostAccumulateGradHook {
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {
     TORCH_CHECK(
-        owner_->closed_, kBackward,
+        owner_->closed_, owner_->constructor(),
         ": compiled autograd traces backward and cannot trace a step in it. Use one of the two.");
   }
 
@@ -179,8 +179,17 @@ class GradientHook : public PostAccumulateGradHook {
 };
 
 BackwardStep::BackwardStep(
-    py::object optimizer, std::optional<int64_t> bucket_bytes, std::optional<double> clip_value)
-    : optimizer_(std::move(optimizer)), fixed_bucket_(bucket_bytes), clip_value_(clip_value) {}
+    py::object optimizer, std::shared_ptr<OptimizerSteps> steps, std::optional<int64_t> bucket_bytes,
+    std::optional<double> clip_value)
+    : optimizer_(std::move(optimizer)),
+      steps_(std::move(steps)),
+      fixed_bucket_(bucket_bytes),
+      clip_value_(clip_value),
+      used_(steps_->nothing_used()) {}
+
+std::string BackwardStep::method(const std::string& name) const { return c10::str(steps_->name(), ".", name); }
+
+std::string BackwardStep::constructor() const { return c10::str(steps_->name(), "(step_in_backward=True)"); }
 
 BackwardStep::~BackwardStep() {
   // The last hook may go on any thread.
@@ -194,7 +203,7 @@ BackwardStep::~BackwardStep() {
 
 void BackwardStep::check_free(const GradientHook* hook, int32_t group, Py_ssize_t position) {
   TORCH_CHECK(
-      hook == nullptr || hook->owner_->closed_, kBackward, ": ", place(group, position),
+      hook == nullptr || hook->owner_->closed_, hook->owner_->constructor(), ": ", place(group, position),
       " is already stepped in backward by another optimizer, which is still alive (as one whose learning-rate "
       "scheduler is). Call its close() first.");
 }
@@ -216,7 +225,7 @@ void BackwardStep::attach(const py::list& param_groups) {
                          PyObject_HasAttrString(object, "_fsdp_flattened") != 0 ||
                          PyObject_HasAttrString(object, "_is_flat_param") != 0;
     TORCH_CHECK(
-        !sharded, kBackward, ": ", place(group, position), " is a ", Py_TYPE(object)->tp_name,
+        !sharded, constructor(), ": ", place(group, position), " is a ", Py_TYPE(object)->tp_name,
         " whose gradient is not the one that backward accumulates (FSDP shards and reduces it first). Use "
         "step_in_backward=False.");
     if (at::isFloatingType(param.scalar_type()) || at::isComplexType(param.scalar_type())) {
@@ -289,7 +298,7 @@ void BackwardStep::forget(GradientHook* hook) {
   }
 }
 
-// Of the caller: the mutex.
+// Requires: mutex_ is held.
 void BackwardStep::begin_iteration() {
   ++iteration_;
   begun_ = false;
@@ -301,11 +310,12 @@ void BackwardStep::begin_iteration() {
   task_ = -1;
   unfinished_ = 0;
   applied_ = 0;
-  used_.clear();
+  used_ = steps_->nothing_used();
   placeholder_.reset();
 }
 
-// Of the caller: neither, for user's code may run before they are taken and once they are let go of.
+// Requires: neither the GIL nor mutex_ is held, because user code may run before they are acquired and after they
+// are released.
 void BackwardStep::find_all_places() {
   const py::gil_scoped_acquire gil;
   const py::object optimizer = optimizer_();
@@ -319,12 +329,11 @@ void BackwardStep::find_all_places() {
   }
 }
 
-// Of the caller: GIL and mutex. Finds every parameter's place, once for each iteration and while nothing of it has
-// been applied.
+// Requires: the GIL and mutex_ are held. Finds every parameter's place, once for each iteration and while nothing
+// of it has been applied.
 void BackwardStep::find_places(const py::list& param_groups) {
   struct Extent {
-    const char* begin;
-    const char* end;
+    Memory memory;
     const c10::StorageImpl* storage;
     GradientHook* hook;
   };
@@ -351,31 +360,23 @@ void BackwardStep::find_places(const py::list& param_groups) {
     }
     trainable_bytes += bytes_of(param);
     all_on_cpu &= param.is_cpu();
-    const auto* const data = static_cast<const char*>(param.storage().data());
-    if (param.numel() != 0 && data != nullptr) {
-      int64_t last = param.storage_offset();
-      for (int64_t dim = 0; dim < param.dim(); ++dim) {
-        last += (param.size(dim) - 1) * param.stride(dim);
-      }
-      const auto size = static_cast<int64_t>(param.element_size());
-      extents.push_back(
-          {data + param.storage_offset() * size, data + (last + 1) * size, param.storage().unsafeGetStorageImpl(),
-           hook});
+    if (const Memory memory = memory_of(param.unsafeGetTensorImpl()); memory.begin != nullptr) {
+      extents.push_back({memory, param.storage().unsafeGetStorageImpl(), hook});
     }
   });
   // Parameters that share memory are stepped one after the other too, in the order of the lists.
-  std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.memory < b.memory; });
   size_t furthest = 0;
   for (size_t i = 1; i < extents.size(); ++i) {
     if (extents[i].storage == extents[i - 1].storage) {
       extents[i].hook->shared_ = true;
       extents[i - 1].hook->shared_ = true;
     }
-    if (extents[i].begin < extents[furthest].end) {
+    if (extents[i].memory.begin < extents[furthest].memory.end) {
       extents[i].hook->deferred_ = true;
       extents[furthest].hook->deferred_ = true;
     }
-    if (extents[i].end > extents[furthest].end) {
+    if (extents[i].memory.end > extents[furthest].memory.end) {
       furthest = i;
     }
   }
@@ -384,7 +385,7 @@ void BackwardStep::find_places(const py::list& param_groups) {
   begun_ = true;
 }
 
-// Of the caller: the mutex, within a backward that has not been noted yet. Only one that ends well calls back.
+// Requires: mutex_ is held, within a backward that has not been noted yet. Only one that ends well calls back.
 void BackwardStep::note_backward() {
   ++unfinished_;
   torch::autograd::Engine::get_default_engine().queue_callback([step = weak_from_this(), iteration = iteration_] {
@@ -397,7 +398,7 @@ void BackwardStep::note_backward() {
   });
 }
 
-// Of the caller: the mutex. Whether the last backward ended by an error, this or somebody else's.
+// Requires: mutex_ is held. Whether the last backward ended by an error, this or somebody else's.
 bool BackwardStep::has_failed() const {
   return unfinished_ != 0 && torch::autograd::get_current_graph_task_id() == -1;
 }
@@ -420,7 +421,7 @@ void BackwardStep::arrive(GradientHook& hook, const at::Tensor& param) {
   TORCH_CHECK(refusal_.empty(), refusal_);
   const auto refuse = [&](const std::string& why) {
     may_discard_ = true;
-    refusal_ = c10::str(kBackward, ": ", place(hook.group_, hook.position_), " ", why);
+    refusal_ = c10::str(constructor(), ": ", place(hook.group_, hook.position_), " ", why);
     TORCH_CHECK(false, refusal_);
   };
   static const std::string taken_over =
@@ -516,7 +517,7 @@ void BackwardStep::apply(std::vector<Arrived> due) {
     const std::lock_guard lock(mutex_);
     if (refusal_.empty()) {
       may_discard_ = true;
-      refusal_ = c10::str(kBackward, ": the step in backward failed: ", error.what());
+      refusal_ = c10::str(constructor(), ": the step in backward failed: ", error.what());
     }
     throw;
   }
@@ -571,7 +572,7 @@ void BackwardStep::apply_in(const py::object& optimizer, std::vector<Arrived>& d
     wait(goes, came);
   }
   clip(metas);
-  UsedGroups used;
+  std::unique_ptr<UsedOptions> used;
   // Tensors made of views of one tensor count their versions together, whatever memory they have by now: what this
   // update adds to the versions of others is no write of a user's.
   const auto for_each_applied = [&](auto&& visit) {
@@ -583,13 +584,13 @@ void BackwardStep::apply_in(const py::object& optimizer, std::vector<Arrived>& d
   };
   {
     const std::lock_guard lock(mutex_);
-    used = used_;
+    used = used_->copy();
     for_each_applied([](GradientHook& hook, uint32_t version) { hook.before_ = version; });
   }
-  py::object rest = sgd_step_part(param_groups, state, selection, used, std::nullopt);
+  py::object rest = steps_->step_part(param_groups, state, selection, *used, std::nullopt);
   if (!rest.is_none()) {
     optimizer.attr("_step_rest")(rest, py::none(), py::none());
-    sgd_step_part(param_groups, state, selection, used, py::cast<py::list>(rest));
+    steps_->step_part(param_groups, state, selection, *used, py::cast<py::list>(rest));
   }
   {
     const std::lock_guard lock(mutex_);
@@ -614,14 +615,12 @@ void BackwardStep::apply_in(const py::object& optimizer, std::vector<Arrived>& d
     const std::lock_guard lock(mutex_);
     stands = pending_.empty() ? stands : none;
   }
-  // No gradient is left by which step() could see a change. One stands for them: of the last, for a second
-  // backward comes by the first again, and torch's own words on writing to a placeholder would say little.
+  // No gradient is left by which step() could notice a change, so one placeholder stands for them all. It is that
+  // of the last parameter: a second backward reaches the first ones before it, and is refused there with a clear
+  // message instead of torch's own error about writing to an expanded tensor.
   at::Tensor instead = stands != none ? make_placeholder(gone[stands]) : at::Tensor();
   const std::lock_guard lock(mutex_);
-  used_.resize(std::max(used_.size(), used.size()));
-  for (size_t i = 0; i < used.size(); ++i) {
-    used_[i] = used[i].used ? used[i] : used_[i];
-  }
+  used_->merge(*used);
   for (auto* const meta : metas) {
     if (auto* const hook = GradientHook::on(meta);
         hook != nullptr && hook->owner_.get() == this && meta->requires_grad_) {
@@ -639,7 +638,7 @@ void BackwardStep::apply_in(const py::object& optimizer, std::vector<Arrived>& d
   }
 }
 
-// Of the caller: GIL and mutex.
+// Requires: the GIL and mutex_ are held.
 at::Tensor BackwardStep::take_placeholder() {
   at::Tensor taken;
   if (placeholder_) {
@@ -653,7 +652,8 @@ at::Tensor BackwardStep::take_placeholder() {
   return taken;
 }
 
-// Of the caller: the GIL. Stands for a gradient that is gone: holds one number, and no norm of it passes for one.
+// Requires: the GIL is held. Stands for a gradient that is gone: holds one number, and no norm of it passes for
+// one.
 at::Tensor BackwardStep::make_placeholder(const at::Tensor& gone) {
   // The number is kept, for on a GPU it takes an allocation and a kernel to make. Torch refuses to write to one
   // number as many elements, except where it is a single one; what writes to it all the same raises its version.
@@ -675,7 +675,7 @@ at::Tensor BackwardStep::make_placeholder(const at::Tensor& gone) {
   return number.expand(gone.sizes());
 }
 
-// Of the caller: GIL and mutex. What has been applied has to be what step() would apply.
+// Requires: the GIL and mutex_ are held. What has been applied has to be what step() would apply.
 void BackwardStep::check_applied(const py::list& param_groups) const {
   int64_t found = 0;
   for_each_param(param_groups, [&](PyObject* object, int32_t group, Py_ssize_t position) {
@@ -687,44 +687,45 @@ void BackwardStep::check_applied(const py::list& param_groups) const {
     }
     ++found;
     TORCH_CHECK(
-        param.requires_grad(), kStep, ": ", place(group, position),
+        param.requires_grad(), method("step"), ": ", place(group, position),
         " was frozen between backward and step(), and backward has applied its gradient. Freeze before backward "
         "or after step(); unfreeze it to make this step.");
     TORCH_CHECK(
-        !meta->grad_.defined() || (placeholder_ && placeholder_->is(meta->grad_)), kStep, ": the gradient of ",
-        place(group, position),
+        !meta->grad_.defined() || (placeholder_ && placeholder_->is(meta->grad_)), method("step"),
+        ": the gradient of ", place(group, position),
         " was set between backward and step(), and backward has applied the one it made. Set gradients with "
         "step_in_backward=False, or before backward. zero_grad() gives this iteration up; what has been applied "
         "stays so.");
     TORCH_CHECK(
-        hook->shared_ || version_of(param) == hook->version_, kStep, ": ", place(group, position),
+        hook->shared_ || version_of(param) == hook->version_, method("step"), ": ", place(group, position),
         " was written to between backward and step(), and backward has applied its gradient: before, where an "
         "ordinary step comes after. Write to parameters after step(), or use step_in_backward=False. "
         "zero_grad() gives this iteration up; what has been applied stays so.");
     TORCH_CHECK(
-        hook->group_ == group, kStep, ": ", place(group, position), " was in param_groups[", hook->group_,
+        hook->group_ == group, method("step"), ": ", place(group, position), " was in param_groups[", hook->group_,
         "] when backward applied its gradient. Change groups after step(); undo it to make this step.");
   });
   TORCH_CHECK(
-      found == applied_, kStep, ": backward has applied the gradients of ", applied_, " parameters, and ", found,
+      found == applied_, method("step"), ": backward has applied the gradients of ", applied_, " parameters, and ",
+      found,
       " of these are in param_groups now. Edit the lists after step(); undo it to make this step. zero_grad() "
       "gives it up; what has been applied stays so.");
 }
 
 void BackwardStep::check_step(
     const py::list& param_groups, const py::object& grad_scale, const py::object& found_inf) {
-  UsedGroups used;
+  std::unique_ptr<UsedOptions> used;
   {
     const std::lock_guard lock(mutex_);
     may_discard_ = true;  // whatever is thrown from here on, zero_grad() is the way out
     TORCH_CHECK(
-        grad_scale.is_none() && found_inf.is_none(), kBackward,
+        grad_scale.is_none() && found_inf.is_none(), constructor(),
         ": a GradScaler scales the gradients that backward applies, and asks too late whether they are finite. ",
         fired_ ? "The gradients of this backward have been applied as they came, scaled; restore the parameters. "
                : "",
         "Use bfloat16 without a scaler, or step_in_backward=False.");
     TORCH_CHECK(
-        refusal_.empty(), kStep,
+        refusal_.empty(), method("step"),
         ": the last backward was refused, so there is no step to make. Call zero_grad() to go on; what had been "
         "applied stays so. The reason was: ",
         refusal_);
@@ -736,7 +737,7 @@ void BackwardStep::check_step(
       const auto& grad = meta_of(THPVariable_Unpack(object))->grad_;
       const bool taken = !grad.defined();
       TORCH_CHECK(
-          !taken && arrived.is(grad) && version_of(grad) == arrived.version, kStep, ": the gradient of ",
+          !taken && arrived.is(grad) && version_of(grad) == arrived.version, method("step"), ": the gradient of ",
           place(arrived.group, arrived.position), " was ", taken ? "taken away" : "changed",
           " between backward and step(). With step_in_backward most gradients have been applied by then, so "
           "nothing can be done to all of them: no clip_grad_norm_ (Transformers' Trainer calls "
@@ -750,9 +751,9 @@ void BackwardStep::check_step(
       check(*placeholder_);
     }
     check_applied(param_groups);
-    used = used_;
+    used = used_->copy();
   }
-  check_unchanged(param_groups, used);
+  steps_->check_unchanged(param_groups, *used);
   std::vector<AutogradMeta*> left;
   for_each_param(param_groups, [&](PyObject* object, int32_t, Py_ssize_t) {
     const auto& param = THPVariable_Unpack(object);
@@ -797,13 +798,13 @@ void BackwardStep::end_step(const py::list& param_groups) {
 
 void BackwardStep::check_zero_grad(bool set_to_none) {
   TORCH_CHECK_VALUE(
-      set_to_none,
-      "FrozenAwareSGD.zero_grad: set_to_none=False keeps the memory of all gradients, and step_in_backward lets "
+      set_to_none, method("zero_grad"),
+      ": set_to_none=False keeps the memory of all gradients, and step_in_backward lets "
       "go of it. Leave set_to_none at True.");
   const std::lock_guard lock(mutex_);
   TORCH_CHECK(
-      !fired_ || may_discard_ || has_failed(),
-      "FrozenAwareSGD.zero_grad: gradients are to be discarded that backward has applied in part "
+      !fired_ || may_discard_ || has_failed(), method("zero_grad"),
+      ": gradients are to be discarded that backward has applied in part "
       "(step_in_backward=True). Call step() first: it makes the rest of the step.");
   begin_iteration();
 }
@@ -811,7 +812,7 @@ void BackwardStep::check_zero_grad(bool set_to_none) {
 void BackwardStep::check_between_steps(const std::string& function) {
   const std::lock_guard lock(mutex_);
   TORCH_CHECK(
-      !fired_, "FrozenAwareSGD.", function,
+      !fired_, method(function),
       ": backward has made a part of a step (step_in_backward=True), so the state is neither that before the "
       "step nor that after it. Call step() first",
       may_discard_ || has_failed() ? ", or zero_grad() to give the step up." : ".");
@@ -859,8 +860,8 @@ void bind_backward_step(py::module_& module) {
   py::class_<BackwardStep, std::shared_ptr<BackwardStep>>(
       module, "BackwardStep", "Makes the part of an optimizer's steps that can be made within backward.")
       .def(
-          py::init<py::object, std::optional<int64_t>, std::optional<double>>(), "optimizer"_a, "bucket_bytes"_a,
-          "clip_value"_a)
+          py::init<py::object, std::shared_ptr<OptimizerSteps>, std::optional<int64_t>, std::optional<double>>(),
+          "optimizer"_a, "steps"_a, "bucket_bytes"_a, "clip_value"_a)
       .def("attach", &BackwardStep::attach, "param_groups"_a)
       .def("check_step", &BackwardStep::check_step, "param_groups"_a, "grad_scale"_a, "found_inf"_a)
       .def("end_step", &BackwardStep::end_step, "param_groups"_a)

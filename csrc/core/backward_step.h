@@ -1,4 +1,4 @@
-// SGD while backward runs: gradients are applied and let go of bucket by bucket, as they arrive.
+// Steps while backward runs: gradients are applied and let go of bucket by bucket, as they arrive.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-#include "optim/sgd_step.h"
+#include "core/optimizer_steps.h"
 
 namespace torch_freeze {
 
@@ -33,7 +33,9 @@ class BackwardStep : public std::enable_shared_from_this<BackwardStep> {
  public:
   // `optimizer` is a weak reference. Without `bucket_bytes`, a tenth of the trainable bytes, and no more than
   // a cache holds. `clip_value` bounds every element of a gradient before it is applied.
-  BackwardStep(pybind11::object optimizer, std::optional<int64_t> bucket_bytes, std::optional<double> clip_value);
+  BackwardStep(
+      pybind11::object optimizer, std::shared_ptr<OptimizerSteps> steps, std::optional<int64_t> bucket_bytes,
+      std::optional<double> clip_value);
   BackwardStep(const BackwardStep&) = delete;
   BackwardStep& operator=(const BackwardStep&) = delete;
   ~BackwardStep();
@@ -74,6 +76,9 @@ class BackwardStep : public std::enable_shared_from_this<BackwardStep> {
     bool is(const at::Tensor& other) const { return grad._unsafe_get_target() == other.unsafeGetTensorImpl(); }
   };
 
+  // Names for error messages.
+  std::string method(const std::string& name) const;
+  std::string constructor() const;
   void arrive(GradientHook& hook, const at::Tensor& param);
   void find_all_places();
   void find_places(const pybind11::list& param_groups);
@@ -90,6 +95,7 @@ class BackwardStep : public std::enable_shared_from_this<BackwardStep> {
   void forget(GradientHook* hook);
 
   pybind11::object optimizer_;
+  const std::shared_ptr<OptimizerSteps> steps_;
   std::optional<int64_t> fixed_bucket_;
   std::optional<double> clip_value_;
   std::atomic<bool> closed_{false};
@@ -109,7 +115,7 @@ class BackwardStep : public std::enable_shared_from_this<BackwardStep> {
   int task_ = -1;                       // the last backward that brought a gradient
   int unfinished_ = 0;                  // backwards that brought a gradient and have not ended well
   int64_t applied_ = 0;                 // how many parameters' gradients have been
-  UsedGroups used_;                     // by what has been applied
+  std::unique_ptr<UsedOptions> used_;   // by what has been applied
   std::optional<Arrived> placeholder_;  // stands for gradients that have all been applied
 };
 

@@ -9,10 +9,13 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <array>
 #include <set>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "core/state_policy.h"
 #include "core/tensor_update.h"
 
 namespace torch_freeze {
@@ -20,34 +23,40 @@ namespace torch_freeze {
 // How the parameters of one group are to be taken.
 struct GroupUse {
   int32_t index = 0;        // of the group in param_groups
-  bool has_buffer = false;  // the state keeps a buffer per parameter
+  int buffers = 0;          // that the state keeps for each parameter: the first so many of the optimizer's
   bool stock_form = false;  // every trainable parameter goes to the rest
   // Of the buffers; Undefined: each parameter's own. bfloat16 is rounded stochastically where it is asked for.
-  c10::ScalarType momentum_type = c10::ScalarType::Undefined;
+  c10::ScalarType buffer_type = c10::ScalarType::Undefined;
   // Where the parameters given are not all of the group's: their positions in its list.
   const Py_ssize_t* positions = nullptr;
 };
 
 // What lies behind the pointers of one TensorUpdate.
+template <int kBuffers>
 struct UpdateTensors {
   PyObject* object;  // the parameter, owned by the group's list
   c10::TensorImpl* param;
   c10::TensorImpl* grad;
-  c10::TensorImpl* buffer;  // null: none in the state yet, or none wanted
+  std::array<c10::TensorImpl*, kBuffers> buffer;  // null: none in the state yet, or none wanted
 };
 
 // What one launch covers.
+template <int kBuffers>
 struct WalkBatch {
-  UpdateBatch launch;  // `updates`, `count` and `groups` are filled in at the launch
-  std::vector<TensorUpdate> updates;
-  std::vector<UpdateTensors> tensors;
+  BatchKind kind;
+  std::vector<TensorUpdate<kBuffers>> updates;
+  std::vector<UpdateTensors<kBuffers>> tensors;
+  int64_t numel = 0;
 };
 
+// kBuffers: how many buffers of a parameter's shape the optimizer's state holds for it at most.
+template <int kBuffers>
 class ParamWalk {
  public:
-  // The state maps a parameter to a dict that holds its buffer under `buffer_key`; `function` names the caller in
-  // error messages.
-  ParamWalk(const char* function, PyObject* buffer_key) : function_(function), buffer_key_(buffer_key) {}
+  using Batch = WalkBatch<kBuffers>;
+
+  // `function` names the caller in error messages.
+  ParamWalk(const char* function, const StateKeys& keys) : function_(function), keys_(keys) {}
 
   // Collects the parameters of one group. Throws on what no kernel and no fallback can take.
   void add_group(PyObject* params, const GroupUse& use);
@@ -60,11 +69,11 @@ class ParamWalk {
   bool has_rest() const { return !rest_.empty(); }
   // Buffers that do not hold the past of their parameter: none yet, or stale.
   bool has_fresh() const { return !fresh_.empty(); }
-  bool has_fresh(const WalkBatch& batch) const {
+  bool has_fresh(const Batch& batch) const {
     return std::any_of(
         fresh_.begin(), fresh_.end(), [&](const Fresh& fresh) { return &batches_[fresh.batch] == &batch; });
   }
-  std::vector<WalkBatch>& batches() { return batches_; }
+  std::vector<Batch>& batches() { return batches_; }
   // Whether two of the tensors to be written share memory, so that their order matters.
   bool has_overlap() const;
 
@@ -73,10 +82,6 @@ class ParamWalk {
   void make_fresh_buffers(bool overlap);
   // After the update: what started from zero is no longer marked as stale.
   void unmark_fresh();
-  // Marks the buffers of the frozen parameters among `params` as stale, so that they start from zero when it is
-  // their turn again; or takes them out of the state.
-  void mark_frozen(PyObject* params);
-  void drop_frozen(PyObject* params);
   // Whether the state may hold anything for parameters that this walk did not step.
   bool has_idle_state() const;
   // Where gradients were copied into another layout and then changed, brings them back.
@@ -91,16 +96,29 @@ class ParamWalk {
   void reset(PyObject* state);
 
  private:
-  struct Slot;
+  // One parameter that has a gradient.
+  struct Slot {
+    PyObject* object;
+    Py_ssize_t index;  // in the group's list
+    bool exact;        // Tensor or Parameter, no subclass
+    c10::TensorImpl* param;
+    torch::autograd::AutogradMeta* meta;
+    c10::TensorImpl* grad;
+    PyObject* state;                                // null: none
+    std::array<PyObject*, kBuffers> buffer_object;  // null: none, or None
+    std::array<c10::TensorImpl*, kBuffers> buffer;
+  };
   struct Fresh {
     PyObject* param;  // owned by the group's list
     PyObject* state;  // its entry in the state, or null
     size_t batch;
     size_t update;
-    at::Tensor buffer;
-    bool enter = true;               // into the state
-    bool marked = false;             // as stale, in the state
-    pybind11::object replaced = {};  // what its entry named before: None, or a buffer of another type
+    int count;  // of its buffers
+    std::array<at::Tensor, kBuffers> buffer = {};
+    bool enter = true;    // into the state
+    bool marked = false;  // as stale, in the state
+    // What its entry named before: None, or buffers of another type.
+    std::array<pybind11::object, kBuffers> replaced = {};
   };
   struct Rest {
     int32_t group;
@@ -125,19 +143,21 @@ class ParamWalk {
   void check_fit(
       const char* what, const c10::TensorImpl* tensor, const char* fix, const Slot& slot,
       const GroupUse& use) const;
+  void check_written(c10::TensorImpl* tensor, const std::string& of, const Slot& slot, const GroupUse& use) const;
+  void check_buffer(int k, const Slot& slot, const GroupUse& use) const;
   void push(
       const Slot& slot, c10::TensorImpl* grad, const GroupUse& use, c10::ScalarType param_type,
       c10::ScalarType grad_type);
-  template <class Visit>
-  void for_each_frozen(PyObject* params, Visit&& visit);
+  void push_unusual(
+      const Slot& slot, c10::TensorImpl* grad, const GroupUse& use, c10::ScalarType param_type,
+      c10::ScalarType grad_type);
   [[noreturn]] void raise_no_memory(const Slot& slot, const c10::TensorImpl* grad, const GroupUse& use) const;
-  WalkBatch& batch_for(
-      c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type, const GroupUse& use);
+  Batch& batch_for(c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type, const GroupUse& use);
 
   const char* function_;
   PyObject* state_ = nullptr;
-  PyObject* buffer_key_;
-  std::vector<WalkBatch> batches_;
+  const StateKeys& keys_;
+  std::vector<Batch> batches_;
   std::vector<c10::TensorImpl*> frozen_;
   std::vector<Fresh> fresh_;
   std::vector<CopiedGrad> copied_;
@@ -156,5 +176,15 @@ class ParamWalk {
   std::vector<c10::Storage> held_storages_;
   std::vector<pybind11::object> held_objects_;
 };
+
+// What this process holds of a torch.distributed.tensor.DTensor.
+at::Tensor local_of(pybind11::handle dtensor);
+
+// The place of a parameter, for error messages.
+inline std::string place(const GroupUse& use, Py_ssize_t index) {
+  return c10::str("param_groups[", use.index, "]['params'][", index, "]");
+}
+
+inline bool has_own_buffer_type(const GroupUse& use) { return use.buffer_type != c10::ScalarType::Undefined; }
 
 }  // namespace torch_freeze

@@ -6,42 +6,51 @@
 
 #include <cstdint>
 
-#include "optim/sgd_math.h"
-
 namespace torch_freeze {
 
-// One parameter's share of a step. The three arrays hold `numel` elements each in the same order: dense, no gaps.
+// One parameter's share of a step. The arrays hold `numel` elements each in the same order: dense, no gaps.
+template <int kBuffers>
 struct TensorUpdate {
   void* param;
   void* grad;
-  void* momentum;  // null where the group has no momentum
+  void* buffer[kBuffers];  // of the optimizer's state; null where the group has none
   int64_t numel;
   int32_t group;        // index into UpdateBatch::groups
   uint32_t index : 31;  // of the parameter in its group's list
-  uint32_t fresh : 1;   // the momentum buffer holds nothing yet
+  uint32_t fresh : 1;   // the buffers hold nothing yet, and count as zero
 };
-static_assert(sizeof(TensorUpdate) == 40, "the walk writes one per parameter");
+static_assert(sizeof(TensorUpdate<1>) == 40, "the walk writes one per parameter");
 
-// Everything one launch covers: one device, one triple of dtypes, any number of param groups. No two tensors
-// that it writes overlap.
-struct UpdateBatch {
+// What all tensors of one launch have in common.
+struct BatchKind {
   c10::Device device = c10::kCPU;
   c10::ScalarType param_type = c10::kFloat;
   c10::ScalarType grad_type = c10::kFloat;
-  c10::ScalarType momentum_type = c10::kFloat;
-  const TensorUpdate* updates = nullptr;
+  c10::ScalarType buffer_type = c10::kFloat;
+  bool stochastic = false;  // buffers are bfloat16 and rounded stochastically: see rounding_bits()
+};
+
+// Everything one launch covers: any number of param groups. No two tensors that it writes overlap.
+template <class Group, int kBuffers>
+struct UpdateBatch {
+  BatchKind kind;
+  const TensorUpdate<kBuffers>* updates = nullptr;
   int64_t count = 0;
   int64_t numel = 0;  // of all updates together
-  const SgdGroup* groups = nullptr;
+  const Group* groups = nullptr;
   int64_t group_count = 0;
-  bool stochastic = false;  // momentum is bfloat16 and rounded stochastically: see rounding_bits()
-  // One float each on `device`, or null without a GradScaler. Gradients are divided by *grad_scale, and left so;
-  // where *found_inf is not 0 nothing is written.
+  // One float each on the kind's device, or null without a GradScaler. Gradients are divided by *grad_scale, and
+  // left so; where *found_inf is not 0 nothing is written.
   const float* grad_scale = nullptr;
   const float* found_inf = nullptr;
 };
 
-void sgd_step_cpu(const UpdateBatch& batch);
-void sgd_step_cuda(const UpdateBatch& batch);
+// A learning rate as a number, or on the tensors' own device (one float, or one double where `device_is_double`),
+// where it is read, so that a step captured in a CUDA graph follows it.
+struct LearningRate {
+  double number = 0;  // where `device` is null
+  const void* device = nullptr;
+  bool device_is_double = false;
+};
 
 }  // namespace torch_freeze

@@ -1,6 +1,7 @@
-// Runs the CUDA kernel's body on the CPU, thread after thread of block after block of any grid.
-#include "testing/kernel_on_host.h"
-
+// A module for the tests: the body of the CUDA kernel on the CPU, thread after thread of block after block of any
+// grid, so that its tests need no GPU; and the CPU's kernel on the same description of tensors, to compare it
+// with.
+#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -13,9 +14,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "kernels/tiles.h"
-#include "optim/sgd_cuda.h"
-#include "core/tensor_update.h"
+#include "kernels/launch_cpu.h"
+#include "kernels/tile_formula.h"
+#include "optim/sgd.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -41,6 +42,12 @@ c10::ScalarType scalar_type(const std::string& name) {
   return found->second;
 }
 
+BatchKind kind_of(const Dtypes& dtypes, bool stochastic) {
+  return {
+      c10::kCPU, scalar_type(std::get<0>(dtypes)), scalar_type(std::get<1>(dtypes)),
+      scalar_type(std::get<2>(dtypes)), stochastic};
+}
+
 class Batch {
  public:
   Batch(
@@ -48,50 +55,47 @@ class Batch {
       uintptr_t grad_scale, uintptr_t found_inf, bool stochastic) {
     for (const auto& [param, grad, momentum, numel, group, index, fresh] : updates) {
       updates_.push_back(
-          {reinterpret_cast<void*>(param), reinterpret_cast<void*>(grad), reinterpret_cast<void*>(momentum), numel,
-           group, index, fresh});
+          {reinterpret_cast<void*>(param),
+           reinterpret_cast<void*>(grad),
+           {reinterpret_cast<void*>(momentum)},
+           numel,
+           group,
+           index,
+           fresh});
       batch_.numel += numel;
     }
     for (const auto& [lr, momentum, dampening, weight_decay, nesterov, maximize, device_lr, is_double, seed] :
          groups) {
       SgdGroup group;
-      group.lr = lr;
+      group.lr = {lr, reinterpret_cast<const void*>(device_lr), is_double};
       group.momentum = momentum;
       group.undamped = 1.0 - dampening;
       group.weight_decay = weight_decay;
       group.nesterov = nesterov;
       group.maximize = maximize;
-      group.device_lr = reinterpret_cast<const void*>(device_lr);
-      group.device_lr_is_double = is_double;
       group.rounding_seed = seed;
       groups_.push_back(group);
     }
-    batch_.param_type = scalar_type(std::get<0>(dtypes));
-    batch_.grad_type = scalar_type(std::get<1>(dtypes));
-    batch_.momentum_type = scalar_type(std::get<2>(dtypes));
+    batch_.kind = kind_of(dtypes, stochastic);
     batch_.updates = updates_.data();
     batch_.count = static_cast<int64_t>(updates_.size());
     batch_.groups = groups_.data();
     batch_.group_count = static_cast<int64_t>(groups_.size());
     batch_.grad_scale = reinterpret_cast<const float*>(grad_scale);
     batch_.found_inf = reinterpret_cast<const float*>(found_inf);
-    batch_.stochastic = stochastic;
   }
   Batch(const Batch&) = delete;
   Batch& operator=(const Batch&) = delete;
 
-  const UpdateBatch& get() const { return batch_; }
+  const SgdBatch& get() const { return batch_; }
 
   // Calls `run(table, blocks)` for each launch of a device on which `resident` blocks run at once.
   template <class Run>
   void for_each_launch(uint32_t resident, Run&& run) const {
-    const bool known = with_sgd_formula(batch_, [&](auto formula) {
-      using Formula = decltype(formula);
-      multi_tensor::for_each_table<Formula>(SgdSource<Formula>(batch_), [&](auto& table) {
-        const uint32_t blocks = table.useful_blocks(resident);
-        table.spread_over(blocks);
-        run(table, blocks);
-      });
+    const bool known = for_each_table<SgdFormula>(batch_, [&](auto& table) {
+      const uint32_t blocks = table.useful_blocks(resident);
+      table.spread_over(blocks);
+      run(table, blocks);
     });
     if (!known) {
       throw py::type_error("kernel on host: no kernel for these dtypes");
@@ -99,9 +103,9 @@ class Batch {
   }
 
  private:
-  std::vector<TensorUpdate> updates_;
+  std::vector<TensorUpdate<SgdFormula::kBuffers>> updates_;
   std::vector<SgdGroup> groups_;
-  UpdateBatch batch_;
+  SgdBatch batch_;
 };
 
 // A GPU stops at an access that is not aligned to its own size.
@@ -225,24 +229,19 @@ std::vector<Access> accesses(
 void cpu_step(
     const std::vector<Update>& updates, const std::vector<Group>& groups, const Dtypes& dtypes,
     uintptr_t grad_scale, uintptr_t found_inf, bool stochastic) {
-  sgd_step_cpu(Batch(updates, groups, dtypes, grad_scale, found_inf, stochastic).get());
+  launch_cpu<SgdFormula>(Batch(updates, groups, dtypes, grad_scale, found_inf, stochastic).get());
 }
 
 // How many tensors a table of each tier holds where they have `groups` groups.
 std::vector<std::tuple<int, int64_t>> capacities(const Dtypes& dtypes, int64_t groups, bool stochastic) {
-  UpdateBatch batch;
-  batch.stochastic = stochastic;
-  batch.param_type = scalar_type(std::get<0>(dtypes));
-  batch.grad_type = scalar_type(std::get<1>(dtypes));
-  batch.momentum_type = scalar_type(std::get<2>(dtypes));
   std::vector<std::tuple<int, int64_t>> tiers;
   const auto add = [&](auto* tier) {
     using Table = std::remove_pointer_t<decltype(tier)>;
     const auto room = Table::kStorage - groups * static_cast<int64_t>(sizeof(typename Table::Group));
     tiers.emplace_back(static_cast<int>(sizeof(Table)), room / static_cast<int64_t>(sizeof(typename Table::Row)));
   };
-  with_sgd_formula(batch, [&](auto formula) {
-    using Formula = decltype(formula);
+  with_dtypes(kind_of(dtypes, stochastic), [&](auto types) {
+    using Formula = TileFormula<SgdFormula, decltype(types)>;
     add(static_cast<multi_tensor::Table<Formula, multi_tensor::kSmallTable>*>(nullptr));
     add(static_cast<multi_tensor::Table<Formula, multi_tensor::kMediumTable>*>(nullptr));
     add(static_cast<multi_tensor::Table<Formula, multi_tensor::kLargeTable>*>(nullptr));
@@ -251,24 +250,24 @@ std::vector<std::tuple<int, int64_t>> capacities(const Dtypes& dtypes, int64_t g
 }
 
 }  // namespace
+}  // namespace torch_freeze
 
-void bind_kernel_on_host(py::module_& module) {
+PYBIND11_MODULE(_kernel_on_host, module) {
+  module.doc() = "The kernels' bodies on descriptions of tensors, for the tests.";
   module.def(
-      "_kernel_on_host_step", &step, "updates"_a, "groups"_a, "dtypes"_a, "resident"_a, py::kw_only(),
+      "step", &torch_freeze::step, "updates"_a, "groups"_a, "dtypes"_a, "resident"_a, py::kw_only(),
       "grad_scale"_a = 0, "found_inf"_a = 0, "backwards"_a = false, "stochastic"_a = false,
       "chosen"_a = py::none(),
       "The CUDA step on tensors in host memory, by all blocks of each launch or by the chosen ones; what each "
       "launch was.");
   module.def(
-      "_kernel_on_host_accesses", &accesses, "updates"_a, "groups"_a, "dtypes"_a, "resident"_a,
+      "accesses", &torch_freeze::accesses, "updates"_a, "groups"_a, "dtypes"_a, "resident"_a,
       "chosen"_a = py::none(), py::kw_only(), "grad_scale"_a = 0, "stochastic"_a = false,
       "What the chosen blocks of each launch, or all of them, would load and store.");
   module.def(
-      "_kernel_on_host_capacities", &capacities, "dtypes"_a, "groups"_a, py::kw_only(), "stochastic"_a = false,
+      "capacities", &torch_freeze::capacities, "dtypes"_a, "groups"_a, py::kw_only(), "stochastic"_a = false,
       "(bytes of kernel parameters, tensors that fit) of each table.");
   module.def(
-      "_cpu_kernel_step", &cpu_step, "updates"_a, "groups"_a, "dtypes"_a, py::kw_only(), "grad_scale"_a = 0,
+      "cpu_step", &torch_freeze::cpu_step, "updates"_a, "groups"_a, "dtypes"_a, py::kw_only(), "grad_scale"_a = 0,
       "found_inf"_a = 0, "stochastic"_a = false, "The CPU's own step on the same description of tensors.");
 }
-
-}  // namespace torch_freeze

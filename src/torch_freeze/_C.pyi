@@ -1,14 +1,7 @@
-from collections.abc import Sequence
 from typing import Any
 from weakref import ReferenceType
 
 from torch import Tensor
-
-# (param, grad, momentum: addresses; numel; group; index in the group; fresh)
-_Update = tuple[int, int, int, int, int, int, bool]
-# (lr, momentum, dampening, weight_decay, nesterov, maximize, device_lr: address, it is double;
-# rounding_seed)
-_Group = tuple[float, float, float, float, bool, bool, int, bool, int]
 
 def sgd_step(
     param_groups: list[dict[str, Any]],
@@ -18,16 +11,22 @@ def sgd_step(
     done: list[tuple[int, list[Tensor]]] | None = None,
     unless_observed: bool = False,
 ) -> Any: ...
-def zero_grad(
+def sgd_zero_grad(
     param_groups: list[dict[str, Any]], state: dict[Tensor, Any], set_to_none: bool = True
 ) -> None: ...
+
+sgd: OptimizerSteps
+
 def is_observed() -> bool: ...
 def has_accumulator_hook(param: Tensor) -> bool: ...
+
+class OptimizerSteps: ...
 
 class BackwardStep:
     def __init__(
         self,
         optimizer: ReferenceType[Any],
+        steps: OptimizerSteps,
         bucket_bytes: int | None,
         clip_value: float | None,
     ) -> None: ...
@@ -43,38 +42,3 @@ class BackwardStep:
     def check_free(param_groups: list[dict[str, Any]], first: int) -> None: ...
     @property
     def bucket_bytes(self) -> int: ...
-
-def _kernel_on_host_step(
-    updates: Sequence[_Update],
-    groups: Sequence[_Group],
-    dtypes: tuple[str, str, str],
-    resident: int,
-    *,
-    grad_scale: int = 0,
-    found_inf: int = 0,
-    backwards: bool = False,
-    stochastic: bool = False,
-    chosen: Sequence[int] | None = None,
-) -> list[dict[str, int]]: ...
-def _kernel_on_host_accesses(
-    updates: Sequence[_Update],
-    groups: Sequence[_Group],
-    dtypes: tuple[str, str, str],
-    resident: int,
-    chosen: Sequence[int] | None = None,
-    *,
-    grad_scale: int = 0,
-    stochastic: bool = False,
-) -> list[tuple[int, int, int, bool]]: ...
-def _kernel_on_host_capacities(
-    dtypes: tuple[str, str, str], groups: int, *, stochastic: bool = False
-) -> list[tuple[int, int]]: ...
-def _cpu_kernel_step(
-    updates: Sequence[_Update],
-    groups: Sequence[_Group],
-    dtypes: tuple[str, str, str],
-    *,
-    grad_scale: int = 0,
-    found_inf: int = 0,
-    stochastic: bool = False,
-) -> None: ...

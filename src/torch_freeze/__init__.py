@@ -1,4 +1,4 @@
-"""torch_freeze: freeze parts of a PyTorch network, at no cost for what is frozen."""
+"""torch_freeze: freeze parts of a PyTorch network, at no cost for the frozen ones."""
 
 from torch_freeze._build import BuildInfo, __version__, build_info
 from torch_freeze.audit import FINDING_KINDS, Finding, audit

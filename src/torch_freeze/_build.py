@@ -1,7 +1,7 @@
-"""What the compiled module was built for, and loading it only where that still holds.
+"""What the compiled module was built for, and loading it only if it fits.
 
-The one place that imports ``_C``. Without a compiled module in the package, as after
-``TORCH_FREEZE_NO_EXTENSION=1 pip install .``, its place is taken by `_without_extension`.
+No other module imports ``_C``. If the package has no compiled module, as after
+``TORCH_FREEZE_NO_EXTENSION=1 pip install .``, `_without_extension` replaces it.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ class BuildInfo:
 
     Attributes:
         version: version of torch_freeze.
-        torch: version of the torch it was compiled against, and works with; without a compiled
-            module, that of the torch at hand.
-        cuda: CUDA version of that torch; None when the module has no CUDA code.
-        architectures: GPU code in the module: ``sm_90`` runs on compute capability 9.x,
-            ``compute_90`` is PTX, compiled when first used on 9.0 or later. Empty without CUDA.
+        torch: version of the torch it was compiled against, the only one it works with; without
+            a compiled module, the version of the installed torch.
+        cuda: CUDA version of that torch; None if the module has no CUDA code.
+        architectures: GPU code in the module: ``sm_90`` runs on compute capability 9.x;
+            ``compute_90`` is PTX, which is compiled at its first use on 9.0 or later. Empty
+            without CUDA.
         compiler: first line of the C++ compiler's ``--version``; "" without a compiled module.
-        debug: whether it was built with ``DEBUG=1``, unoptimised and with debug symbols.
-        cpu_only_because: why there is no CUDA code; None when there is.
-        compiled: False where torch_freeze was installed without its compiled module, and
-            FrozenAwareSGD takes torch's own operators.
+        debug: whether it was built with ``DEBUG=1``, without optimization and with debug symbols.
+        cpu_only_because: why there is no CUDA code; None if there is.
+        compiled: False if torch_freeze was installed without its compiled module, so that
+            FrozenAwareSGD uses torch's own operators.
     """
 
     version: str
@@ -58,14 +59,14 @@ class BuildInfo:
 
 
 def build_info() -> BuildInfo:
-    """Tell what the compiled module was built for.
+    """Return what the compiled module was built for.
 
     Returns:
         The versions of torch_freeze, torch and CUDA, the GPU architectures and the compiler.
 
     Raises:
         ImportError: the modules in the package were built for another Python, or their record is
-            damaged; the message has the command.
+            damaged. The message has the command that rebuilds them.
 
     Example:
         >>> import torch, torch_freeze
@@ -107,17 +108,17 @@ def build_info() -> BuildInfo:
 
 
 def load_extension() -> ModuleType:
-    """Load ``torch_freeze._C`` if it was built for the torch at hand.
+    """Load ``torch_freeze._C`` if it was built for the installed torch.
 
-    C++ symbols of torch differ from version to version and between its CPU and CUDA builds, so a
-    module built for another torch is refused before the loader meets an undefined symbol.
+    torch's C++ symbols differ between versions and between its CPU and CUDA builds. A module built
+    for another torch is refused here, before the loader finds an undefined symbol.
 
     Returns:
-        The compiled module; where the package has none, `_without_extension`.
+        The compiled module, or `_without_extension` if the package has none.
 
     Raises:
-        ImportError: the module was built for another torch or another Python; the message names
-            both and has the command that rebuilds it. Or Python runs without its global lock.
+        ImportError: the module was built for another torch or another Python (the message names
+            both and has the command that rebuilds it), or Python runs without its global lock.
     """
     if not _was_compiled():
         return importlib.import_module(f"{__package__}._without_extension")
@@ -132,13 +133,13 @@ def load_extension() -> ModuleType:
         module = importlib.import_module(_MODULE)
     except ImportError as error:
         raise ImportError(
-            f"torch_freeze was built for this torch {torch.__version__}, yet its module does not "
+            f"torch_freeze was built for this torch {torch.__version__}, but its module does not "
             f"load ({error}). {_command()}"
         ) from error
-    # A free-threaded Python takes its lock back when it loads a module that does not opt out.
+    # A free-threaded Python enables its lock when it loads a module that does not opt out.
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         raise ImportError(
-            "torch_freeze walks Python's lists and dicts under the global interpreter lock, and "
+            "torch_freeze reads Python's lists and dicts under the global interpreter lock, and "
             "free-threaded Python runs without it. Leave PYTHON_GIL and -X gil unset, or set them "
             "to 1"
         )
@@ -146,17 +147,17 @@ def load_extension() -> ModuleType:
 
 
 def without_extension() -> str:
-    """What is missing where the package has no compiled module, and the command that builds it."""
+    """A message for a package without a compiled module, with the command that builds it."""
     return f"torch_freeze in {_PACKAGE} has no compiled module. {_command()}"
 
 
 def _was_compiled() -> bool:
-    """Whether a module, or the record of one, lies in the package; for whichever Python."""
+    """Whether the package contains a compiled module, or the record of one, for any Python."""
     return any(path.suffix != ".pyi" for path in _PACKAGE.glob("_C.*"))
 
 
 def require_torch() -> None:
-    """Raise ImportError where there is no torch; the message has the command."""
+    """Raise ImportError if torch is not installed; the message has the command."""
     try:
         import torch  # noqa: F401
     except ModuleNotFoundError as error:
@@ -169,7 +170,7 @@ def require_torch() -> None:
 
 
 def refuse_subinterpreter() -> None:
-    """Raise ImportError outside the main interpreter, where importing torch hangs or crashes."""
+    """Raise ImportError in a subinterpreter, where importing torch hangs or crashes."""
     for name in ("_interpreters", "_xxsubinterpreters"):  # Python 3.13 renamed it
         try:
             interpreters = importlib.import_module(name)
@@ -177,14 +178,14 @@ def refuse_subinterpreter() -> None:
             continue
         if interpreters.get_current() != interpreters.get_main():
             raise ImportError(
-                "torch_freeze, as torch, works in the main interpreter only. Instead of a "
-                "subinterpreter use a thread or a process (torch.multiprocessing)"
+                "torch_freeze, like torch, works in the main interpreter only. Use a thread or a "
+                "process (torch.multiprocessing) instead of a subinterpreter"
             )
         return
 
 
 def _command() -> str:
-    """The command that builds the module, for the tree or the installation we are in."""
+    """The command that builds the module, for a source tree or an installation."""
     source = _PACKAGE.parent.parent
     pip = f"{sys.executable} -m pip install --no-build-isolation"
     if (source / "setup.py").is_file() and (source / "csrc").is_dir():
@@ -193,6 +194,6 @@ def _command() -> str:
     return f"Build it, in the folder of torch_freeze's source, with\n    {pip} ."
 
 
-# On import, because the package imports torch next.
+# These run on import, because the package imports torch next.
 refuse_subinterpreter()
 require_torch()

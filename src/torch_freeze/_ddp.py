@@ -1,4 +1,4 @@
-"""What DistributedDataParallel does with a parameter, which it decides when it wraps the model."""
+"""What DistributedDataParallel, which decides this when it wraps a model, does with a parameter."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ _C = load_extension()
 
 
 def not_reduced(tree: Tree, entries: Iterable[ParamEntry]) -> list[ParamEntry]:
-    """Those inside a wrapper that averages no gradient of theirs: frozen when it wrapped them."""
+    """Those whose gradient a wrapper never averages, because they were frozen when it wrapped."""
     return [e for e in _inside(_readable(tree), entries) if not _is_reduced(e)]
 
 
 def waited_for(tree: Tree, entries: Iterable[ParamEntry]) -> list[ParamEntry]:
-    """Those whose gradient a wrapper waits for that does not look which are unused."""
+    """Those whose gradient a wrapper waits for, because it does not look for unused ones."""
     waiting = [w for w in _readable(tree) if w.static_graph or not w.find_unused_parameters]
     return [e for e in _inside(waiting, entries) if _is_reduced(e)]
 
 
 def _is_reduced(entry: ParamEntry) -> bool:
-    # The reducer hangs a hook on the gradient accumulators of what it reduces, for as long as it
-    # lives, and keeps no list that Python could see.
+    # Python cannot ask the reducer, but it keeps a hook on the gradient accumulator of every
+    # parameter that it reduces.
     return bool(_C.has_accumulator_hook(entry.parameter))
 
 
 def _readable(tree: Tree) -> list[Any]:
-    """The wrappers that reduce in C++, which is all but those under torch's python_reducer."""
+    """The wrappers that reduce in C++: all except those under torch's python_reducer."""
     return [w for w in tree.ddp if not getattr(w, "_use_python_reducer", False)]
 
 

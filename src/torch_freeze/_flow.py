@@ -1,4 +1,7 @@
-"""How far backward runs: estimated from registration order, or measured by forward passes."""
+"""How far backward runs: estimated from registration order, or measured with forward passes.
+
+This module computes facts; `report` puts them into words.
+"""
 
 from __future__ import annotations
 
@@ -22,48 +25,51 @@ Kind = Literal["nothing frozen", "everything frozen", "stops early", "runs throu
 
 
 @dataclass(frozen=True, slots=True)
-class Flow:
-    """Where the freeze sits in the backward pass.
+class Leaf:
+    """A tensor that requires grad, is no parameter, and has parameters behind it."""
 
-    Freezing a weight always saves its weight gradient. The gradient of its *input* is saved only
-    when nothing before it takes a gradient: backward then stops. A frozen tail behind trainable
-    layers still backpropagates, which is why freezing may give less speed than hoped for; so does
-    everything behind an input or activation that requires grad itself.
+    #: Whether it is (a part of) the example.
+    in_example: bool
+    #: Name of the module whose input it enters.
+    into: str
 
-    Attributes:
-        kind: "stops early" (no frozen parameter has backward running through it), "runs through"
-            (all have), "mixed", "nothing frozen", or "everything frozen" (and backward raises).
-        measured: True when an example was run, False for an estimate by registration order.
-        stops_early: whether some frozen parameters are never reached by backward.
-        first_trainable: name of the first trainable parameter, where backward ends unless
-            `other_leaf` is set; None where none trains.
-        skipped, crossed: elements of frozen parameters that backward does not reach, and of those
-            it runs through.
-        weight_gradient_saved: share (0 to 1) of the weight-gradient work saved, compared with
-            the same model all trainable; by FLOPs when measured, else by parameter count.
-        backward_saved: share (0 to 1) saved of all work of backward: weight gradients, input
-            gradients and, when measured, attention. What activation checkpointing computes
-            again is left out.
-        sentence: the same in words.
-        other_leaf: what takes a gradient without being a parameter, in words: the example, or an
-            activation that the model or a hook marked with `requires_grad`. None where nothing
-            does, and in an estimate, which cannot tell.
-    """
+
+@dataclass(frozen=True, slots=True)
+class Reasons:
+    """What only a measurement knows: why backward runs where it does."""
+
+    by_flops: bool
+    leaf: Leaf | None
+    #: Whether some frozen parameters come after a trainable one, and some after `leaf` alone.
+    after_trainable: bool
+    after_leaf: bool
+    #: Whether the output requires grad, so that backward() does not raise.
+    runs: bool
+    #: Trainable parameters that the example does not use, or uses without giving a gradient.
+    unused: tuple[str, ...]
+    cut_off: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """How far backward runs and what that saves; `report` puts it into words."""
 
     kind: Kind
-    measured: bool
-    stops_early: bool
+    all_frozen: bool
+    #: Name of the first trainable parameter.
     first_trainable: str | None
+    #: Elements of frozen parameters that backward does not reach, and of those it runs through.
     skipped: int
     crossed: int
+    #: Shares (0 to 1) of the work of backward.
     weight_gradient_saved: float
     backward_saved: float
-    sentence: str
-    other_leaf: str | None = None
+    #: None for an estimate.
+    reasons: Reasons | None
 
 
 class _Tally:
-    """Sums over all parameters of what their gradients cost and what freezing saves of it."""
+    """Sums, over all parameters, of what their gradients cost and what freezing saves of that."""
 
     def __init__(self) -> None:
         self.count = self.count_frozen = 0
@@ -74,7 +80,7 @@ class _Tally:
 
     def add(self, entry: ParamEntry, reached: bool, if_all_train: bool) -> None:
         """Add a parameter; `reached`: the gradient of its input is computed."""
-        numel = numel_of(entry)
+        numel = entry.numel
         self.count += 1
         self.weights_all += numel
         if reached:
@@ -93,8 +99,8 @@ class _Tally:
             self.some_skipped = self.some_skipped or numel > 0
 
 
-def estimate_flow(entries: list[ParamEntry]) -> Flow:
-    """Flow by the order of registration, which is the order of use in most models, not in all."""
+def estimate_flow(entries: list[ParamEntry]) -> Facts:
+    """Estimate from the order of registration, which most models (not all) use parameters in."""
     first = next((entry for entry in entries if entry.parameter.requires_grad), None)
     first_name = first.name if first is not None else None
     start = first.first_place if first is not None else len(entries)
@@ -102,31 +108,26 @@ def estimate_flow(entries: list[ParamEntry]) -> Flow:
     model_first = _owner(entries[0].name) if entries else ""
     tally = _Tally()
     for entry in entries:
-        # A tied parameter is used where each of its names stands, so its last place counts.
-        # Weight and bias of one module share its input: neither lies behind the other.
+        # A tied parameter is used at each of its names, so its last place counts. The weight and
+        # bias of one module share its input, so neither comes after the other.
         owner = _owner(entry.aliases[-1] if entry.aliases else entry.name)
         reached = first is not None and entry.last_place > start and owner != first_owner
         tally.add(entry, reached, owner != model_first)
-    return _flow(tally, first_name, _Reasons())
-
-
-def numel_of(entry: ParamEntry) -> int:
-    """Elements of a parameter; 0 while it is lazy."""
-    return 0 if is_lazy(entry.parameter) else entry.parameter.numel()
+    return _facts(tally, first_name, None)
 
 
 def _owner(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def measure_flow(tree: Tree, example: Any) -> Flow:
-    """Flow as autograd has it, from forward passes over `example`: as it is, and all trainable."""
+def measure_flow(tree: Tree, example: Any) -> Facts:
+    """Measure with forward passes over `example`: one of the model as it is, one all trainable."""
     entries = {id(e.parameter): e for e in tree.params.values()}
     watch = everything = _Watch(entries)
     with _left_as_they_were(tree):
         output = _forward(tree, example, watch)
-        # What freezing saves is the difference to the same pass with everything trainable. Only
-        # autograd knows what is tracked then: an input or activation may be in any case.
+        # Freezing saves the difference to the same pass with everything trainable. Only autograd
+        # knows what is tracked in that pass: an input or activation may be, whatever is frozen.
         if any(not entry.parameter.requires_grad for entry in entries.values()):
             everything = _Watch(entries)
             with _all_trainable(entries.values()):
@@ -140,8 +141,8 @@ def measure_flow(tree: Tree, example: Any) -> Flow:
         tally.weights_all, tally.inputs_all = everything.weight_work, everything.input_work
     trainable = {key: entry for key, entry in entries.items() if entry.parameter.requires_grad}
     given = _gradients_given(output, watch)
-    reasons = _Reasons(
-        measured="FLOPs" if by_flops else "counts",
+    reasons = Reasons(
+        by_flops=by_flops,
         leaf=watch.leaf(example),
         after_trainable=any(
             trains for key, (trains, _) in watch.reached.items() if key not in trainable
@@ -152,15 +153,15 @@ def measure_flow(tree: Tree, example: Any) -> Flow:
             if key not in trainable
         ),
         runs=_tracked(output),
-        unused=[entry.name for key, entry in trainable.items() if key not in watch.used],
-        cut_off=[
+        unused=tuple(entry.name for key, entry in trainable.items() if key not in watch.used),
+        cut_off=tuple(
             entry.name
             for key, entry in trainable.items()
             if key in watch.used and given is not None and key not in given
-        ],
+        ),
     )
     first = next((entry.name for entry in watch.order if id(entry.parameter) in trainable), None)
-    return _flow(tally, first, reasons)
+    return _facts(tally, first, reasons)
 
 
 def _forward(tree: Tree, example: Any, watch: _Watch) -> Any:
@@ -175,11 +176,11 @@ def _forward(tree: Tree, example: Any, watch: _Watch) -> Any:
         args = (example,)
     model = unwrap(tree.root.module)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    # Statistics are written into copies, so a norm in train mode is not moved by the pass.
+    # The pass writes statistics into copies, so it does not change norms in train mode.
     buffers = {name: b.clone() for name, b in model.named_buffers() if not is_lazy(b)}
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    # autocast keeps the casts of what trains: those of another pass are no use, whoever made it.
+    # autocast caches casts of trainable parameters. Casts from another pass would hide operations.
     torch.clear_autocast_cache()
     try:
         with (
@@ -197,7 +198,7 @@ def _forward(tree: Tree, example: Any, watch: _Watch) -> Any:
 
 @contextmanager
 def _checkpoints_run_at_once() -> Iterator[None]:
-    """Let the reentrant checkpoint, which hides its operations, run as its backward would."""
+    """Run reentrant checkpoints, which hide their operations, as their backward would."""
 
     class AtOnce:
         @staticmethod
@@ -216,7 +217,7 @@ def _checkpoints_run_at_once() -> Iterator[None]:
 
 @contextmanager
 def _left_as_they_were(tree: Tree) -> Iterator[None]:
-    """Restore tensors that modules keep as plain attributes, such as the older weight_norm's."""
+    """Restore tensors kept as plain attributes, as the older weight_norm keeps the weight."""
     kept = [
         (entry.module.__dict__, key, value)
         for entry in tree.order
@@ -232,7 +233,7 @@ def _left_as_they_were(tree: Tree) -> Iterator[None]:
 
 @contextmanager
 def _all_trainable(entries: Iterable[ParamEntry]) -> Iterator[None]:
-    """Set requires_grad on every parameter that can train, for the length of the block."""
+    """Set requires_grad on every parameter that can train, inside the block only."""
     flipped = []
     try:
         for entry in entries:
@@ -253,7 +254,7 @@ def _tracked(values: Any) -> bool:
 
 
 def _gradients_given(output: Any, watch: _Watch) -> set[int] | None:
-    """The trainable parameters that a backward from `output` reaches; None if it has no tensor."""
+    """Trainable parameters that a backward from `output` reaches; None if it has no tensor."""
     tensors = [value for value in tree_iter(output) if isinstance(value, torch.Tensor)]
     if not tensors:
         return None
@@ -274,15 +275,15 @@ def _gradients_given(output: Any, watch: _Watch) -> set[int] | None:
 
 
 def _accumulates(node: Any) -> torch.Tensor | None:
-    """The leaf whose gradient a node of the graph accumulates; None for any other node."""
+    """The leaf whose gradient a graph node accumulates; None for any other node."""
     return node.variable if type(node).__name__ == "AccumulateGrad" else None
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
-    """Sees every operation of a forward pass: which parameters it uses, on what input.
+    """Records, for every operation of a forward pass, which parameters it uses on what input.
 
-    Works on operations, not on modules: attention calls its projections' weights without calling
-    the projection modules, and tied weights are used away from their owner.
+    It works on operations, not on modules: attention uses its projections' weights without calling
+    the projection modules, and tied weights are used outside the module that owns them.
     """
 
     def __init__(self, entries: dict[int, ParamEntry]) -> None:
@@ -290,17 +291,17 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         self.entries = entries
         self.order: list[ParamEntry] = []
         self.used: set[int] = set()
-        #: Parameters whose input takes a gradient: does it lead on to a trainable parameter, and
-        #: to a leaf that is none?
+        #: Parameters whose input takes a gradient, and whether that gradient leads on to a
+        #: trainable parameter and to another leaf.
         self.reached: dict[int, tuple[bool, bool]] = {}
-        #: FLOPs of backward: of the gradients of weights, and of those of all else.
+        #: FLOPs of backward, for the gradients of weights and for all others.
         self.weight_work = self.input_work = 0.0
         self._enters: str | None = None
         self._leaves: list[torch.Tensor] = []
         self._leads: dict[Any, tuple[bool, bool]] = {}
-        # Views and casts of a parameter count as the parameter. They are known by their storage
-        # and, where parameters share one (a flattened LSTM), by the bytes of it they cover;
-        # keeping a reference to each keeps its address from being used again.
+        # Views and casts of a parameter count as the parameter. They are recognized by their
+        # storage and, if parameters share it (a flattened LSTM), by the bytes they cover.
+        # References to them keep their addresses from being reused.
         self._sources: dict[int, list[tuple[int, int, frozenset[int]]]] = {}
         self._kept: list[torch.Tensor] = []
         for key, entry in entries.items():
@@ -312,21 +313,20 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         self._kept.append(tensor)
 
     def source(self, tensor: torch.Tensor) -> frozenset[int]:
-        """The parameters a tensor shows or is made of; empty for an activation."""
+        """The parameters that a tensor is a view or a cast of; empty for an activation."""
         known = self._sources.get(_storage(tensor), ())
         if len(known) < 2:
             return known[0][2] if known else frozenset()
         start, end = _span(tensor)
         return frozenset().union(*(keys for a, b, keys in known if a < end and start < b))
 
-    def leaf(self, example: Any) -> str | None:
-        """What takes a gradient and is no parameter, in words."""
+    def leaf(self, example: Any) -> Leaf | None:
+        """What takes a gradient and is no parameter."""
         if not self._leaves:
             return None
         given = {id(value) for value in tree_iter(example) if isinstance(value, torch.Tensor)}
-        if any(id(leaf) in given for leaf in self._leaves):
-            return "the example, which requires grad"
-        return f"an activation that requires grad (the input of {self._enters})"
+        in_example = any(id(leaf) in given for leaf in self._leaves)
+        return Leaf(in_example, self._enters or "")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -346,7 +346,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
                 if isinstance(value, torch.Tensor):
                     self._mark(value, frozenset(from_params))
             return out
-        # Autograd works above this mode, so the inputs still say whether they are tracked.
+        # Autograd runs before this mode, so the inputs still show whether they are tracked.
         recorded = torch.is_grad_enabled() or _inside_a_function()
         if recorded:
             self._count(func, args, kwargs, out)
@@ -368,7 +368,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         return out
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
-        """Add the FLOPs that the operation's backward takes."""
+        """Add the FLOPs of the operation's backward."""
         packet = getattr(func, "_overloadpacket", None)
         name = getattr(packet, "__name__", "")
         if name in _RECURRENT:
@@ -386,10 +386,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
             return
         flops = float(count(*args, **kwargs, out_val=out))
         if "attention" in name:
-            # Its backward is one operation: five products where forward has two.
+            # Its backward is one operation with five products, where forward has two.
             self.input_work += 2.5 * flops * _tracked(args[:3])
             return
-        # The gradient of each factor of a product takes as many operations as the product.
+        # The gradient of each factor of a product costs as much as the product.
         first = 1 if name in ("addmm", "baddbmm") else 0
         for factor in args[first : first + 2]:
             if not factor.requires_grad:
@@ -400,7 +400,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
                 self.input_work += flops
 
     def _leads_to(self, tensor: torch.Tensor) -> tuple[bool, bool]:
-        """Whether the gradient of `tensor` leads to a trainable parameter, and to another leaf."""
+        """Whether the gradient of `tensor` leads to a trainable parameter and to another leaf."""
         if tensor.grad_fn is None:
             self._add_leaf(tensor)
             return False, True
@@ -430,9 +430,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
             self._leaves.append(tensor)
 
 
-# Whole recurrent layers in one operation, for which torch has no formula.
+# Operations that are whole recurrent layers. torch has no FLOP formula for them.
 _RECURRENT = ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")
-# Operations that torch has no formula for, and what to count them as.
+# Operations without a formula in torch, and the operation to count each as.
 _COUNTED_AS = {
     "_scaled_dot_product_flash_attention_for_cpu": (
         torch.ops.aten._scaled_dot_product_flash_attention
@@ -444,7 +444,7 @@ _COUNTED_AS = {
 
 
 def _inside_a_function() -> bool:
-    """Whether an autograd.Function's forward is running: it records, though gradients are off."""
+    """Whether an autograd.Function's forward runs, which is recorded though grad mode is off."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
@@ -457,7 +457,7 @@ def _inside_a_function() -> bool:
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """First and last byte a tensor covers; all of them where it has no plain memory."""
+    """First and last byte that a tensor covers; every byte if it has no plain memory."""
     if tensor.layout is not torch.strided or tensor.numel() == 0:
         return 0, 2**63
     size = tensor.element_size()
@@ -474,22 +474,7 @@ def _storage(tensor: torch.Tensor) -> int:
         return -id(tensor)
 
 
-@dataclass(frozen=True, slots=True)
-class _Reasons:
-    """What measuring adds to the counts: why backward runs where it does."""
-
-    measured: Literal["", "FLOPs", "counts"] = ""
-    leaf: str | None = None
-    #: Whether some frozen parameters lie behind a trainable one, and some behind the leaf alone.
-    after_trainable: bool = True
-    after_leaf: bool = False
-    #: Whether the output requires grad, so that backward() does not raise.
-    runs: bool = False
-    unused: Iterable[str] = ()
-    cut_off: Iterable[str] = ()
-
-
-def _flow(tally: _Tally, first: str | None, why: _Reasons) -> Flow:
+def _facts(tally: _Tally, first: str | None, reasons: Reasons | None) -> Facts:
     everything = tally.weights_all + tally.inputs_all
     all_frozen = 0 < tally.count == tally.count_frozen
     weight_saved = float(all_frozen)
@@ -498,64 +483,22 @@ def _flow(tally: _Tally, first: str | None, why: _Reasons) -> Flow:
     backward_saved = weight_saved
     if everything:
         backward_saved = max(0.0, 1 - (tally.weights_now + tally.inputs_now) / everything)
-    total = f"{tally.crossed + tally.skipped:,}"
-    after = f"a trainable one ({first})" if first and why.after_trainable else ""
-    if why.leaf and (why.after_leaf or not after):
-        after += f"{' or ' if after else ''}{why.leaf}"
     kind: Kind
     if not tally.count_frozen:
         kind = "nothing frozen"
-        said = "runs through the whole model: nothing is frozen."
-    elif all_frozen and not tally.some_crossed and not why.runs:
+    elif all_frozen and not tally.some_crossed and not (reasons and reasons.runs):
         kind, weight_saved, backward_saved = "everything frozen", 1.0, 1.0
-        said = "does not run: everything is frozen, and backward() on the loss raises"
-        said += "." if why.measured else " unless the input or an activation requires grad."
     elif not tally.some_crossed:
         kind = "stops early"
-        said = f"stops early: all {total} frozen parameters come before "
-        said += f"the first trainable one ({first})." if first else "what takes a gradient."
-    elif tally.some_skipped:
-        kind = "mixed"
-        said = (
-            f"stops early for {tally.skipped:,} of {total} frozen parameters; it still runs "
-            f"through the other {tally.crossed:,}, which come after {after}: there the input "
-            "gradients are computed all the same."
-        )
     else:
-        kind = "runs through"
-        said = (
-            f"does not stop early: all {total} frozen parameters come after {after}, so it runs "
-            "through them and computes their input gradients."
-        )
-    if all_frozen and kind != "everything frozen":
-        said = f"runs though everything is frozen, and {said}"
-    if kind not in ("nothing frozen", "everything frozen"):
-        said += (
-            f" Weight-gradient work saved: {100 * weight_saved:.1f} %; backward work of these "
-            f"layers saved: {100 * backward_saved:.1f} %."
-        )
-        said += {
-            "": " (Estimated from the order of registration and parameter counts; "
-            "give example=... to measure.)",
-            "FLOPs": " (Measured on the example, by FLOPs of matrix products and convolutions.)",
-            "counts": " (Measured on the example, by parameter counts: it has no matrix product.)",
-        }[why.measured]
-    for names, gets in (
-        (list(why.unused), "uses {} nowhere"),
-        (list(why.cut_off), "gives no gradient to {}, which it uses behind no_grad() or detach()"),
-    ):
-        if names:
-            noun = "trainable parameter" + "s" * (len(names) > 1)
-            said += f" The example {gets.format(f'{len(names)} {noun}')}, such as {names[0]}."
-    return Flow(
+        kind = "mixed" if tally.some_skipped else "runs through"
+    return Facts(
         kind=kind,
-        measured=bool(why.measured),
-        stops_early=kind in ("stops early", "mixed", "everything frozen"),
+        all_frozen=all_frozen,
         first_trainable=first,
         skipped=tally.skipped,
         crossed=tally.crossed,
         weight_gradient_saved=weight_saved,
         backward_saved=backward_saved,
-        sentence=said,
-        other_leaf=why.leaf,
+        reasons=reasons,
     )

@@ -1,15 +1,15 @@
 """Which frozen parameters `freeze` froze itself, and which it found frozen.
 
-A model may keep parameters frozen for good: Whisper's sinusoidal positions, a detector's first
-layers. Freezing and unfreezing everything must not make these train. So each module notes, by the
-names of its own parameters, which of them `freeze` froze (True) and which were frozen already
-beside others that it froze (False). A parameter that somebody froze by hand has no entry.
+A model may keep parameters frozen for good, such as Whisper's sinusoidal positions or a detector's
+first layers. Freezing and unfreezing everything must not make these train. So each module has a
+note that says, by the names of its own parameters, which of them `freeze` froze (True) and which
+were frozen already while it froze others (False). A parameter frozen by hand has no entry.
 
-The note is a frozenset of (name, bool) in the module's `__dict__`: deepcopy and pickle keep it, it
+The note is a frozenset of (name, bool) in the module's `__dict__`. deepcopy and pickle keep it, it
 loads where torch_freeze is not installed, shallow copies of a module may share it, and torch.jit
-leaves it out of a scripted module, where a dict would become an attribute. It never says what is
-frozen, which is `requires_grad` alone: the entry of a parameter that trains is void, and dropped
-when met.
+leaves it out of a scripted module, where a dict would become an attribute. It never decides what is
+frozen, which is up to `requires_grad`: an entry of a parameter that trains is void, and is dropped
+when it is found.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ KEY = "_torch_freeze"
 
 
 def read(tree: Tree) -> dict[int, bool]:
-    """By `id` of each frozen parameter: whether `freeze` froze it (True) or found it frozen.
+    """For each frozen parameter, by `id`, whether `freeze` froze it (True) or found it frozen.
 
-    Entries of parameters that train are dropped on the way: they stay void if frozen by hand.
+    This drops the entries of parameters that train, so that they stay void if frozen by hand.
     """
     known: dict[int, bool] = {}
     for entry in tree.order:
@@ -38,7 +38,7 @@ def read(tree: Tree) -> dict[int, bool]:
         for key, parameter in entry.module._parameters.items():
             if key in note and parameter is not None and not parameter.requires_grad:
                 valid += 1
-                # A tied parameter is noted by each of its owners that freeze has seen.
+                # A tied parameter has an entry in each of its owners that freeze has seen.
                 known[id(parameter)] = note[key] or known.get(id(parameter), False)
         if valid < len(note):
             own = entry.module._parameters.items()
@@ -48,7 +48,7 @@ def read(tree: Tree) -> dict[int, bool]:
 
 
 def write(tree: Tree, marks: Mapping[int, bool]) -> None:
-    """Note `marks`, by `id` of the parameter, in every module that owns one."""
+    """Add `marks`, by `id` of the parameter, to the note of every module that owns one."""
     if not marks:
         return
     for entry in tree.order:
@@ -61,7 +61,7 @@ def write(tree: Tree, marks: Mapping[int, bool]) -> None:
 
 
 def drop(tree: Tree, thawed: Set[int]) -> None:
-    """Drop the entries of parameters, by their `id`, that were made trainable."""
+    """Drop the entries of parameters (by `id`) that were made trainable."""
     for entry in tree.order:
         if KEY not in entry.module.__dict__ or not any(
             id(e.parameter) in thawed for e in entry.params
@@ -87,7 +87,7 @@ def _note(module: nn.Module) -> dict[str, bool]:
 
 
 def _put(module: nn.Module, note: dict[str, bool]) -> None:
-    # Into __dict__ itself: a module's __setattr__ has no say in it.
+    # Written to __dict__ directly, past a module's __setattr__.
     if note:
         module.__dict__[KEY] = frozenset(note.items())
     else:

@@ -1,4 +1,4 @@
-"""Selectors: what a user names, and the parameters and modules of a model that it stands for."""
+"""Selectors: find the parameters and modules of a model that a user names."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from . import _format
 from ._tree import ModuleEntry, ParamEntry, Tree, unwrap
 
-#: What a user may name: a glob, a regex, a module or parameter of the model, a module class, or a
-#: callable (name, parameter) -> bool; or an iterable of these.
+#: A glob, a regex, a module or parameter of the model, a module class, or a callable
+#: (name, parameter) -> bool; or an iterable of these.
 Selector: TypeAlias = (
     str
     | re.Pattern[str]
@@ -32,18 +32,18 @@ Selector: TypeAlias = (
 
 @dataclass(slots=True)
 class Selection:
-    """What selectors name: parameters, the modules they lie in, and the names that matched."""
+    """What selectors name: parameters, modules, and the names that matched."""
 
     params: dict[int, ParamEntry] = field(default_factory=dict)
     modules: dict[int, ModuleEntry] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
-    #: Modules that a selector named itself, in the order named (not what lies below them).
+    #: Modules that a selector named itself, without those below them, in the order named.
     heads: dict[int, ModuleEntry] = field(default_factory=dict)
-    #: For each argument, a list of selectors being one: the modules and parameters it named.
+    #: For each argument (a list counts as one) the modules and parameters that it named.
     units: list[list[ModuleEntry | ParamEntry]] = field(default_factory=list)
 
     def begin_unit(self) -> None:
-        """What is added from here on was named by another argument than what was so far."""
+        """Begin a new argument, which names what is added from now on."""
         self.units.append([])
 
     def add_param(self, entry: ParamEntry) -> None:
@@ -61,7 +61,7 @@ class Selection:
                 self.params[id(param)] = param
 
     def named_alias(self, alias: str) -> bool:
-        """Whether this very name of a tied parameter, or a module above it, was named."""
+        """Whether this name of a tied parameter, or a module around it, was named."""
         if "" in self.names:
             return True
         parts = alias.split(".")
@@ -69,11 +69,11 @@ class Selection:
 
 
 def flatten(what: Iterable[Selector]) -> list[Selector]:
-    """Selectors with lists, tuples and generators of selectors opened up."""
+    """Selectors as a flat list, without the lists, tuples and generators around them."""
     flat: list[Selector] = []
     for item in what:
-        # Modules and tensors are iterable as well, but stand for themselves here.
-        # Of bytes only integers would be left to name in an error.
+        # Modules and tensors are iterable too, but are selectors themselves. bytes would become
+        # ints, and the error would not show what was given.
         if isinstance(item, (str, bytes, bytearray, re.Pattern, nn.Module, torch.Tensor, type)):
             flat.append(item)
         elif isinstance(item, Iterable):
@@ -93,16 +93,16 @@ def everything(tree: Tree) -> Selection:
 
 
 def as_selectors(what: Selector) -> list[Selector]:
-    """`exclude` and its like: one selector or an iterable of them, as a flat list."""
+    """One selector, or an iterable of them, as a flat list."""
     return flatten([what])
 
 
 def select(tree: Tree, what: Iterable[Selector], caller: str) -> Selection:
-    """Resolve selectors, or lists of them; each must match something.
+    """Resolve selectors, or lists of them. Each must match something.
 
     Raises:
         ValueError: a selector matches nothing; the message has the nearest names.
-        TypeError: a selector is of no known kind.
+        TypeError: a selector has an unknown type.
     """
     selection = Selection()
     seen: set[int] = set()
@@ -180,16 +180,16 @@ def _select_one(
 
 
 def _if_parametrized(tree: Tree) -> str:
-    """What to name in place of a tensor that a parametrization computes, if the model has any."""
+    """What to name instead of a weight that a parametrization computes, if there are any."""
     lists = [e.name for e in tree.order if isinstance(e.module, ParametrizationList)]
     if not lists:
         return ""
     named = ", ".join(map(repr, lists[:3])) + (", ..." if len(lists) > 3 else "")
-    return f" For a parametrized weight name what it is computed from: {named}."
+    return f" For a parametrized weight, name what it is computed from: {named}."
 
 
 def _by_name(tree: Tree, pattern: str) -> list[tuple[ModuleEntry | ParamEntry, str]]:
-    # A name may itself hold glob characters (ParameterDict keys): what exists is meant literally.
+    # A name may contain glob characters (a ParameterDict key); an exact match takes precedence.
     found = tree.names.exactly(pattern)
     literal = re.split(r"[*?[]", pattern, maxsplit=1)[0]
     if found or literal == pattern:
@@ -202,7 +202,7 @@ def _add(
 ) -> bool:
     added = False
     for entry, name in found:
-        # The model itself has no name: "*" is all in it, and no module of its own.
+        # The model itself has no name, so "*" matches everything in it but not the model.
         if not name:
             continue
         added = True
@@ -227,10 +227,10 @@ def _no_match(tree: Tree, pattern: str | re.Pattern[str], caller: str) -> str:
 
 
 def nearest(tree: Tree, text: str) -> list[str]:
-    """Up to three patterns that do match and look like `text`."""
+    """Up to three patterns that match something and look like `text`."""
     if not text:
         return []
-    # Numbered siblings are folded into one star so that a large model stays quick to search.
+    # Numbered siblings become one pattern with a star, to keep the search in a large model fast.
     folded: dict[str, None] = {}
     literal: dict[str, None] = {}
     named: list[ModuleEntry | ParamEntry] = [*tree.order, *tree.params.values()]
@@ -243,7 +243,7 @@ def nearest(tree: Tree, text: str) -> list[str]:
             folded[re.sub(r"(?<![^.])\d+(?![^.])", "*", name)] = None
     last = {name.rsplit(".", 1)[-1] for name in folded}
     tail = text.strip(".*")
-    # A parametrized weight is no parameter any more; what it is computed from lies here.
+    # A parametrized weight is no longer a parameter; what it is computed from has this name.
     layer, dot, key = text.rpartition(".")
     parametrized = f"{layer}{dot}parametrizations.{key}"
     found = [parametrized] if parametrized in literal else []

@@ -1,4 +1,4 @@
-"""Which parameters were made trainable since the last forward pass, so can have no gradient yet."""
+"""Which parameters were unfrozen since the last forward pass and so cannot have a gradient yet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class _Thawed(threading.local):
-    """Of the calling thread, as the count of its autograd nodes is."""
+    """Per thread, because autograd counts its nodes per thread."""
 
     def __init__(self) -> None:
         self.nodes = -1
@@ -20,16 +20,16 @@ _thawed = _Thawed()
 
 
 def note(parameters: Iterable[torch.Tensor]) -> None:
-    """Remember that these were made trainable now. Nothing is kept alive or marked."""
+    """Remember that these were unfrozen now, by `id`, without keeping them alive."""
     nodes = _nodes()
     if nodes != _thawed.nodes:
-        # What was noted before the last forward pass is of no more use: the set stays small.
+        # Entries from before the last forward pass are void; dropping them keeps the set small.
         _thawed.nodes, _thawed.ids = nodes, set()
     _thawed.ids.update(map(id, parameters))
 
 
 def just_thawed(parameter: torch.Tensor) -> bool:
-    """Whether it was made trainable after the last operation that autograd recorded."""
+    """Whether it was unfrozen after the last operation that autograd recorded."""
     return _thawed.nodes == _nodes() and id(parameter) in _thawed.ids
 
 

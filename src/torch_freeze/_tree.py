@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-# Wrappers register the user's model as a child under these names. The underscored ones are
-# private to torch; "module" is an ordinary word, so there the wrapper's class decides.
+# Wrappers register the user's model as a child under these names, which are private to torch. Some
+# use "module", which others use too, so those wrappers are recognized by their class.
 _WRAPPER_CHILDREN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def wrapped_child(module: nn.Module) -> str | None:
-    """The name under which a wrapper (DDP, compile, FSDP1, checkpointing) keeps the real module."""
+    """The name under which a wrapper (DDP, compile, FSDP1, checkpointing) keeps its module."""
     for name in _WRAPPER_CHILDREN:
         if name in module._modules:
             return name
@@ -37,7 +37,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 def is_lazy(tensor: torch.Tensor) -> bool:
     """Whether a lazy module's parameter or buffer has no shape yet."""
-    # By type: isinstance() of a parameter class is slow, and is true of more than its instances.
+    # isinstance() of a parameter class is slow, and true of more than its instances.
     return type(tensor) in (UninitializedParameter, UninitializedBuffer)
 
 
@@ -52,20 +52,26 @@ class ParamEntry:
         self.name = name
         #: Further names, of a tied parameter.
         self.aliases: tuple[str, ...] = ()
-        #: Names with the wrappers' segments, where there are any, to those without.
+        #: Maps names with wrappers' segments to those without; None if there are no wrappers.
         self.raw_names: dict[str, str] | None = None
-        #: Where in the order of registration the first and the last of its names stand.
+        #: Positions of its first and its last name in the order of registration.
         self.first_place = self.last_place = place
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.name, *self.aliases)
 
+    @property
+    def numel(self) -> int:
+        """Its number of elements; 0 while it is lazy."""
+        return 0 if is_lazy(self.parameter) else self.parameter.numel()
+
 
 class ModuleEntry:
     """One module, every name it has, and what it owns directly."""
 
-    # No reference upwards: a cycle would keep the model alive until the next garbage collection.
+    # There is no reference to the parent entry: a cycle would keep the model alive until the next
+    # garbage collection.
     __slots__ = ("aliases", "children", "module", "name", "params", "parent", "raw_names")
 
     def __init__(self, module: nn.Module, name: str, parent: int) -> None:
@@ -73,7 +79,7 @@ class ModuleEntry:
         self.name = name
         self.aliases: tuple[str, ...] = ()
         self.raw_names: dict[str, str] | None = None
-        #: Place in Tree.order of the module it is first registered in; -1 for the model.
+        #: Index in Tree.order of the module it is first registered in; -1 for the model.
         self.parent = parent
         self.params: Sequence[ParamEntry] = ()
         self.children: Sequence[ModuleEntry] = ()
@@ -83,7 +89,7 @@ class ModuleEntry:
         return (self.name, *self.aliases)
 
     def subtree(self, seen: set[int]) -> Iterator[ModuleEntry]:
-        """Self and all modules below that are not in `seen` yet, in registration order."""
+        """Self and all modules below it that are not yet in `seen`, in registration order."""
         stack = [self]
         while stack:
             entry = stack.pop()
@@ -106,14 +112,14 @@ class Tree:
     """A model's modules and parameters by identity, with all their names, from a single walk.
 
     Names leave out the wrappers' segments ("module.", "_orig_mod."); `raw_names` keep them.
-    Parameters are distinguished by identity, never by value: two equal layers are two layers.
+    Parameters are told apart by identity, never by value: two equal layers are two layers.
 
     Attributes:
-        params: by `id` of the parameter, in registration order.
-        modules: by `id` of the module; a wrapper stands for what it wraps.
-        order: every module once, in registration order, parents before what they hold.
+        params: parameters by `id`, in registration order.
+        modules: modules by `id`; a wrapper's `id` leads to the module it wraps.
+        order: every module once, in registration order, parents before children.
         root: the model, under its wrappers.
-        ddp: the DistributedDataParallel wrappers met.
+        ddp: the DistributedDataParallel wrappers found.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -126,13 +132,13 @@ class Tree:
         self.root = self._walk(model, "", "", -1)
 
     def _walk(self, module: nn.Module, name: str, raw: str, parent: int) -> ModuleEntry:
-        # `name` and `raw` end in a dot, ready to prefix what lies below.
+        # `name` and `raw` are prefixes: they end in a dot unless they are empty.
         below = module._modules
         if below and (child := wrapped_child(module)) and (inner := below[child]) is not None:
             if isinstance(module, DistributedDataParallel):
                 self.ddp.append(module)
             entry = self._walk(inner, name, f"{raw}{child}.", parent)
-            # A wrapper is found by identity too: freeze(model, compiled_block).
+            # A wrapper may be selected too: freeze(model, compiled_block).
             self.modules[id(module)] = entry
             return entry
         known = self.modules.get(id(module))
@@ -171,23 +177,23 @@ class Tree:
         return entry
 
     def above(self, entry: ModuleEntry) -> Iterator[ModuleEntry]:
-        """The modules around `entry`, from the inside out."""
+        """The modules around `entry`, innermost first."""
         while entry.parent >= 0:
             entry = self.order[entry.parent]
             yield entry
 
     @property
     def names(self) -> _Names:
-        """All names, looked up without a walk over the model."""
+        """All names, for a lookup that does not walk the model."""
         if self._names is None:
             self._names = _Names([*self.order, *self.params.values()])
         return self._names
 
     def parameter_named(self, name: str) -> ParamEntry | None:
-        """The parameter with this name, whichever of its names it is."""
+        """The parameter that has this name as any of its names."""
         found = self.names.exactly(name)
         params = [(own == name, entry) for entry, own in found if isinstance(entry, ParamEntry)]
-        # A name with the wrappers' segments may be another parameter's without, whose it is then.
+        # If a name with wrappers' segments is also another parameter's name without, that one wins.
         return max(params, key=lambda pair: pair[0])[1] if params else None
 
     def tied(self) -> list[ParamEntry]:
@@ -198,8 +204,8 @@ class Tree:
 class _Names:
     """Every name in a tree, with and without the wrappers' segments.
 
-    Thousands of listed names, as a schedule may have, are each found without looking at all others;
-    so are the names that a glob may match, when it begins with something literal.
+    A lookup does not scan all names, since a schedule may list thousands. Neither does a glob that
+    begins with literal characters.
     """
 
     def __init__(self, entries: list[ModuleEntry | ParamEntry]) -> None:
@@ -213,13 +219,13 @@ class _Names:
         self._sorted: list[str] | None = None
 
     def exactly(self, name: str) -> list[tuple[ModuleEntry | ParamEntry, str]]:
-        """What has this name, and the name without the wrappers' segments."""
+        """The entries with this name, each with that name less the wrappers' segments."""
         return self._own((place, name) for place in self._places.get(name, ()))
 
     def matching(
         self, matches: Callable[[str], object], prefix: str = ""
     ) -> list[tuple[ModuleEntry | ParamEntry, str]]:
-        """What has a matching name, modules first; `prefix` is one that all such names have."""
+        """The entries with a matching name, modules first; all such names begin with `prefix`."""
         names: Iterable[str] = self._places
         if prefix:
             if self._sorted is None:
@@ -243,7 +249,7 @@ class _Names:
 
 
 def check_model(model: object, caller: str) -> nn.Module:
-    """`model` if it is one, else a TypeError that shows the call that was meant."""
+    """Return `model` if it is one, else raise a TypeError that shows the call that was meant."""
     if isinstance(model, nn.Module):
         return model
     if isinstance(model, str):

@@ -1,7 +1,6 @@
-"""Stands in for the compiled module: what `FrozenAwareSGD` needs of it, in Python.
+"""Replaces the compiled module with Python: the functions of ``_C.pyi`` that the optimizer needs.
 
-The optimizer's loop over parameters is here; every update goes through torch's own functional form.
-Function by function the same as ``_C.pyi``, short of what needs the kernels.
+This module decides what to update; every update goes through torch's own functional form.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def sgd_step(
     done: list[tuple[int, list[Tensor]]] | None = None,
     unless_observed: bool = False,
 ) -> Any:
-    """Name what is to be stepped, all of it by torch's form; called again when that is done."""
+    """Return the parameters to step, all with torch's form; called again when that is done."""
     if unless_observed and is_observed():
         return NotImplemented
     if done is None:
@@ -48,10 +47,10 @@ def sgd_step(
     return None
 
 
-def zero_grad(
+def sgd_zero_grad(
     param_groups: list[dict[str, Any]], state: dict[Tensor, Any], set_to_none: bool = True
 ) -> None:
-    """Reset all gradients, and let go of the momentum of what is frozen where that is asked for."""
+    """Reset all gradients, and free the momentum of frozen parameters in groups that ask for it."""
     for group in param_groups:
         for p in group["params"]:
             if p.grad is None:
@@ -68,30 +67,36 @@ def zero_grad(
             _drop_momentum(group, state)
 
 
+sgd = None
+"""Stands for the optimizer where steps in backward are made, which need the compiled module."""
+
+
 def is_observed() -> bool:
-    """Whether a profiler records: always supposed, since a stock step records each time."""
+    """Whether a profiler records. It is always assumed, because a stock step always records."""
     return True
 
 
 def has_accumulator_hook(param: Tensor) -> bool:
     """Whether DistributedDataParallel reduces the gradient of `param`, which Python cannot see.
 
-    The answer that raises no alarm: as the parameter itself trains or not.
+    This assumes that nothing changed since it wrapped the model, so it never causes a warning.
     """
     return param.requires_grad
 
 
 class BackwardStep:
-    """Steps in backward are the compiled module's alone."""
+    """Steps in backward, which need the compiled module."""
 
-    def __init__(self, optimizer: Any, bucket_bytes: int | None, clip_value: float | None) -> None:
+    def __init__(
+        self, optimizer: Any, steps: None, bucket_bytes: int | None, clip_value: float | None
+    ) -> None:
         raise RuntimeError(
             f"step_in_backward=True needs the compiled module. {without_extension()}"
         )
 
     @staticmethod
     def check_free(param_groups: list[dict[str, Any]], first: int) -> None:
-        """Nobody else can step these parameters in backward here."""
+        """Do nothing: no optimizer can step parameters in backward here."""
 
 
 def _frozen(group: dict[str, Any]) -> Iterator[Tensor]:
@@ -109,7 +114,7 @@ def _drop_momentum(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
 
 
 def _to_step(index: int, group: dict[str, Any], state: dict[Tensor, Any]) -> list[Tensor]:
-    """What trains and has a gradient; an error here comes before anything is written."""
+    """Trainable parameters with a gradient; raises before anything is written."""
     found = []
     for position, p in enumerate(group["params"]):
         if not p.requires_grad or p.grad is None:
@@ -121,7 +126,7 @@ def _to_step(index: int, group: dict[str, Any], state: dict[Tensor, Any]) -> lis
                 continue
             if not isinstance(tensor, Tensor):
                 raise TypeError(
-                    f"{_STEP}: {what} of {place} is a {type(tensor).__name__}; it has to be a "
+                    f"{_STEP}: {what} of {place} is a {type(tensor).__name__}; it must be a "
                     "tensor or None"
                 )
             plain = p.layout is torch.strided and not p.is_nested
@@ -129,7 +134,7 @@ def _to_step(index: int, group: dict[str, Any], state: dict[Tensor, Any]) -> lis
                 raise ValueError(
                     f"{_STEP}: {what} of {place} has shape {list(tensor.shape)} on "
                     f"{tensor.device}; the parameter has {list(p.shape)} on {p.device}. Set it to "
-                    "None, or give it the parameter's."
+                    "None, or give it the parameter's shape and device."
                 )
         found.append(p)
     return found

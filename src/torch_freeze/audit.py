@@ -1,4 +1,4 @@
-"""audit: what is wrong, or likely to be, with a frozen model and its optimizer."""
+"""audit: find what is wrong, or likely to be, with a frozen model and its optimizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ._ddp import not_reduced
 from ._hold import held_by, is_norm, is_spectral_norm
 from ._thawed import just_thawed
 from ._tree import ModuleEntry, ParamEntry, Tree, check_model, is_lazy
-from .optim import FrozenAwareSGD
+from .optim._base import FrozenAware, frozen_aware, frozen_state_option
 from .report import as_optimizers, state_bytes, tensor_bytes
 
 Level = Literal["error", "warning", "info"]
@@ -47,7 +47,7 @@ Kind = Literal[
     "frozen unowned",
 ]
 
-# The reference page is made from this, so it holds plain strings alone.
+# The reference page is made from this without importing it, so it holds nothing but strings.
 FINDING_KINDS: Final[dict[Kind, tuple[tuple[Level, ...], str]]] = {
     "unowned": (
         ("error",),
@@ -56,8 +56,8 @@ FINDING_KINDS: Final[dict[Kind, tuple[tuple[Level, ...], str]]] = {
     ),
     "two groups": (
         ("error",),
-        "A parameter stands in several param groups, or several times in one, and is stepped as "
-        "often.",
+        "A parameter is in several param groups, or several times in one, and is stepped that "
+        "many times.",
     ),
     "not reduced": (
         ("error",),
@@ -71,14 +71,15 @@ FINDING_KINDS: Final[dict[Kind, tuple[tuple[Level, ...], str]]] = {
     "held but trainable": (
         ("error", "warning"),
         "A norm is still held in eval mode though its parameters were made trainable without "
-        "`unfreeze`. A warning for a norm without parameters, where all around it train.",
+        "`unfreeze`. It is a warning for a norm without parameters if all parameters around it "
+        "train.",
     ),
     "stale gradient": (
         ("error", "warning"),
-        "A frozen parameter holds a gradient. An error where an optimizer other than "
-        "FrozenAwareSGD owns it and may move it by that gradient, momentum or weight decay, or "
-        "where LBFGS does, which moves it by gradients that it remembers; a warning elsewhere, "
-        "where gradient clipping still counts it.",
+        "A frozen parameter holds a gradient. It is an error if an optimizer other than "
+        "FrozenAwareSGD owns the parameter and may move it by that gradient, momentum or weight "
+        "decay, or if LBFGS does, which moves it by past gradients. Otherwise it is a warning, "
+        "because gradient clipping still counts the gradient.",
     ),
     "no gradient": (
         ("warning",),
@@ -86,25 +87,25 @@ FINDING_KINDS: Final[dict[Kind, tuple[tuple[Level, ...], str]]] = {
     ),
     "norm trains": (
         ("warning",),
-        "A norm of a frozen layer is in train mode, so its statistics move.",
+        "A norm of a frozen layer is in train mode, so its statistics change.",
     ),
     "norm in eval": (
         ("warning",),
-        "A norm whose parameters train was left in eval mode inside a module in train mode.",
+        "A norm with trainable parameters was left in eval mode inside a module in train mode.",
     ),
     "weight norm": (
         ("warning",),
-        "The older `torch.nn.utils.weight_norm` was applied to a layer after it was frozen: it "
-        "made trainable parameters of the frozen weight.",
+        "The older `torch.nn.utils.weight_norm` was applied to a frozen layer and replaced the "
+        "frozen weight by trainable parameters.",
     ),
     "zero lr": (
         ("warning",),
-        "A param group is kept still by a learning rate of 0 while others train: everything that "
-        "freezing saves is computed and kept.",
+        "A learning rate of 0 keeps a param group from changing while others train. Its gradients "
+        "and momentum are computed and kept all the same; freezing saves both.",
     ),
     "tied half": (
         ("warning",),
-        "A tied parameter is named in a frozen module and in a trainable one.",
+        "A tied parameter has a name in a frozen module and one in a trainable module.",
     ),
     "all frozen": (("warning",), "Every parameter of the model is frozen."),
     "foreign": (("warning",), "The optimizer has parameters that are not in the model."),
@@ -130,13 +131,13 @@ class Finding:
     """One finding; prints as one line.
 
     Attributes:
-        level: "error" (trains wrongly), "warning" (likely not what was meant) or "info".
+        level: "error" (training goes wrong), "warning" (probably not intended) or "info".
         parameter: name of the parameter or module it is about; "" for the whole model.
-        sentence: what is the case.
-        fix: what to do.
+        sentence: what was found.
+        fix: what to do about it.
         kind: which of `torch_freeze.FINDING_KINDS` it is, to filter by.
-        names: all parameters (or norms, or dropout layers) concerned where it is about several,
-            or about one; empty where it is about the model.
+        names: all parameters (or norms, or dropout layers) that it is about; empty if it is about
+            the model.
 
     Example:
         >>> print(Finding("info", "fc.bias", "is tied.", "Nothing to do.", "tied"))
@@ -167,21 +168,21 @@ def audit(
 ) -> list[Finding]:
     """Look for what silently goes wrong when parts of a model are frozen.
 
-    Call it after `backward()` and before `zero_grad()`: that is when it can tell which trainable
-    parameters got no gradient. (Not of those that an optimizer steps in backward: their gradients
-    are gone by then. Nor of those unfrozen since the last forward pass, which have none yet.)
-    Nothing is changed.
+    Call it after `backward()` and before `zero_grad()`: only then can it see which trainable
+    parameters got no gradient. (It cannot for an optimizer that steps in backward, because the
+    gradients are gone by then, and it leaves out parameters unfrozen since the last forward pass,
+    which cannot have a gradient yet.) Nothing is changed.
 
-    What is the matter with many parameters is one finding for each module that they fill, or a
-    few for the modules they are spread over; `Finding.names` has them all. `FINDING_KINDS` lists
-    every kind of finding, with its levels and a sentence on it.
+    A problem of many parameters is one finding for each module that contains nothing else, or a
+    few findings for the modules they are spread over; `Finding.names` lists them all.
+    `FINDING_KINDS` describes every kind of finding and its levels.
 
     Args:
-        model: the model, DDP-wrapped or compiled ones too.
-        optimizer: any torch.optim.Optimizer or several; None skips what needs one.
+        model: the model; also DDP-wrapped or compiled.
+        optimizer: any torch.optim.Optimizer or several; None skips the checks that need one.
 
     Returns:
-        Findings, errors first; an empty list when there is nothing to say.
+        Findings, errors first; an empty list if there are none.
 
     Raises:
         TypeError: `model` is not a module, or `optimizer` not an optimizer.
@@ -209,20 +210,20 @@ computed and kept, never used or cleared. Pass them to the optimizer, or freeze 
 
 # --- groups ------------------------------------------------------------------------------------
 
-# So many lines of one kind are read; more are drawn together module by module.
+# If a kind has more findings than this, they are merged module by module.
 _MOST_GROUPS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Names that a module has in common; `of` is how many the module has in all."""
+    """Names inside the module `head`, which has `of` such names in all."""
 
     head: str
     names: tuple[str, ...]
     of: int
 
     def has(self, one: str, many: str, noun: str = "parameter") -> str:
-        """The sentence on one, or on many as things that `head` has."""
+        """The sentence `one`, or `many` as a statement about what `head` has."""
         if self.head == self.names[0]:
             return one
         verb = "has" if self.head else "The model has"
@@ -233,7 +234,7 @@ class _Group:
 
 
 def _grouped(concerned: Iterable[str], everything: Iterable[str]) -> list[_Group]:
-    """The concerned of all names, by the largest modules that they fill, and at most a few."""
+    """The names concerned, by the largest modules that contain nothing else; at most a few."""
     names = list(dict.fromkeys(concerned))
     counts: Counter[str] = Counter()
     totals: Counter[str] = Counter()
@@ -243,11 +244,11 @@ def _grouped(concerned: Iterable[str], everything: Iterable[str]) -> list[_Group
     heads: dict[str, list[str]] = {}
     for name in names:
         filled = [head for head in _heads(name) if counts[head] == totals[head] > 1]
-        # A module that has nothing beside an inner one's is the inner one, to the reader.
+        # If an inner module has all of the names, the reader wants to see that one.
         same = [head for head in filled if counts[head] == counts[filled[0]]]
         heads.setdefault(same[-1] if same else name, []).append(name)
     while len(heads) > _MOST_GROUPS:
-        # The deepest go into the modules around them, as often as it takes.
+        # Merge the deepest into the modules around them, as often as needed.
         deepest = max(head.count(".") for head in heads)
         drawn: dict[str, list[str]] = {}
         for head, inside in heads.items():
@@ -262,7 +263,7 @@ def _grouped(concerned: Iterable[str], everything: Iterable[str]) -> list[_Group
 
 
 def _heads(name: str) -> Iterator[str]:
-    """The names of the modules around a name, from the outside in."""
+    """The names of the modules around a name, outermost first."""
     yield ""
     for at, char in enumerate(name):
         if char == ".":
@@ -278,7 +279,7 @@ def _on_parameters(
     many: str,
     fix: tuple[str, str],
 ) -> Iterator[Finding]:
-    """Findings about parameters, grouped; `one` and `many` say it of one and of many."""
+    """Findings about parameters, grouped; `one` and `many` are the wording for one and many."""
     everything = [entry.name for entry in tree.params.values()]
     for group in _grouped((entry.name for entry in concerned), everything):
         several = len(group.names) > 1
@@ -288,19 +289,13 @@ def _on_parameters(
 # --- gradients ---------------------------------------------------------------------------------
 
 
-def _frozen_aware(optimizer: torch.optim.Optimizer) -> FrozenAwareSGD | None:
-    """The FrozenAwareSGD that `optimizer` is, or that Accelerate has wrapped."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, FrozenAwareSGD) else None
-
-
 def _is_lbfgs(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it keeps the state of all its parameters under the first of them."""
+    """Whether it is LBFGS, which keeps the state of all its parameters under the first one."""
     return isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.LBFGS)
 
 
 def _owned(optimizers: Iterable[torch.optim.Optimizer] | None) -> dict[int, int]:
-    """How often each parameter, by identity, stands in the optimizers' groups."""
+    """How many times each parameter, by identity, is in the optimizers' groups."""
     times: dict[int, int] = {}
     for optimizer in optimizers or ():
         for group in optimizer.param_groups:
@@ -310,7 +305,7 @@ def _owned(optimizers: Iterable[torch.optim.Optimizer] | None) -> dict[int, int]
 
 
 def _gradients(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> Iterator[Finding]:
-    aware = [own for optimizer in optimizers or () if (own := _frozen_aware(optimizer))]
+    aware = [own for optimizer in optimizers or () if (own := frozen_aware(optimizer))]
     applied = _owned(optimizer for optimizer in aware if optimizer.step_in_backward)
     entries = list(tree.params.values())
     trainable = [entry for entry in entries if entry.parameter.requires_grad]
@@ -349,8 +344,8 @@ def _gradients(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> It
                 "is trainable and in the optimizer but was never stepped.",
                 "are trainable and in the optimizer but were never stepped.",
                 (
-                    "Fine if it was unfrozen just now; else run audit after backward().",
-                    "Fine if they were unfrozen just now; else run audit after backward().",
+                    "This is fine if it was unfrozen just now; else run audit after backward().",
+                    "This is fine if they were unfrozen just now; else run audit after backward().",
                 ),
             )
 
@@ -358,13 +353,13 @@ def _gradients(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> It
 def _stale(
     tree: Tree,
     optimizers: list[torch.optim.Optimizer],
-    aware: list[FrozenAwareSGD],
+    aware: list[FrozenAware],
     applied: dict[int, int],
 ) -> Iterator[Finding]:
-    """Frozen parameters that hold a gradient, by what becomes of it."""
+    """Frozen parameters that hold a gradient, by what will happen to it."""
     movers: dict[int, str] = {}
     for optimizer in optimizers:
-        if _frozen_aware(optimizer) is None:
+        if frozen_aware(optimizer) is None:
             kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
             movers.update(dict.fromkeys(_owned([optimizer]), kind))
     yield from _remembered(tree, optimizers)
@@ -378,7 +373,7 @@ def _stale(
         one = many = ""
         if key in movers:
             level = "error"
-            one = f" and is in {movers[key]}, which may still move it: by the gradient or, even if "
+            one = f" and is in {movers[key]}, which may still move it by the gradient or, even if "
             one += "that is all zeros, by momentum and weight decay"
             many = one.replace(" and is in", " and are in").replace("move it", "move them")
         elif key in freed:
@@ -398,14 +393,14 @@ def _stale(
                     f"are frozen but hold gradients of {size}{many}; clip_grad_norm_ counts them.",
                 ),
                 f"Set {'their' if several else 'its'} grad to None, or freeze "
-                f"{'them' if several else 'it'} with torch_freeze.freeze, which does.",
+                f"{'them' if several else 'it'} with torch_freeze.freeze, which does that.",
                 "stale gradient",
                 group.names,
             )
 
 
 def _remembered(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Finding]:
-    """Frozen parameters of an LBFGS whose search direction is made of past gradients, too."""
+    """Frozen parameters of an LBFGS whose search direction includes past gradients."""
     for optimizer in optimizers:
         if not _is_lbfgs(optimizer):
             continue
@@ -418,9 +413,8 @@ def _remembered(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator
             "error",
             "stale gradient",
             [e for e in frozen if id(e.parameter) in owned and e.parameter.grad is None],
-            "is frozen but in LBFGS, which goes on moving it by the gradients that it remembers.",
-            "are frozen but in LBFGS, which goes on moving them by the gradients that it "
-            "remembers.",
+            "is frozen but in LBFGS, which keeps moving it by past gradients.",
+            "are frozen but in LBFGS, which keeps moving them by past gradients.",
             ("Clear the optimizer's state whenever the frozen set changes.",) * 2,
         )
 
@@ -437,7 +431,7 @@ def _norms(tree: Tree) -> Iterator[Finding]:
         own = bool(entry.parameters())
         flags = _flags(tree, entry)
         if held_by(module) is not None:
-            # unfreeze ends a hold as soon as a parameter of the norm's own trains, or all around.
+            # unfreeze ends a hold if a parameter of the norm trains, or everything around it.
             if own and any(flags):
                 trainable.append(entry)
             elif module.training:
@@ -485,8 +479,9 @@ def _norms(tree: Tree) -> Iterator[Finding]:
         "is held in eval mode though all parameters around it train.",
         "are held in eval mode though all parameters around them train.",
         (
-            "Fine if it was frozen by itself; else call torch_freeze.unfreeze on it.",
-            "Fine if they were frozen by themselves; else call torch_freeze.unfreeze on them.",
+            "This is fine if it was frozen by itself; else call torch_freeze.unfreeze on it.",
+            "This is fine if they were frozen by themselves; else call torch_freeze.unfreeze on "
+            "them.",
         ),
         "norm",
     )
@@ -510,12 +505,12 @@ def _norms(tree: Tree) -> Iterator[Finding]:
         "norm in eval",
         in_eval,
         "is a norm whose parameters train, left in eval mode though the module around it is in "
-        "train mode: it normalises by running statistics that no longer follow the data.",
+        "train mode: it normalizes by running statistics that no longer follow the data.",
         "have parameters that train but were left in eval mode, though the modules around them "
-        "are in train mode: they normalise by running statistics that no longer follow the data.",
+        "are in train mode: they normalize by running statistics that no longer follow the data.",
         (
-            "Fine if it is meant to keep its statistics; else call train() on it.",
-            "Fine if they are meant to keep their statistics; else call train() on them.",
+            "This is fine if it is meant to keep its statistics; else call train() on it.",
+            "This is fine if they are meant to keep their statistics; else call train() on them.",
         ),
         "norm",
     )
@@ -526,25 +521,25 @@ def _name(entry: ModuleEntry) -> str:
 
 
 def _never_moves(module: nn.Module) -> bool:
-    """Whether a norm keeps its scale as a buffer, too, as the FrozenBatchNorm2d of detectors do."""
+    """Whether a norm keeps even its scale as a buffer, as a detector's FrozenBatchNorm2d does."""
     return not isinstance(module, _NormBase) and "weight" in module._buffers
 
 
 def _moves_how(norm: nn.Module) -> tuple[str, str]:
-    """What a norm in train mode does, and what several do."""
+    """What one norm in train mode does, and what several do."""
     if getattr(norm, "track_running_stats", True) is False:
         return (
-            "normalises by the batch instead of its running statistics",
-            "normalise by the batch instead of their running statistics",
+            "normalizes by the batch instead of its running statistics",
+            "normalize by the batch instead of their running statistics",
         )
     if is_spectral_norm(norm):
         return (
-            "goes on estimating its divisor, and the layer's weight changes with it",
-            "go on estimating their divisors, and the layers' weights change with them",
+            "keeps updating its divisor, and the layer's weight changes with it",
+            "keep updating their divisors, and the layers' weights change with them",
         )
     return (
-        "updates its running statistics and normalises by the batch",
-        "update their running statistics and normalise by the batch",
+        "updates its running statistics and normalizes by the batch",
+        "update their running statistics and normalize by the batch",
     )
 
 
@@ -558,14 +553,14 @@ def _on_modules(
     fix: tuple[str, str],
     noun: str,
 ) -> Iterator[Finding]:
-    """Findings about modules, grouped as those about parameters are."""
+    """Findings about modules, grouped like those about parameters."""
     for group in _grouped((_name(entry) for entry in concerned), everything):
         said = group.has(one, many, noun)
         yield Finding(level, group.head, said, fix[len(group.names) > 1], kind, group.names)
 
 
 def _flags(tree: Tree, norm: ModuleEntry) -> list[bool]:
-    """Whether the norm's parameters train; where it has none, those of the module around it."""
+    """Whether the norm's parameters train; if it has none, those of the module around it."""
     for entry in (norm, *tree.above(norm)):
         flags = [param.parameter.requires_grad for param in entry.parameters()]
         if flags:
@@ -577,7 +572,7 @@ _DROPS = re.compile(r"Drop(out\d?d?|Path|Block\w*)$|StochasticDepth$")
 
 
 def _drop_rate(module: nn.Module) -> float:
-    """The probability by which a module drops in train mode; 0 for all that are not dropout."""
+    """The probability with which a module drops in train mode; 0 if it is not dropout."""
     if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
         rate: Any = module.dropout
     elif _DROPS.search(type(module).__name__) is None:
@@ -588,7 +583,7 @@ def _drop_rate(module: nn.Module) -> float:
 
 
 def _dropout(tree: Tree) -> Iterator[Finding]:
-    """Dropout in train mode whose surroundings are all frozen."""
+    """Dropout in train mode inside a part that is frozen as a whole."""
     layers = [e for e in tree.order if _drop_rate(e.module) > 0]
     active = []
     for entry in layers:
@@ -599,20 +594,20 @@ def _dropout(tree: Tree) -> Iterator[Finding]:
         "info",
         "dropout active",
         active,
-        "drops at random in a frozen part: its output differs from pass to pass.",
-        "drop at random in frozen parts: their output differs from pass to pass.",
+        "drops at random in a frozen part, so the output differs from pass to pass.",
+        "drop at random in frozen parts, so the output differs from pass to pass.",
         (
-            "Fine if it is meant to regularise; for fixed features call eval() on it after every "
-            "train().",
-            "Fine if they are meant to regularise; for fixed features call eval() on the frozen "
-            "part after every train().",
+            "This is fine if it is meant to regularize; for fixed features call eval() on it "
+            "after every train().",
+            "This is fine if they are meant to regularize; for fixed features call eval() on the "
+            "frozen part after every train().",
         ),
         "dropout layer",
     )
 
 
 def _weight_norms(tree: Tree) -> Iterator[Finding]:
-    """Layers whose frozen weight the older weight_norm made two trainable parameters of."""
+    """Layers whose frozen weight the older weight_norm split into two trainable parameters."""
     for entry in tree.order:
         hooks = entry.module._forward_pre_hooks.values()
         made = {
@@ -624,8 +619,8 @@ def _weight_norms(tree: Tree) -> Iterator[Finding]:
         parts = [p for p in entry.params if p.name.removeprefix(prefix) in made]
         if not parts or not all(part.parameter.requires_grad for part in parts):
             continue
-        # Frozen beside it: its bias, or without one all else around it. Where biases are frozen
-        # everywhere, that says nothing.
+        # The layer counts as frozen if its bias is or, without a bias, everything around it. If
+        # all biases of the model are frozen, the bias shows nothing.
         ids = {id(part) for part in parts}
         beside = [p for p in entry.params if id(p) not in ids]
         if beside and _every_bias_is_frozen(tree):
@@ -638,10 +633,10 @@ def _weight_norms(tree: Tree) -> Iterator[Finding]:
         yield Finding(
             "warning",
             _name(entry),
-            f"is frozen but for {' and '.join(p.name for p in parts)}, which the older weight_norm "
-            "made of its weight: they train, and the weight is computed from them.",
-            "Fine if they are meant to train; else freeze it again, or apply weight_norm (the one "
-            "in torch.nn.utils.parametrizations keeps what is frozen) before freezing.",
+            f"is frozen except for {' and '.join(p.name for p in parts)}, which the older "
+            "weight_norm made from its weight: they train, and the weight is computed from them.",
+            "This is fine if they should train; else freeze it again, or apply weight_norm before "
+            "freezing (the one in torch.nn.utils.parametrizations keeps a weight frozen).",
             "weight norm",
             tuple(p.name for p in parts),
         )
@@ -670,9 +665,9 @@ def _tied(tree: Tree) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 entry.name,
-                f"is tied ({names}) and {is_now}, though {', '.join(odd)} lies in a module that "
+                f"is tied ({names}) and {is_now}, though {', '.join(odd)} is in a module that "
                 f"is otherwise {other}.",
-                "Fine if it is meant for both; else name both modules, or untie the parameter.",
+                "This is fine if you want it so; else name both modules, or untie the parameter.",
                 "tied half",
                 entry.names,
             )
@@ -696,9 +691,9 @@ class _Surroundings:
         }
 
     def trains(self, name: str, tied: ParamEntry) -> bool | None:
-        """True, False, or None where they are mixed or there are none short of the model."""
+        """True or False; None if they are mixed, or if only the whole model has any."""
         while name := name.rpartition(".")[0]:
-            # What is tied to the outside follows that, and says nothing about this module.
+            # A parameter tied to the outside shows nothing about this module.
             flags = {
                 other.parameter.requires_grad
                 for other in self._below[name].parameters()
@@ -721,9 +716,9 @@ def _reduced(tree: Tree) -> Iterator[Finding]:
         "error",
         "not reduced",
         not_reduced(tree, trainable),
-        f"is trainable but was {when}: its gradient is never averaged, and the processes drift "
+        f"is trainable but was {when}, so its gradient is never averaged and the processes drift "
         "apart.",
-        f"are trainable but were {when}: their gradients are never averaged, and the processes "
+        f"are trainable but were {when}, so their gradients are never averaged and the processes "
         "drift apart.",
         (wrap, wrap),
     )
@@ -769,9 +764,9 @@ def _owners(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Fin
             "error",
             "two groups",
             entries,
-            f"stands {times} times in the param groups and is stepped as often.",
-            f"stand {times} times in the param groups and are stepped as often.",
-            ("Give each parameter to one group of one optimizer.",) * 2,
+            f"is {times} times in the param groups and is stepped that many times.",
+            f"are {times} times in the param groups and are stepped that many times.",
+            ("Put each parameter into one group of one optimizer.",) * 2,
         )
     if left_out:
         many = len(left_out) > 1
@@ -802,15 +797,15 @@ def _owners(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Fin
 
 
 def _still(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Finding]:
-    """Groups kept still by lr 0, and what that costs, while others train."""
+    """Groups that a learning rate of 0 keeps from changing while others train, and the cost."""
     groups = [group for o in optimizers for group in o.param_groups if "lr" in group]
     if all(_is_zero(group["lr"]) for group in groups):
-        # All of them: a warm-up from 0, where nothing can be distinguished from freezing yet.
+        # If all are 0, it may be a warm-up.
         return
     entries = {id(entry.parameter): entry for entry in tree.params.values()}
     costs: dict[str, int] = {}
     for group in groups:
-        # A schedule that stands at 0 for now, before warm-up or after decay, has another base.
+        # A schedule that is at 0 only for now, in warm-up or after decay, has another base rate.
         if not _is_zero(group["lr"]) or not _is_zero(group.get("initial_lr", 0.0)):
             continue
         for p in group["params"]:
@@ -824,13 +819,13 @@ def _still(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Find
             "warning",
             group_of.head,
             group_of.has(
-                "is kept still by a learning rate of 0: its gradient is computed all the same, and "
+                "does not change because its learning rate is 0, but its gradient is computed, and "
                 f"gradient and optimizer state take {size}.",
-                "are kept still by a learning rate of 0: their gradients are computed all the "
-                f"same, and gradients and optimizer state take {size}.",
+                "do not change because their learning rate is 0, but their gradients are computed, "
+                f"and gradients and optimizer state take {size}.",
             ),
             f"Freeze {'them' if several else 'it'} with torch_freeze.freeze, which also holds "
-            "norms, and give the param group its learning rate back.",
+            "norms, and set the param group's learning rate again.",
             "zero lr",
             group_of.names,
         )
@@ -841,29 +836,35 @@ def _is_zero(rate: Any) -> bool:
     return isinstance(rate, (int, float, torch.Tensor)) and float(rate) == 0
 
 
-# What becomes of the momentum of what is frozen, by the policy of its param group.
+# What becomes of the momentum of frozen parameters, by the policy of their param group.
 _BECOMES = {
-    None: "It resumes from there when they are unfrozen; delete optimizer.state[p] to free it.",
-    "keep": "It resumes from there when they are unfrozen; frozen_momentum='drop' frees it.",
-    "reset": "It starts afresh when they are unfrozen; frozen_momentum='drop' frees it, too.",
+    "keep": "It is used again when they are unfrozen; {}='drop' frees it.",
+    "reset": "It starts from zero when they are unfrozen; {}='drop' frees it as well.",
     "drop": "The next zero_grad() or step() frees it.",
 }
+_BECOMES_ELSEWHERE = (
+    "It is used again when they are unfrozen; delete optimizer.state[p] to free it."
+)
 
 
 def _momentum(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Finding]:
-    policies: dict[int, str | None] = {}
+    policies: dict[int, str] = {}
     for optimizer in optimizers:
-        aware = _frozen_aware(optimizer) is not None
+        aware = frozen_aware(optimizer)
+        option = frozen_state_option(aware) if aware is not None else ""
         for group in optimizer.param_groups:
-            policy = group.get("frozen_momentum", "keep") if aware else None
+            policy = _BECOMES_ELSEWHERE
+            if option:
+                policy = _BECOMES[group.get(option, "keep")].format(option)
             policies.update((id(parameter), policy) for parameter in group["params"])
-    held: dict[str | None, list[tuple[str, int]]] = {}
+    held: dict[str, list[tuple[str, int]]] = {}
     for key, entry in tree.params.items():
         if entry.parameter.requires_grad:
             continue
         each = (o for o in optimizers if not _is_lbfgs(o))
         if size := sum(state_bytes(optimizer, entry.parameter) for optimizer in each):
-            held.setdefault(policies.get(key), []).append((entry.name, size))
+            policy = policies.get(key, _BECOMES_ELSEWHERE)
+            held.setdefault(policy, []).append((entry.name, size))
     for policy, kept in held.items():
         size = sum(one for _, one in kept)
         yield Finding(
@@ -871,7 +872,7 @@ def _momentum(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[F
             "",
             f"The optimizer keeps {_format.size(size)} of momentum ({size} bytes) for "
             f"{_format.counted(len(kept), 'frozen parameter')}.",
-            _BECOMES[policy],
+            policy,
             "momentum of frozen",
             tuple(name for name, _ in kept),
         )

@@ -1,4 +1,4 @@
-"""freeze, unfreeze, freeze_except and frozen: say what to freeze in one line and trust it."""
+"""freeze, unfreeze, freeze_except and frozen: freeze parts of a model by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from . import _ddp, _hold, _record, _thawed
+from . import _ddp, _format, _hold, _record, _thawed
 from ._select import Selection, Selector, as_selectors, everything, flatten, select
 from ._tree import ModuleEntry, ParamEntry, Tree, check_model
 from .report import FreezeReport, build_report
@@ -21,57 +21,61 @@ def freeze(
     exclude: Selector = (),
     hold_norm: bool = True,
 ) -> FreezeReport:
-    """Freeze what is named: no gradient, no gradient held, no moving norm statistics.
+    """Freeze parameters, drop their gradients, and stop norm layers from updating statistics.
 
     Sets `requires_grad` to False and `grad` to None on every named parameter. Batch-norm-like
-    layers inside what is frozen use their running statistics and stop updating them, whatever
-    `model.train()` is called later, until they are unfrozen. Freezing twice changes nothing.
-    Parameters and modules are never replaced, so an optimizer made before or after sees it all.
+    layers inside the frozen part are held: they use their running statistics and do not update
+    them, even if `model.train()` is called later, until they are unfrozen. Freezing twice changes
+    nothing. Parameters and modules are never replaced, so it does not matter whether the optimizer
+    was made before or is made afterwards.
 
     Args:
-        model: the model; a DDP-wrapped or compiled one too (names need no "module." then).
+        model: the model; also DDP-wrapped or compiled (names need no "module." prefix).
         *what: what to freeze, any of
             a name or glob over parameter and module names (`"layer1"`,
             `"encoder.layer.*.attention"`, `"*.bias"`; `*` matches dots too, and a module stands
-            for all below it),
+            for everything below it),
             a compiled regex (`search`ed in the same names),
             a module or parameter of the model,
             a module class (every instance, subclasses included),
             a callable (name, parameter) -> bool,
-            or a list of these. Nothing given: everything.
-        exclude: what to leave as it is, in the same terms.
-        hold_norm: False leaves batch-norm-like layers in their own mode, and gives it back to those
-            that an earlier call holds.
+            or a list of these. If nothing is given, everything is frozen.
+        exclude: what to leave unchanged, in the same terms.
+        hold_norm: False leaves batch-norm-like layers in their own mode, and returns those held by
+            an earlier call to it.
 
     Returns:
         A FreezeReport: what was named, what changed, and the state of the model.
 
     Raises:
-        ValueError: something named (or excluded) matches nothing, with the nearest names; or a
-            module or parameter is not the model's; or nothing is left to freeze.
-        TypeError: `model` is not a module, or a selector is of no known kind.
+        ValueError: something named (or excluded) matches nothing, with the nearest names; a module
+            or parameter is not part of the model; or nothing is left to freeze.
+        TypeError: `model` is not a module, or a selector has an unknown type.
 
     Warns:
-        UserWarning: DistributedDataParallel has wrapped the model already and cannot follow: it
-            fixes which gradients it reduces, and waits for, when it wraps.
+        UserWarning: DistributedDataParallel has wrapped the model already and cannot follow the
+            change: it decides when it wraps which gradients it reduces and waits for.
 
     Note:
-        A tied parameter is one tensor: named by any of its names it is frozen under all of them,
-        and the report says so. A norm is held when it is named (itself, its class or a module
-        around it) or all its parameters are, unless a part of it stays trainable; one with
-        `affine=False` also when all parameters of the module around it are. What counts as a
-        batch-norm-like layer: torch's batch and instance norms that track statistics, its spectral
-        norm (`torch.nn.utils.parametrizations.spectral_norm`, whose vectors and so the effective
-        weight move in train mode; by the older `torch.nn.utils.spectral_norm` the whole layer), and
-        any other module owning a buffer named `running_...`. Other buffers that a module writes to
-        in train mode go on moving: call `eval()` on it.
+        A tied parameter is one tensor. Naming it by any of its names freezes
+        it under all of them, and the report says so.
 
-        What was frozen already when this call came to it, beside parameters that it did freeze, is
-        taken to be frozen for a reason: sinusoidal positions, the first layers of a detector.
-        `unfreeze` leaves it frozen unless an argument names nothing else; both reports say so.
+        A norm is held if it is named (itself, its class or a module around it) or if all
+        its parameters are, unless some of them stay trainable. A norm with `affine=False` is also
+        held if all parameters of the module around it are frozen. Batch-norm-like layers are:
+        torch's batch and instance norms that track statistics; its spectral norm
+        (`torch.nn.utils.parametrizations.spectral_norm`, whose vectors, and with them the effective
+        weight, change in train mode; with the older `torch.nn.utils.spectral_norm` the whole layer
+        is held); and any other module that owns a buffer named `running_...`. Other buffers that a
+        module writes in train mode keep changing; call `eval()` on such a module.
 
-        A model pickled with held norms (`torch.save(model)`) holds nothing of torch_freeze and
-        loads where it is not installed. There the norms stay in eval behaviour through `train()`;
+        If this call freezes some parameters and finds
+        others among them frozen already, it takes the latter to be frozen for a reason, such as
+        sinusoidal positions or the first layers of a detector. `unfreeze` leaves those frozen
+        unless an argument names nothing else. Both reports say so.
+
+        A model pickled with held norms (`torch.save(model)`) contains nothing of
+        torch_freeze and loads where it is not installed. The norms ignore `train()` there as well;
         `del norm.train` ends that.
 
     Example:
@@ -92,30 +96,29 @@ Its top level has: '0', '1', '2'.
 
 
 def unfreeze(model: nn.Module, *what: Selector, exclude: Selector = ()) -> FreezeReport:
-    """Make what is named trainable again and give its norms back their own mode.
+    """Make parameters trainable again and return their norms to their own mode.
 
-    A norm's own mode is the one the last `model.train()` or `model.eval()` asked for, also while
-    it was held. Unfreezing twice changes nothing; nothing is added to or removed from any
-    optimizer.
+    A norm's own mode is the one that the last `model.train()` or `model.eval()` asked for, even if
+    the norm was held then. Unfreezing twice changes nothing. No optimizer is changed.
 
-    `unfreeze` undoes `freeze`: what `freeze` found frozen beside parameters that it froze itself
-    (sinusoidal positions, the first layers of a detector) stays frozen, and the report's notes name
-    it. An argument that names nothing else thaws it: its own name, or the module that it fills.
-    `unfreeze(model, *model.parameters())` thaws everything. What was frozen by hand where `freeze`
-    never came is thawed.
+    `unfreeze` undoes `freeze`. Parameters that `freeze` found frozen among those it froze itself
+    (sinusoidal positions, the first layers of a detector) stay frozen, and the report's notes name
+    them. To unfreeze them, pass an argument that names nothing else: their own name, or a module
+    that has no other parameters. `unfreeze(model, *model.parameters())` unfreezes everything.
+    Parameters frozen by hand that `freeze` never saw are unfrozen.
 
     Args:
         model: the model.
-        *what: what to unfreeze, in the terms of `freeze`. Nothing given: everything. Each argument
-            is judged by itself, a list as a whole.
-        exclude: what to leave as it is, in the same terms.
+        *what: what to unfreeze, in the terms of `freeze`. If nothing is given, everything is
+            unfrozen. Each argument is judged by itself; a list counts as one argument.
+        exclude: what to leave unchanged, in the same terms.
 
     Returns:
         A FreezeReport: what was named, what changed, and the state of the model.
 
     Raises:
         ValueError: as `freeze`; and when a named parameter cannot train (an integer or otherwise
-            not differentiable dtype, or an inference tensor). Nothing is changed then.
+            non-differentiable dtype, or an inference tensor). Nothing is changed then.
         TypeError: as `freeze`.
 
     Warns:
@@ -129,7 +132,7 @@ def unfreeze(model: nn.Module, *what: Selector, exclude: Selector = ()) -> Freez
         >>> unfreeze(model, "1").trainable_names
         ('1.weight', '1.bias')
 
-        What the model itself keeps frozen:
+        A parameter that the model itself keeps frozen:
 
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
         >>> _ = model[0].bias.requires_grad_(False)
@@ -143,16 +146,16 @@ def unfreeze(model: nn.Module, *what: Selector, exclude: Selector = ()) -> Freez
     tree = Tree(model)
     selection, excluded = _resolve(tree, what, exclude, "unfreeze")
     change = thaw(tree, selection, excluded, "unfreeze")
-    _warn_ddp(tree, "unfreeze", thawed=change.params, stacklevel=3)
+    warn_ddp(tree, "unfreeze", thawed=change.params, stacklevel=3)
     return _call_report(tree, "unfreeze", selection, change)
 
 
 def freeze_except(model: nn.Module, *what: Selector, hold_norm: bool = True) -> FreezeReport:
-    """Freeze everything but what is named. What is named stays as it is, trainable or not.
+    """Freeze everything except what is named, which stays trainable or frozen as it was.
 
     Args:
         model: the model.
-        *what: what to leave, in the terms of `freeze`; at least one.
+        *what: what to leave unchanged, in the terms of `freeze`; at least one.
         hold_norm: as in `freeze`.
 
     Returns:
@@ -172,7 +175,7 @@ def freeze_except(model: nn.Module, *what: Selector, hold_norm: bool = True) -> 
     check_model(model, "freeze_except")
     if not flatten(what):
         raise ValueError(
-            "freeze_except: name what stays trainable; to freeze everything write freeze(model)."
+            "freeze_except: name what stays trainable; to freeze everything, call freeze(model)."
         )
     return _freeze(model, (), what, hold_norm, "freeze_except")
 
@@ -181,18 +184,18 @@ def freeze_except(model: nn.Module, *what: Selector, hold_norm: bool = True) -> 
 def frozen(
     model: nn.Module, *what: Selector, exclude: Selector = (), hold_norm: bool = True
 ) -> Iterator[FreezeReport]:
-    """Freeze for the length of a `with` block, then restore exactly what was there before.
+    """Freeze inside a `with` block, then restore exactly what was there before.
 
-    Restored, also after an exception: every named parameter's `requires_grad` and `grad` (the
-    same tensor object), and every norm's hold. A norm that was not held before gets its own mode,
-    as the last `train()` or `eval()` inside the block left it.
+    On leaving, also after an exception, every named parameter has its `requires_grad` and `grad`
+    (the same tensor object) back, and every norm is held or not as before. A norm that was not held
+    before is in the mode that the last `train()` or `eval()` inside the block asked for.
 
     Args:
         model: the model.
-        *what: what to freeze, in the terms of `freeze`. Nothing given: everything.
-        exclude: what to leave as it is, in the same terms.
-        hold_norm: as in `freeze`. False is what two loops over `requires_grad` do: a GAN's
-            discriminator goes on normalising by the batch while the generator trains.
+        *what: what to freeze, in the terms of `freeze`. If nothing is given, everything is frozen.
+        exclude: what to leave unchanged, in the same terms.
+        hold_norm: as in `freeze`. False does what two loops over `requires_grad` do: a GAN's
+            discriminator still normalizes by the batch while the generator trains.
 
     Yields:
         The FreezeReport of the freeze.
@@ -221,13 +224,13 @@ def frozen(
     were_held = [norm for norm in norms if _hold.held_by(norm) is not None]
     record = _record.snapshot(tree)
     change = chill(tree, selection, excluded, hold_norm)
-    _warn_ddp(tree, "frozen", chilled=change.params, stacklevel=4)
+    warn_ddp(tree, "frozen", chilled=change.params, stacklevel=4)
     try:
         yield _call_report(tree, "frozen", selection, change)
     finally:
         for parameter, required, grad in before:
             parameter.requires_grad = required
-            # A gradient cannot be given back as it was to a model converted inside the block.
+            # The model may have been moved or cast inside the block.
             parameter.grad = None if grad is None else grad.to(parameter.device, parameter.dtype)
         for entry in change.held:
             _hold.release(entry.module)
@@ -247,18 +250,18 @@ def _freeze(
     tree = Tree(model)
     selection, excluded = _resolve(tree, what, exclude, caller)
     change = chill(tree, selection, excluded, hold_norm)
-    _warn_ddp(tree, caller, chilled=change.params, stacklevel=4)
+    warn_ddp(tree, caller, chilled=change.params, stacklevel=4)
     return _call_report(tree, caller, selection, change)
 
 
 @dataclass(slots=True)
 class Change:
-    """What a call did: the parameters it froze or thawed, and the norms."""
+    """What a call did: the parameters it froze or unfroze, and the norms it held or released."""
 
     params: list[ParamEntry] = field(default_factory=list)
     held: list[ModuleEntry] = field(default_factory=list)
     released: list[ModuleEntry] = field(default_factory=list)
-    #: Found frozen: by freezing for the first time, or by thawing, which leaves them so.
+    #: Parameters that `freeze` saw for the first time and found frozen, or that `unfreeze` left so.
     found: list[ParamEntry] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -284,9 +287,7 @@ def _call_report(tree: Tree, action: str, selection: Selection, change: Change) 
 
 def _found_frozen(found: list[ParamEntry], thawing: bool) -> str:
     first = found[0].name
-    named = ", ".join(entry.name for entry in found[:3])
-    if len(found) > 3:
-        named += f" and {len(found) - 3} more"
+    named = _format.listed(entry.name for entry in found)
     one = len(found) == 1
     if thawing:
         return (
@@ -303,12 +304,12 @@ def _found_frozen(found: list[ParamEntry], thawing: bool) -> str:
 def _resolve(
     tree: Tree, what: Iterable[Selector], exclude: Selector, caller: str
 ) -> tuple[Selection, Selection]:
-    """What is named less what is excluded, and what is excluded."""
+    """What is named without what is excluded, and what is excluded."""
     given = tuple(what)
-    # An argument may be an iterator: open it once, and keep what came as a list together.
+    # An argument may be an iterator, so it is read only once; a list stays one argument.
     wanted = [as_selectors(argument) for argument in given]
     if given and not any(wanted):
-        raise ValueError(f"{caller}: an empty list names nothing; leave it out to mean everything.")
+        raise ValueError(f"{caller}: an empty list names nothing; leave it out to name everything.")
     excluded = select(tree, as_selectors(exclude), caller)
     selection = select(tree, wanted, caller) if wanted else everything(tree)
     subtract(selection, excluded)
@@ -322,7 +323,7 @@ def _resolve(
 
 
 def subtract(selection: Selection, excluded: Selection) -> None:
-    """Take what is excluded out of a selection."""
+    """Remove what is excluded from a selection."""
     for key in excluded.params:
         selection.params.pop(key, None)
     for key in excluded.modules:
@@ -337,7 +338,7 @@ def chill(
     hold_norm: bool,
     known: Mapping[int, bool] | None = None,
 ) -> Change:
-    """Freeze a selection, and note what of it was frozen already beside what was not."""
+    """Freeze a selection, and record which of it was frozen already while the rest was not."""
     if known is None:
         known = _record.read(tree)
     change = Change(found=_found_beside(selection, known))
@@ -359,9 +360,9 @@ def chill(
 
 
 def _found_beside(selection: Selection, known: Mapping[int, bool]) -> list[ParamEntry]:
-    """What freezing a selection finds frozen, beside what it freezes or has frozen before.
+    """What `freeze` finds frozen in a selection that it freezes, or froze before, in part.
 
-    Where all of it was frozen by hand, nothing tells the model's own from the user's.
+    If all of it was frozen by hand, nothing tells the model's choice from the user's.
     """
     found, beside = [], False
     for entry in selection.params.values():
@@ -381,12 +382,12 @@ def thaw(
     caller: str,
     known: Mapping[int, bool] | None = None,
 ) -> Change:
-    """Unfreeze a selection, but for what freeze found frozen and no argument names by itself."""
+    """Unfreeze a selection, except what `freeze` found frozen and no argument names by itself."""
     change = Change()
     left = _left_frozen(selection, _record.read(tree) if known is None else known)
     for entry in selection.params.values():
         if id(entry) not in left:
-            _check_trainable(entry, caller)
+            check_trainable(entry, caller)
     for key, entry in selection.params.items():
         if key in left:
             change.found.append(entry)
@@ -402,7 +403,7 @@ def thaw(
 
 
 def _left_frozen(selection: Selection, known: Mapping[int, bool]) -> set[int]:
-    """What of a selection thawing leaves frozen, by `id` of the ParamEntry."""
+    """What unfreezing a selection leaves frozen, by `id` of the ParamEntry."""
     found = {key for key, e in selection.params.items() if known.get(id(e.parameter)) is False}
     if not found:
         return found
@@ -436,9 +437,9 @@ def _follow(
     trainable: bool,
     left: Set[int] = frozenset(),
 ) -> list[ModuleEntry]:
-    """The norms that go along with what was just frozen (or made trainable).
+    """The norms to hold (or release) after parameters were frozen (or made trainable).
 
-    What is `left` frozen counts as trainable: freeze found it so, and no norm was held for it then.
+    Parameters `left` frozen count as trainable: `freeze` found them frozen and held no norm then.
     """
     following = []
     around: dict[int, _Around | None] = {}
@@ -446,7 +447,7 @@ def _follow(
         own = norm.parameters()
         if own:
             flags = [entry.parameter.requires_grad or id(entry) in left for entry in own]
-            # Held only while all of it is frozen; one trainable part gives it back its mode.
+            # A norm is held only while all of its parameters are frozen.
             state = any(flags) if trainable else not any(flags)
             if state and _touches(norm, selection):
                 following.append(norm)
@@ -455,8 +456,8 @@ def _follow(
             continue
         named = id(norm) in selection.modules
         near = _look_around(tree, norm, selection, trainable, left, around)
-        # affine=False: nothing of its own says whether it is frozen, the module around it does.
-        # Named, it follows, unless all parameters around it were excluded one by one.
+        # A norm with affine=False has no parameters, so those of the module around it decide. If
+        # the norm is named it follows, unless all parameters around it were excluded one by one.
         follows = near.every and near.touched if near is not None else False
         if named:
             follows = near is None or near.some or id(norm) in selection.heads
@@ -467,7 +468,7 @@ def _follow(
 
 @dataclass(frozen=True, slots=True)
 class _Around:
-    """The parameters of a module around a norm: do some, do all have the state asked for?"""
+    """Whether some and whether all parameters of a module around a norm have the wanted state."""
 
     some: bool
     every: bool
@@ -482,7 +483,7 @@ def _look_around(
     left: Set[int],
     known: dict[int, _Around | None],
 ) -> _Around | None:
-    """The nearest module around `norm` that has parameters; `known` keeps this linear."""
+    """The nearest module around `norm` with parameters; the cache `known` keeps this linear."""
     for above in tree.above(norm):
         if id(above) not in known:
             found = above.parameters()
@@ -496,7 +497,8 @@ def _look_around(
     return None
 
 
-def _check_trainable(entry: ParamEntry, caller: str) -> None:
+def check_trainable(entry: ParamEntry, caller: str) -> None:
+    """Raise ValueError if a frozen parameter cannot be made trainable."""
     parameter = entry.parameter
     if parameter.requires_grad:
         return
@@ -508,7 +510,7 @@ def _check_trainable(entry: ParamEntry, caller: str) -> None:
     if parameter.is_inference():
         raise ValueError(
             f"{caller}: {entry.name} was made under torch.inference_mode() and cannot train; "
-            "make the model outside of it, or give the module a clone of the parameter."
+            "create the model outside of it, or replace the parameter with a clone."
         )
 
 
@@ -525,7 +527,7 @@ def _half_named(tree: Tree, selection: Selection, state: str, left: Set[int]) ->
     return tuple(notes)
 
 
-def _warn_ddp(
+def warn_ddp(
     tree: Tree,
     caller: str,
     stacklevel: int,
@@ -533,27 +535,25 @@ def _warn_ddp(
     thawed: Iterable[ParamEntry] = (),
     chilled: Iterable[ParamEntry] = (),
 ) -> None:
-    """Warn where DistributedDataParallel, which has wrapped by now, cannot follow."""
+    """Warn if DistributedDataParallel has wrapped the model and cannot follow the change."""
     if not tree.ddp:
         return
-    wrap_anew = (
-        "drop this wrapper and wrap its module again, model = DistributedDataParallel(model.module)"
-    )
+    wrap_again = "wrap the module again: model = DistributedDataParallel(model.module)"
     for entries, does, fix in (
         (
             _ddp.not_reduced(tree, thawed),
-            "frozen when DistributedDataParallel wrapped the model: no gradient of it is ever "
-            "averaged, and the processes drift apart without an error.",
-            f"After unfreezing, {wrap_anew}; or wrap with everything trainable and freeze then, "
-            "under find_unused_parameters=True.",
+            "frozen when DistributedDataParallel wrapped the model, so its gradient is never "
+            "averaged and the processes drift apart without an error.",
+            f"After unfreezing, {wrap_again}. Or wrap the model while everything is trainable, "
+            "with find_unused_parameters=True, and freeze afterwards.",
         ),
         (
             _ddp.waited_for(tree, chilled),
-            "trainable when DistributedDataParallel wrapped the model: it is still waited for in "
-            "backward, and the next forward raises 'Expected to have finished reduction in the "
+            "trainable when DistributedDataParallel wrapped the model, so backward still waits for "
+            "its gradient, and the next forward raises 'Expected to have finished reduction in the "
             "prior iteration'.",
-            "Freeze before wrapping, or wrap with find_unused_parameters=True and no static graph; "
-            f"to go on, {wrap_anew}.",
+            "Freeze before wrapping, or wrap with find_unused_parameters=True and without a static "
+            f"graph. To continue, {wrap_again}.",
         ),
     ):
         if entries:
@@ -568,9 +568,9 @@ def _warn_ddp(
 def set_frozen(
     tree: Tree, frozen_set: Selection, managed: Selection, hold_norm: bool, caller: str
 ) -> bool:
-    """Make exactly `frozen_set` of `managed` frozen, the rest of it trainable; True if changed.
+    """Freeze `frozen_set` and make the rest of `managed` trainable; True if anything changed.
 
-    What the model itself keeps frozen stays so: see `unfreeze`.
+    What the model itself keeps frozen stays frozen: see `unfreeze`.
     """
     rest = _rest(managed, frozen_set)
     known = _record.read(tree)
@@ -579,12 +579,12 @@ def set_frozen(
     known.update(kept)
     thawed = thaw(tree, rest, frozen_set, caller, known)
     chilled = chill(tree, frozen_set, rest, hold_norm, known)
-    _warn_ddp(tree, caller, thawed=thawed.params, chilled=chilled.params, stacklevel=4)
+    warn_ddp(tree, caller, thawed=thawed.params, chilled=chilled.params, stacklevel=4)
     return bool(thawed or chilled)
 
 
 def never_thawed(tree: Tree, frozen_set: Selection, managed: Selection) -> set[int]:
-    """What a schedule that goes on with `frozen_set` leaves frozen, by `id` of the ParamEntry."""
+    """What a schedule at `frozen_set` will never unfreeze, by `id` of the ParamEntry."""
     known = _record.read(tree)
     known.update(_kept_in_modules(tree, _rest(managed, frozen_set), managed, known))
     known.update((id(e.parameter), False) for e in _found_beside(frozen_set, known))
@@ -601,10 +601,10 @@ def _rest(managed: Selection, frozen_set: Selection) -> Selection:
 def _kept_in_modules(
     tree: Tree, rest: Selection, managed: Selection, known: Mapping[int, bool]
 ) -> dict[int, bool]:
-    """Marks for what a schedule names to be thawed though the module named keeps it frozen.
+    """Records for parameters that a module keeps frozen although a schedule unfreezes the module.
 
-    That is what `freeze` never came to, beside what trains. A module that is frozen as a whole was
-    frozen by hand, and is thawed.
+    These are frozen parameters that `freeze` never saw, in a module where others train. A module
+    that is frozen as a whole was frozen by hand and is unfrozen.
     """
     unknown = {
         id(entry.parameter)

@@ -1,4 +1,4 @@
-"""The frozen set of a model as plain data, to save beside its weights and to resume from."""
+"""The frozen set of a model as plain data, to save with its weights and to resume from."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from typing import Any
 
 from torch import nn
 
-from . import _hold, _record
+from . import _format, _hold, _record
 from ._select import nearest
 from ._tree import ParamEntry, Tree, check_model
-from .freezing import Change, _check_trainable, _warn_ddp
+from .freezing import Change, check_trainable, warn_ddp
 from .report import FreezeReport, build_report
 
 _KEYS = ("frozen", "trainable", "found", "by_hand", "tied", "held")
 
 
 def frozen_state_dict(model: nn.Module) -> dict[str, Any]:
-    """What is frozen and held in a model, as plain data fit for JSON or `torch.save`.
+    """Return what is frozen and held in a model, as plain data for JSON or `torch.save`.
 
-    A checkpoint's weights do not tell what was frozen. Save this beside them, and a script that
-    resumes need not repeat what led here.
+    A checkpoint's weights do not show what was frozen. Save this with them, and the script that
+    resumes does not have to repeat every freeze and unfreeze.
 
     Args:
-        model: the model. Names are those under the wrappers (DDP, compile), so that the state
-            loads wrapped or not.
+        model: the model. Names do not include those of wrappers (DDP, compile), so the state loads
+            into a wrapped model or an unwrapped one.
 
     Returns:
         A dict of lists of parameter names, and one dict:
             "frozen" and "trainable": together all parameters, a tied one by its first name;
-            "found" and "by_hand": of the frozen ones, those that `freeze` found frozen, which
-            `unfreeze` leaves so, and those that it never came to;
-            "tied": lists of the names that are one tensor;
-            "held": {norm: whether its own mode, given back when it is unfrozen, is train}.
+            "found": frozen parameters that `freeze` found frozen and `unfreeze` leaves so;
+            "by_hand": frozen parameters that `freeze` never saw;
+            "tied": lists of names that are one tensor;
+            "held": {norm: whether the mode it returns to when unfrozen is train mode}.
 
     Raises:
         TypeError: `model` is not a module.
@@ -58,26 +58,26 @@ def frozen_state_dict(model: nn.Module) -> dict[str, Any]:
 def load_frozen_state_dict(
     model: nn.Module, state: Mapping[str, Any], *, strict: bool = True
 ) -> FreezeReport:
-    """Freeze, thaw, hold and release so that a model is as one was when `state` was taken.
+    """Freeze, unfreeze, hold and release as in the model from which `state` was taken.
 
-    Freezing drops gradients, as `freeze` does. Nothing else of the model changes.
+    Freezing drops gradients, as `freeze` does. Nothing else in the model changes.
 
     Args:
         model: the model, wrapped or not.
         state: what `frozen_state_dict` returned.
-        strict: whether the state must name exactly this model's parameters, tied as they are here.
-            False passes over names that only one of them has: parameters that the state does not
-            know stay as they are, and so do norms of such parameters.
+        strict: whether the state must name exactly this model's parameters, with the same ties.
+            False ignores names that only one of them has. Parameters that are not in the state,
+            and the norms that own them, are not changed then.
 
     Returns:
-        A FreezeReport: `matched` names the parameters that the state knows, and `changed`, `held`
-        and `released` what was changed.
+        A FreezeReport: `matched` names the parameters in the state, and `changed`, `held` and
+        `released` name what was changed.
 
     Raises:
         ValueError: the state does not fit the model, with the names; it is not what
-            `frozen_state_dict` returns; or a parameter that it has as trainable cannot train.
+            `frozen_state_dict` returns; or a parameter that should be trainable cannot train.
             Nothing is changed then.
-        TypeError: `model` is not a module, or `state` not a mapping.
+        TypeError: `model` is not a module, or `state` is not a mapping.
 
     Warns:
         UserWarning: as `freeze`.
@@ -118,7 +118,7 @@ def load_frozen_state_dict(
 
 
 def frozen_state(tree: Tree) -> dict[str, Any]:
-    """`frozen_state_dict` of an already walked model."""
+    """`frozen_state_dict` of a model that was walked already."""
     known = _record.read(tree)
     frozen = [entry for entry in tree.params.values() if not entry.parameter.requires_grad]
     froze = {id(entry): known.get(id(entry.parameter)) for entry in frozen}
@@ -136,9 +136,10 @@ def frozen_state(tree: Tree) -> dict[str, Any]:
 def apply_frozen_state(
     tree: Tree, state: Mapping[str, Any], caller: str, *, strict: bool = True, stacklevel: int = 4
 ) -> tuple[Change, list[ParamEntry]]:
-    """Load a `frozen_state`; what changed, and the parameters that the state knows.
+    """Load a `frozen_state`; return what changed and the parameters in the state.
 
-    Also one as schedules saved it once: "frozen" and "held" alone, all other parameters trainable.
+    The state may also be in the old format of schedules: "frozen" and "held" only, with all other
+    parameters trainable.
     """
     held: Mapping[str, bool | None]
     held = state["held"] if isinstance(state["held"], Mapping) else dict.fromkeys(state["held"])
@@ -154,7 +155,7 @@ def apply_frozen_state(
     known = [entry for entry in tree.params.values() if id(entry) in to_freeze]
     for entry in known:
         if not to_freeze[id(entry)]:
-            _check_trainable(entry, caller)
+            check_trainable(entry, caller)
 
     change = Change()
     for entry in known:
@@ -184,17 +185,17 @@ def apply_frozen_state(
             hold, mode = _hold.held_by(norm.module), modes[id(norm)]
             if hold is not None and mode is not None:
                 hold.mode = mode
-        # One whose parameters the state does not know is one that it has never seen.
+        # A norm is unknown to the state if all its parameters are.
         elif (not own or any(id(p) in to_freeze for p in own)) and _hold.release(norm.module):
             change.released.append(norm)
     chilled = [entry for entry in change.params if to_freeze[id(entry)]]
     thawed = [entry for entry in change.params if not to_freeze[id(entry)]]
-    _warn_ddp(tree, caller, thawed=thawed, chilled=chilled, stacklevel=stacklevel)
+    warn_ddp(tree, caller, thawed=thawed, chilled=chilled, stacklevel=stacklevel)
     return change, known
 
 
 def _match(tree: Tree, state: Mapping[str, Any], caller: str) -> dict[int, bool]:
-    """By `id` of each ParamEntry that the state knows: whether it is to be frozen."""
+    """For each ParamEntry in the state, by `id`, whether to freeze it."""
     aliases = {names[0]: names for names in state.get("tied", ())}
     to_freeze: dict[int, bool] = {}
     named: dict[int, str] = {}
@@ -223,8 +224,8 @@ def _check_state(state: object, caller: str) -> None:
     missing = [key for key in _KEYS if key not in state]
     if missing:
         raise ValueError(
-            f"{caller}: the state has no {', '.join(map(repr, missing))}, so it is not one that "
-            "frozen_state_dict returned."
+            f"{caller}: the state has no {', '.join(map(repr, missing))}, so it was not "
+            "returned by frozen_state_dict."
         )
 
 
@@ -246,13 +247,14 @@ def _check_fits(tree: Tree, state: Mapping[str, Any], caller: str) -> None:
     tied_there = {frozenset(names) for names in state["tied"]}
     tied_here = {frozenset(entry.names) for entry in tree.tied()}
     for groups, others, how in (
-        (tied_there, tied_here, "were one tensor when the state was taken, and are not here"),
-        (tied_here, tied_there, "are one tensor here, and were not when the state was taken"),
+        (tied_there, tied_here, "were one tensor when the state was taken, but are not here"),
+        (tied_here, tied_there, "are one tensor here, but were not when the state was taken"),
     ):
         if alone := sorted(sorted(group) for group in groups - others):
-            raise ValueError(f"{caller}: parameters are tied otherwise: {_listed(alone[0])} {how}.")
+            raise ValueError(
+                f"{caller}: parameters are tied differently: {_listed(alone[0])} {how}."
+            )
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:3]))
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return _format.listed(map(repr, names))

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import _format
 from ._hold import held_by, is_norm
 from ._tree import ModuleEntry, Tree, check_model, is_lazy
 
-# Tensors of up to so many bytes are compared in full; of larger ones so many sums are.
+# Tensors of at most this many bytes are compared in full, larger ones by this many sums.
 _SMALL = 4096
 _SUMS = 64
 
@@ -22,20 +23,20 @@ _SUMS = 64
 def guard(model: nn.Module, *, content: bool = False) -> Iterator[None]:
     """Raise, naming them, if a frozen parameter or held statistic changes inside the block.
 
-    What is frozen or held on entry is watched; of buffers those of held norms alone. A change
-    shows in a parameter's version counter, which in-place operations of torch raise (a write of
-    equal values counts), in its address, in its values, and in another tensor or module standing
-    where it or a module around it stood. Values are read once on entry and once on leaving: up to
-    4 KB are compared in full, of larger tensors 64 sums of their bits, each over one part. That
-    sees writes through `.data` or NumPy and by kernels that do not raise the version counter, as
-    torch's `fused=True` optimizers are, and copies nothing large; two readings of a 440 MB model
-    take some 50 ms on a CPU. It misses only a change that leaves every sum as it was, such as two
-    values swapped within a part.
+    The guard watches the parameters that are frozen on entry and the buffers of norms that are
+    held. It notices a changed version counter (which torch's in-place operations raise, also when
+    they write equal values), a changed address, changed values, and another tensor or module in
+    the place of the watched one or of a module around it. Values are read once on entry and once
+    on leaving. Tensors of up to 4 KB are compared in full, larger ones by 64 sums of their bits,
+    each over one part. So the guard notices writes through `.data` or NumPy and by kernels that do
+    not raise the version counter, such as those of torch's `fused=True` optimizers, without a
+    large copy. The two readings of a 440 MB model take about 50 ms on a CPU. It misses only a
+    change that leaves every sum unchanged, such as two values swapped within a part.
 
     Args:
-        model: the model, DDP-wrapped or compiled ones too.
-        content: compare all values themselves, bit by bit, with a copy made on entry. Costs a
-            copy of all that is frozen; sees every change, and no write of equal values.
+        model: the model; also DDP-wrapped or compiled.
+        content: compare all values, bit by bit, with a copy made on entry. This needs a copy of
+            everything frozen. It notices every change, but not a write of equal values.
 
     Raises:
         RuntimeError: on leaving the block, when something changed. An exception inside the block
@@ -43,7 +44,7 @@ def guard(model: nn.Module, *, content: bool = False) -> Iterator[None]:
         TypeError: `model` is not a module.
 
     Note:
-        Of sparse and quantized parameters and on the meta device the version counter alone is
+        For sparse and quantized parameters and on the meta device, only the version counter is
         compared unless `content` is set.
 
     Example:
@@ -65,9 +66,7 @@ def guard(model: nn.Module, *, content: bool = False) -> Iterator[None]:
     yield
     changed = _changes(watched, modules, _by_name(Tree(model)))
     if changed:
-        shown = ", ".join(f"{name} ({how})" for name, how in list(changed.items())[:20])
-        if len(changed) > 20:
-            shown += f" and {len(changed) - 20} more"
+        shown = _format.listed((f"{name} ({how})" for name, how in changed.items()), 20)
         modules_too = [name in modules for name in changed]
         noun = "module" if all(modules_too) else "part" if any(modules_too) else "tensor"
         raise RuntimeError(
@@ -98,7 +97,7 @@ def _watch(tree: Tree, content: bool) -> Iterator[_Watched]:
             for key, buffer in entry.module._buffers.items():
                 if buffer is not None:
                     one = _snapshot(entry, key, buffer, content, read)
-                    # A statistic is held if its values are: norms write them without a count.
+                    # Norms may write equal values, so only the values of statistics count.
                     one.version = None
                     yield one
 
@@ -139,7 +138,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Bytes that change when the tensor's do; None where it has no plain memory to read."""
+    """Bytes that change if the tensor's do; None if it has no plain memory to read."""
     if is_traceable_wrapper_subclass(tensor):
         names: list[str] = tensor.__tensor_flatten__()[0]
         parts = [_bits(getattr(tensor, name)) for name in names]
@@ -150,7 +149,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor | None:
     value = tensor.detach()
     if value.is_complex():
         value = torch.view_as_real(value.resolve_conj())
-    # In the order of memory, which needs no copy of channels_last and transposed tensors.
+    # In the order of memory, so that channels_last and transposed tensors are not copied.
     order = sorted(range(value.dim()), key=value.stride, reverse=True)
     flat = value.resolve_neg().permute(order).reshape(-1).contiguous().view(torch.uint8)
     if flat.numel() <= _SMALL:
@@ -183,9 +182,9 @@ def _changes(
 def _swapped(
     one: _Watched, before: dict[str, nn.Module], after: dict[str, nn.Module]
 ) -> str | None:
-    """The outermost module around a tensor that is not the one that stood there, if any."""
+    """The outermost module around a tensor that was replaced, if any."""
     parts = one.name.split(".")
-    # A key of a ParameterDict may hold dots: names that were no modules are passed over.
+    # A key of a ParameterDict may contain dots, so names that are not modules are skipped.
     names = (".".join(parts[:n]) for n in range(1, len(parts)))
     return next((n for n in names if n in before and after.get(n) is not before[n]), None)
 
@@ -204,7 +203,7 @@ def _change(one: _Watched) -> str | None:
 
 
 def _unlike(watched: list[_Watched]) -> list[_Watched]:
-    """Those whose bits are others now; asks each device once unless something changed."""
+    """Those whose bits have changed; each device is asked only once if nothing has."""
     read: dict[int, torch.Tensor | None] = {}
     by_device: dict[torch.device, list[tuple[_Watched, torch.Tensor, torch.Tensor]]] = {}
     for one in watched:
@@ -227,6 +226,6 @@ def _same_bits(before: torch.Tensor, now: torch.Tensor) -> bool:
         return False
     if before.layout is not torch.strided:
         return bool(torch.equal(before.to_dense(), now.to_dense()))
-    # As bytes: NaN differs from itself as a number, and 0.0 equals -0.0.
+    # Compared as bytes, because NaN is not equal to itself, and 0.0 equals -0.0.
     a, b = (t.to(before.device).contiguous().reshape(-1).view(torch.uint8) for t in (before, now))
     return bool(torch.equal(a, b))

@@ -1,4 +1,4 @@
-"""A freeze schedule that goes on when a metric stops improving, as ReduceLROnPlateau does."""
+"""A freeze schedule that advances when a metric stops improving, as ReduceLROnPlateau does."""
 
 from __future__ import annotations
 
@@ -13,53 +13,54 @@ from torch import nn
 from ._select import Selection
 from ._tree import ParamEntry, Tree
 from .freezing import set_frozen
-from .schedule import FreezeOutSchedule, FreezeSchedule, RotationSchedule, _check_int
+from .schedule import FreezeOutSchedule, FreezeSchedule, RotationSchedule, check_int
 
 
 class AdvanceOnPlateau(FreezeSchedule):
     """Begins a schedule's next entry when a metric has stopped improving.
 
-    What `torch.optim.lr_scheduler.ReduceLROnPlateau` does with the learning rate, this does with
-    what is frozen. Each entry of a table, or each stage of gradual unfreezing, is a phase; when
-    its entries would begin by themselves does not matter, only their order. The first `step()`,
-    before training, begins phase 0. Each later one is given the metric of an evaluation, and ends
-    the phase when more than `patience` evaluations in a row have not improved on the best. The
-    best is that of the whole run so far, also after a change of phase.
+    `torch.optim.lr_scheduler.ReduceLROnPlateau` changes the learning rate; this changes what is
+    frozen. Each entry of a table, or each stage of gradual unfreezing, is a phase. Only the order
+    of the entries matters, not the units at which they would begin. The first `step()`, before
+    training, begins phase 0. Every later one takes the metric of an evaluation, and ends the phase
+    when more than `patience` evaluations in a row have not improved on the best one. The best is
+    that of the whole run so far, also after a change of phase.
 
-    With `restore_best` the model goes back to its best weights whenever a phase ends without
-    having just reached them, the last phase too. Restored are all parameters and all buffers that
-    the model's `state_dict()` has; the optimizer's state, learning rates and random generators
-    are not. Momentum gathered since then may be dropped with `optimizer.state.clear()` when
-    `step` returns True. The price is a copy of the model in CPU memory, taken at each improvement,
-    and as much again in every saved `state_dict()`.
+    With `restore_best` the model returns to its best weights whenever a phase ends, unless they
+    were just reached. This restores all parameters and all buffers in the model's `state_dict()`,
+    but not the optimizer's state, learning rates or random generators. To drop the momentum
+    gathered since then, call `optimizer.state.clear()` when `step` returns True. It needs a copy
+    of the model in CPU memory, made at each improvement, and as much again in every saved
+    `state_dict()`.
 
-    On several processes all must be given the same metric, or they would train different models.
-    Where the model is wrapped in DistributedDataParallel every `step(metric)` compares it.
+    On several processes, all must pass the same metric, or they would train different models. If
+    the model is wrapped in DistributedDataParallel, every `step(metric)` checks this.
 
     Args:
-        schedule: whose entries are the phases: a FreezeSchedule or what `gradual_unfreeze` made.
-            It need not be stepped.
-        mode: "min" when a smaller metric is better, "max" when a greater one is.
-        patience: evaluations in a row without improvement that a phase outlasts; it ends at the
-            next one, as in ReduceLROnPlateau. (EarlyStopping of Lightning and Keras stops one
-            evaluation sooner.)
+        schedule: the schedule whose entries are the phases: a FreezeSchedule, or one made by
+            `gradual_unfreeze`. Do not step it yourself.
+        mode: "min" if a smaller metric is better, "max" if a greater one is.
+        patience: number of evaluations in a row without improvement that are allowed; the phase
+            ends at the next one, as in ReduceLROnPlateau. (EarlyStopping of Lightning and Keras
+            stops one evaluation sooner.)
         min_delta: a metric must beat the best by more than this to count as an improvement.
-        min_evals: evaluations before which a phase does not end; one number for all phases, or a
-            list with one for each. Gives a phase time to settle after it began with a setback.
-        max_evals: evaluations after which a phase ends whatever the metric; None for no such
+        min_evals: a phase does not end before this many evaluations, which gives it time to
+            recover from a setback at its beginning. One number for all phases, or a list with one
+            for each.
+        max_evals: a phase ends after this many evaluations, whatever the metric; None means no
             limit. One for all phases, or a list with one (or None) for each.
-        restore_best: whether to go back to the best weights when a phase ends.
+        restore_best: whether to return to the best weights when a phase ends.
 
     Attributes:
         phase: the number of the phase, from 0; -1 before the first `step()`.
-        best: the best metric so far; None before the first.
-        bad_evals: evaluations since then without improvement, in this phase.
-        finished: whether the last phase has ended: stop training then.
+        best: the best metric so far; None before the first one.
+        bad_evals: number of evaluations in this phase since the last improvement.
+        finished: whether the last phase has ended, so that training should stop.
 
     Raises:
-        ValueError: an argument is out of its range, a list has not one number for each phase, or
+        ValueError: an argument is out of range, a list does not have one number for each phase, or
             the schedule has no phases (a rotation never ends; FreezeOut follows its rates).
-        TypeError: `schedule` is no FreezeSchedule, or a number is none.
+        TypeError: `schedule` is not a FreezeSchedule, or an argument is not a number.
 
     Example:
         >>> from torch import nn
@@ -67,7 +68,7 @@ class AdvanceOnPlateau(FreezeSchedule):
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
         >>> schedule = AdvanceOnPlateau(gradual_unfreeze(model, ["0", "1"]), patience=1)
         >>> changed = schedule.step()  # before training: phase 0
-        >>> for loss in (0.9, 0.5, 0.6, 0.7, 0.4):  # of an evaluation after each epoch
+        >>> for loss in (0.9, 0.5, 0.6, 0.7, 0.4):  # from an evaluation after each epoch
         ...     changed = schedule.step(loss)
         ...     print(loss, schedule.phase, [layer.weight.requires_grad for layer in model])
         ...     if schedule.finished:
@@ -109,7 +110,7 @@ class AdvanceOnPlateau(FreezeSchedule):
             )
         if mode not in ("min", "max"):
             raise ValueError(f"{caller}: mode must be 'min' or 'max', got {mode!r}.")
-        _check_int(caller, "patience", patience, least=0)
+        check_int(caller, "patience", patience, least=0)
         if isinstance(min_delta, bool) or not isinstance(min_delta, (int, float)):
             raise TypeError(f"{caller}: min_delta must be a number, got {min_delta!r}.")
         if not 0 <= min_delta < math.inf:
@@ -140,22 +141,22 @@ class AdvanceOnPlateau(FreezeSchedule):
         self._weights: dict[str, torch.Tensor] | None = None
 
     def step(self, metric: float | torch.Tensor | None = None) -> bool:
-        """Begin phase 0, without a metric; then, with one, end an evaluation.
+        """Begin phase 0 (without a metric), or take the metric of an evaluation.
 
-        A metric that is NaN or infinite is no improvement, and never the best.
+        A metric that is NaN or infinite never counts as an improvement.
 
         Args:
-            metric: the value to watch: a number or a tensor of one element. Left out in the first
-                call alone, which comes before training.
+            metric: the value to watch: a number or a tensor of one element. Leave it out only in
+                the first call, which comes before training.
 
         Returns:
             Whether anything was frozen, unfrozen or restored.
 
         Raises:
             RuntimeError: the first call has a metric, or processes under DistributedDataParallel
-                have different ones; or, where weights are to be restored, the model no longer has
-                the parameters and buffers that were kept, or is sharded.
-            TypeError: a later call has none, or one that is no number.
+                have different ones; with `restore_best` also if the model no longer has the
+                parameters and buffers that were kept, or is sharded.
+            TypeError: a later call has no metric, or one that is not a number.
         """
         tree = Tree(self.model)
         if self.last < 0:
@@ -176,7 +177,7 @@ class AdvanceOnPlateau(FreezeSchedule):
         weights = _copy_weights(tree) if improves and self.restore_best else self._weights
         ends = not self.finished and self._ends(evals, bad)
         last = self.phase == len(self._phases) - 1
-        # What can fail comes before what is changed.
+        # Whatever can fail comes before anything is changed.
         split = self._split(tree, self.phase + 1) if ends and not last else None
         changed = False
         if ends and not improves and weights is not None:
@@ -198,11 +199,12 @@ class AdvanceOnPlateau(FreezeSchedule):
     def load_best_weights(self) -> None:
         """Put the best weights so far into the model, as the end of a phase does.
 
-        For a run that ends before its last phase does.
+        Use this if a run ends before its last phase does.
 
         Raises:
-            RuntimeError: none are kept, `restore_best` being False or no evaluation having had a
-                finite metric yet; or the model no longer has what was kept.
+            RuntimeError: no weights are kept, because `restore_best` is False or no evaluation has
+                had a finite metric yet; or the model no longer has the parameters and buffers that
+                were kept.
         """
         if self._weights is None:
             why = "no metric was finite yet" if self.restore_best else "restore_best is False"
@@ -210,7 +212,7 @@ class AdvanceOnPlateau(FreezeSchedule):
         _restore_weights(Tree(self.model), self._weights, "load_best_weights")
 
     def state_dict(self) -> dict[str, Any]:
-        """As `FreezeSchedule.state_dict`; with `restore_best` the best weights too, as tensors."""
+        """Like `FreezeSchedule.state_dict`; with `restore_best` also the best weights (tensors)."""
         state = super().state_dict()
         state |= {
             "phase": self.phase,
@@ -224,9 +226,9 @@ class AdvanceOnPlateau(FreezeSchedule):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken: as `FreezeSchedule.load_state_dict`.
+        """Like `FreezeSchedule.load_state_dict`.
 
-        The model's own weights are not touched: load them from the same checkpoint.
+        This does not load the model's own weights; load them from the same checkpoint.
         """
         self._check_state(state)
         keys = ["phase", "evals", "best", "bad_evals", "finished"]
@@ -235,11 +237,11 @@ class AdvanceOnPlateau(FreezeSchedule):
         if missing:
             raise ValueError(f"load_state_dict: the state has no {', '.join(map(repr, missing))}.")
         for key, least in (("phase", -1), ("evals", 0), ("bad_evals", 0)):
-            _check_int("load_state_dict", repr(key), state[key], least=least)
+            check_int("load_state_dict", repr(key), state[key], least=least)
         if state["phase"] >= len(self._phases) or (state["phase"] < 0) != (state["last"] < 0):
             raise ValueError(
-                f"load_state_dict: phase {state['phase']} after {state['last']} evaluations is no "
-                f"place in a schedule of {len(self._phases)} phases."
+                f"load_state_dict: phase {state['phase']} after {state['last']} evaluations is not "
+                f"possible in a schedule of {len(self._phases)} phases."
             )
         best = state["best"]
         if best is not None:
@@ -283,7 +285,7 @@ class AdvanceOnPlateau(FreezeSchedule):
     def _timeline(self) -> Iterable[int]:
         return range(len(self._phases))
 
-    # A phase's number is a place in the list of the schedule's entries.
+    # A phase's number is an index into the list of the schedule's entries.
 
     def _split(self, tree: Tree, number: int) -> tuple[Selection, Selection]:
         return self.schedule._split(tree, self._phases[number])
@@ -322,10 +324,10 @@ class AdvanceOnPlateau(FreezeSchedule):
 
 
 def as_metric(metric: object, caller: str) -> float:
-    """`metric` as a float; NaN and infinities too."""
+    """`metric` as a float, which may be NaN or infinite."""
     if metric is None:
         raise TypeError(
-            f"{caller}: the metric is None; give the value of the evaluation that has just ended."
+            f"{caller}: the metric is None; pass the value of the evaluation that has just ended."
         )
     if isinstance(metric, (int, float)) and not isinstance(metric, bool):
         return float(metric)
@@ -343,7 +345,7 @@ def as_metric(metric: object, caller: str) -> float:
 def check_same_metric(
     value: float, caller: str, group: dist.ProcessGroup | None = None, fix: str = ""
 ) -> None:
-    """Raise, on all processes of a group, where they have different values."""
+    """Raise, on all processes of a group, if they have different values."""
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     # As text, in which NaN equals NaN.
@@ -365,11 +367,11 @@ def _per_phase(
         raise TypeError(f"{caller}: {what} must be an int or a list of ints, got {given!r}.")
     if len(listed) != phases:
         raise ValueError(
-            f"{caller}: {what} has {len(listed)} numbers, and the schedule {phases} phases."
+            f"{caller}: {what} has {len(listed)} numbers, but the schedule has {phases} phases."
         )
     for number in listed:
         if number is not None:
-            _check_int(caller, what, number, least=least)
+            check_int(caller, what, number, least=least)
     return list(listed)
 
 
@@ -378,7 +380,7 @@ def _evaluations(number: int) -> str:
 
 
 def _stored(tree: Tree) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter, and every buffer that a state_dict has, by its name without wrappers."""
+    """Every parameter and every buffer of the state_dict, with its name without wrappers."""
     for param in tree.params.values():
         yield param.name, param.parameter
     seen: set[int] = set()
@@ -396,8 +398,8 @@ def _copy_weights(tree: Tree) -> dict[str, torch.Tensor]:
         if hasattr(tensor, "to_local"):
             raise RuntimeError(
                 f"AdvanceOnPlateau: restore_best keeps whole tensors, and {name} is sharded over "
-                "processes. Leave restore_best out, and go back to a checkpoint when step() "
-                "begins a phase."
+                "processes. Leave restore_best out, and load a checkpoint when step() begins "
+                "a phase."
             )
         copies[name] = tensor.detach().to("cpu", copy=True)
     return copies
@@ -406,7 +408,7 @@ def _copy_weights(tree: Tree) -> dict[str, torch.Tensor]:
 def _check_weights(
     tree: Tree, weights: Mapping[str, torch.Tensor], caller: str, error: type[Exception]
 ) -> None:
-    """Raise where kept weights are not those of the model."""
+    """Raise if kept weights do not fit the model."""
     now = dict(_stored(tree))
     for name in {**now, **weights}:
         if name not in weights:
@@ -415,7 +417,7 @@ def _check_weights(
             raise error(f"{caller}: the best weights have {name!r}, which the model lacks now.")
         if weights[name].shape != now[name].shape:
             raise error(
-                f"{caller}: {name} has shape {list(now[name].shape)}; of the best weights it has "
+                f"{caller}: {name} has shape {list(now[name].shape)}; in the best weights it has "
                 f"{list(weights[name].shape)}."
             )
 
@@ -425,6 +427,6 @@ def _restore_weights(tree: Tree, weights: Mapping[str, torch.Tensor], caller: st
     _check_weights(tree, weights, caller, RuntimeError)
     for name, tensor in _stored(tree):
         kept = weights[name].to(tensor.device, tensor.dtype)
-        # What did not move is not written to: guard() would take it for a change.
+        # Frozen tensors with equal values are not written, since guard() would report a change.
         if tensor.requires_grad or not torch.equal(tensor, kept):
             tensor.copy_(kept)

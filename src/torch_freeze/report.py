@@ -11,23 +11,62 @@ import torch
 from torch import nn
 
 from . import _format
-from ._flow import Flow, estimate_flow, measure_flow
+from ._flow import Facts, Kind, Leaf, Reasons, estimate_flow, measure_flow
 from ._hold import held_by, is_norm
 from ._tree import ModuleEntry, ParamEntry, Tree, check_model, is_lazy
 
-_WIDTH = 120
-_TEXT_WIDTH = 90
 _MAX_ROWS = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One module's line: counts are of elements, sizes in bytes, all over its whole subtree.
+class Flow:
+    """Where the freeze sits in the backward pass.
 
-    A tied parameter is counted once, where it is first registered. `gradient_bytes` is what the
-    gradients take at the moment: with `step_in_backward` what is not applied yet.
-    `momentum_bytes` is every tensor the optimizer keeps for the parameters, and None when no
-    optimizer was given.
+    Freezing a weight always saves its weight gradient. It saves the gradient of its *input* only
+    if nothing before it takes a gradient; backward then stops there. Frozen layers that come after
+    trainable ones still backpropagate, which is why freezing may give less speed than expected.
+    So do layers that come after an input or an activation that requires grad.
+
+    Attributes:
+        kind: "stops early" (backward runs through no frozen parameter), "runs through" (through all
+            of them), "mixed", "nothing frozen", or "everything frozen" (and backward raises).
+        measured: True if an example was run, False for an estimate by registration order.
+        stops_early: whether backward leaves out some frozen parameters.
+        first_trainable: name of the first trainable parameter, where backward ends unless
+            `other_leaf` is set; None if there is none.
+        skipped, crossed: elements of frozen parameters that backward does not reach, and of those
+            it runs through.
+        weight_gradient_saved: share (0 to 1) of the weight-gradient work that is saved, compared
+            with the same model all trainable; by FLOPs if measured, else by parameter count.
+        backward_saved: share (0 to 1) saved of all work of backward: weight gradients, input
+            gradients and, if measured, attention. Forward work that activation checkpointing
+            repeats is not counted.
+        sentence: the same in words.
+        other_leaf: a description of the tensor that takes a gradient without being a parameter: the
+            example, or an activation that the model or a hook marked with `requires_grad`. None
+            if there is none, and in an estimate, which cannot know.
+    """
+
+    kind: Kind
+    measured: bool
+    stops_early: bool
+    first_trainable: str | None
+    skipped: int
+    crossed: int
+    weight_gradient_saved: float
+    backward_saved: float
+    sentence: str
+    other_leaf: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One module's line; counts are of elements and sizes in bytes, over its whole subtree.
+
+    A tied parameter is counted once, where it is first registered. `gradient_bytes` is the size of
+    the gradients that exist at the moment; with `step_in_backward` those not yet applied.
+    `momentum_bytes` is the size of every tensor that the optimizer keeps for the parameters, and
+    None if no optimizer was given.
     """
 
     name: str
@@ -56,7 +95,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class FreezeReport:
-    """The frozen state of a model; `print` it, show it in a notebook, or take `to_dict()`.
+    """The frozen state of a model; `print` it, show it in a notebook, or call `to_dict()`.
 
     Attributes:
         model: class name of the model.
@@ -64,10 +103,10 @@ class FreezeReport:
         rows: lines of its modules, in registration order.
         trainable_names, frozen_names: names of parameters (a tied one by its first name).
         tied: all names of each tied parameter, one tuple per parameter.
-        flow: where the freeze sits: how far backward runs and what is saved.
-        action: "report", "freeze", "unfreeze" or what else made this report.
-        matched: parameters named by that call; `changed`: those it changed.
-        held, released: norm layers that call put on hold or gave back their own mode.
+        flow: how far backward runs and what that saves.
+        action: the function that made this report, such as "report", "freeze" or "unfreeze".
+        matched: parameters named in that call; `changed`: those it changed.
+        held, released: norm layers that the call put on hold or gave back their own mode.
         notes: facts worth a sentence, such as a tied parameter named by one name only.
 
     Example:
@@ -96,7 +135,7 @@ class FreezeReport:
     notes: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain dicts, lists, strings and numbers, fit for JSON."""
+        """All fields as plain dicts, lists, strings and numbers, ready for JSON."""
         return {key: _plain(value) for key, value in asdict(self).items()}
 
     def __repr__(self) -> str:
@@ -110,13 +149,10 @@ class FreezeReport:
         return "\n".join([self._headline(), "", *self._table_lines(), "", *self._sentences()])
 
     def _repr_html_(self) -> str:
-        header, body, aligned = self._cells()
-        cells = [_html_row("th", header, aligned)]
-        cells += [_html_row("td", line, aligned) for line in body]
         said = "".join(f"<p>{html.escape(line)}</p>" for line in self._sentences())
         return (
             f"<div><p><b>{html.escape(self._headline())}</b></p>"
-            f"<table>{''.join(cells)}</table>{said}</div>"
+            f"{_format.html_table(*self._cells())}{said}</div>"
         )
 
     def _headline(self) -> str:
@@ -127,13 +163,13 @@ class FreezeReport:
             f"({_format.percent(total.frozen, total.parameters)})"
         )
         if self.action == "report":
-            return _format.fit(state, _WIDTH)
+            return _format.fit(state)
         did = f"{self.action}: {_format.parameters(len(self.matched))} named, "
         did += f"{len(self.changed)} changed"
         for norms, what in ((self.held, "held"), (self.released, "released")):
             if norms:
                 did += f", {_format.counted(len(norms), 'norm')} {what}"
-        return f"{did}\n{_format.fit(state, _WIDTH)}"
+        return f"{did}\n{_format.fit(state)}"
 
     def _cells(self) -> tuple[list[str], list[list[str]], str]:
         with_momentum = self.total.momentum_bytes is not None
@@ -156,21 +192,8 @@ class FreezeReport:
 
     def _table_lines(self) -> Iterator[str]:
         header, body, aligned = self._cells()
-        widths = [max(len(line[i]) for line in (header, *body)) for i in range(len(header))]
-        # The two text columns give way when the table would be wider than a terminal.
-        for column, least in ((0, 24), (len(header) - 1, 12)):
-            over = sum(widths) + 2 * (len(widths) - 1) - _WIDTH
-            if over > 0:
-                widths[column] = max(least, widths[column] - over)
-        rule = "  ".join("-" * width for width in widths)
-        for number, line in enumerate((header, *body)):
-            if number in (1, len(body)):
-                yield rule
-            cells = (
-                f"{_format.fit(text, width):{side}{width}}"
-                for text, width, side in zip(line, widths, aligned, strict=True)
-            )
-            yield "  ".join(cells).rstrip()
+        # The two text columns give way if the table would be wider than a terminal.
+        return _format.table(header, body, aligned, {0: 24, len(header) - 1: 12})
 
     def _sentences(self) -> list[str]:
         said = ["backward: " + self.flow.sentence]
@@ -181,7 +204,7 @@ class FreezeReport:
                 "several names"
             )
         said += [f"note: {note}" for note in self.notes]
-        return [part for line in said for part in _format.wrap(line, _TEXT_WIDTH, _WIDTH)]
+        return [part for line in said for part in _format.wrap(line)]
 
 
 def report(
@@ -191,21 +214,21 @@ def report(
     depth: int | None = None,
     example: Any = None,
 ) -> FreezeReport:
-    """Tell what is frozen, what it costs in bytes, and whether backward stops early.
+    """Show what is frozen, what it costs in bytes, and whether backward stops early.
 
     Args:
-        model: any module; DDP-wrapped and compiled ones are reported under their own names.
-        optimizer: fills the momentum column with the bytes of every tensor it keeps (any
-            torch.optim.Optimizer, or several).
-        depth: how many levels of modules to list; 0 gives the total alone. None opens those
-            modules alone whose parameters are partly frozen.
+        model: any module; a DDP-wrapped or compiled one is reported under its own names.
+        optimizer: any torch.optim.Optimizer, or several. The momentum column then shows the bytes
+            of every tensor that they keep.
+        depth: how many levels of modules to list; 0 gives the total only. None opens only those
+            modules whose parameters are partly frozen.
         example: inputs of the model (a tensor, a tuple of arguments or a dict of keyword
-            arguments). With them forward passes are run, as the model is and with everything
-            trainable, and autograd itself tells through which frozen parameters backward runs and
-            why (an input or activation that requires grad counts), and FLOPs weigh the work that
-            is saved. Without them both are estimated, from the order of registration and the
-            number of parameters. The passes leave the model's parameters and their flags, its
-            statistics, its gradients and the random state as they were.
+            arguments). With them, the model runs forward once as it is and once with everything
+            trainable. The report then says what autograd found: through which frozen parameters
+            backward runs and why (an input or activation that requires grad counts), and what
+            share of the work is saved, in FLOPs. Without them both are estimated from the order
+            of registration and the number of parameters. The passes change no parameter, flag,
+            statistic or gradient, and not the random state.
 
     Returns:
         A FreezeReport.
@@ -236,7 +259,7 @@ def report(
     """
     check_model(model, "report")
     if depth is not None and depth < 0:
-        raise ValueError(f"report: {depth=} is negative; 0 gives the total alone.")
+        raise ValueError(f"report: {depth=} is negative; 0 gives the total only.")
     return build_report(Tree(model), as_optimizers(optimizer, "report"), depth, example)
 
 
@@ -264,12 +287,12 @@ def build_report(
     example: Any = None,
     **call: Any,
 ) -> FreezeReport:
-    """The report of an already walked model; `call` fills the fields of a freeze call."""
+    """The report of a model that was walked already; `call` fills the fields of a freeze call."""
     sums = _sum_up(tree, optimizers)
     total = _row(tree.root, "", -1, sums[id(tree.root)], optimizers is not None)
     rows = list(_rows(tree, sums, depth, optimizers is not None))
     entries = list(tree.params.values())
-    flow = estimate_flow(entries) if example is None else measure_flow(tree, example)
+    facts = estimate_flow(entries) if example is None else measure_flow(tree, example)
     return FreezeReport(
         model=type(tree.root.module).__name__,
         total=total,
@@ -277,9 +300,99 @@ def build_report(
         trainable_names=tuple(e.name for e in entries if e.parameter.requires_grad),
         frozen_names=tuple(e.name for e in entries if not e.parameter.requires_grad),
         tied=tuple(tuple(e.names) for e in entries if e.aliases),
-        flow=flow,
+        flow=_flow(facts),
         **{"notes": _notes(entries), **call},
     )
+
+
+def _flow(facts: Facts) -> Flow:
+    reasons = facts.reasons
+    return Flow(
+        kind=facts.kind,
+        measured=reasons is not None,
+        stops_early=facts.kind in ("stops early", "mixed", "everything frozen"),
+        first_trainable=facts.first_trainable,
+        skipped=facts.skipped,
+        crossed=facts.crossed,
+        weight_gradient_saved=facts.weight_gradient_saved,
+        backward_saved=facts.backward_saved,
+        sentence=" ".join(_flow_sentences(facts)),
+        other_leaf=_leaf(reasons.leaf) if reasons and reasons.leaf else None,
+    )
+
+
+def _flow_sentences(facts: Facts) -> Iterator[str]:
+    """What becomes of backward, as a continuation of "backward:"."""
+    reasons = facts.reasons
+    total = f"{facts.crossed + facts.skipped:,}"
+    if facts.kind == "nothing frozen":
+        said = "runs through the whole model: nothing is frozen."
+    elif facts.kind == "everything frozen":
+        said = "does not run: everything is frozen, and backward() on the loss raises"
+        said += "." if reasons else " unless the input or an activation requires grad."
+    elif facts.kind == "stops early":
+        first = facts.first_trainable
+        said = f"stops early: all {total} frozen parameters come before "
+        said += f"the first trainable one ({first})." if first else "what takes a gradient."
+    elif facts.kind == "mixed":
+        said = (
+            f"stops early for {facts.skipped:,} of {total} frozen parameters; it still runs "
+            f"through the other {facts.crossed:,}, which come after {_before(facts)}: there it "
+            "computes input gradients all the same."
+        )
+    else:
+        said = (
+            f"does not stop early: all {total} frozen parameters come after {_before(facts)}, so "
+            "it runs through them and computes their input gradients."
+        )
+    partly = facts.kind not in ("nothing frozen", "everything frozen")
+    if facts.all_frozen and partly:
+        said = f"runs though everything is frozen, and {said}"
+    yield said
+    if partly:
+        yield (
+            f"Weight-gradient work saved: {_format.percent(facts.weight_gradient_saved)}; backward "
+            f"work of these layers saved: {_format.percent(facts.backward_saved)}."
+        )
+        yield _measured_how(reasons)
+    for names, gets in (
+        (reasons.unused if reasons else (), "never uses {}"),
+        (
+            reasons.cut_off if reasons else (),
+            "gives no gradient to {}, which it uses behind no_grad() or detach()",
+        ),
+    ):
+        if names:
+            several = _format.counted(len(names), "trainable parameter")
+            yield f"The example {gets.format(several)}, such as {names[0]}."
+
+
+def _measured_how(reasons: Reasons | None) -> str:
+    if reasons is None:
+        return (
+            "(Estimated from the order of registration and parameter counts; give example=... to "
+            "measure.)"
+        )
+    if reasons.by_flops:
+        return "(Measured on the example, by FLOPs of matrix products and convolutions.)"
+    return "(Measured on the example, by parameter counts: it has no matrix product.)"
+
+
+def _before(facts: Facts) -> str:
+    """What takes a gradient before the frozen parameters that backward runs through."""
+    reasons = facts.reasons
+    before = []
+    if facts.first_trainable and (reasons is None or reasons.after_trainable):
+        before.append(f"a trainable one ({facts.first_trainable})")
+    if reasons and reasons.leaf and (reasons.after_leaf or not before):
+        before.append(_leaf(reasons.leaf))
+    return " or ".join(before)
+
+
+def _leaf(leaf: Leaf) -> str:
+    if leaf.in_example:
+        return "the example, which requires grad"
+    return f"an activation that requires grad (the input of {leaf.into})"
 
 
 def _notes(entries: list[ParamEntry]) -> tuple[str, ...]:
@@ -318,7 +431,7 @@ class _Sum:
 
 
 def _sum_up(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> dict[int, _Sum]:
-    """Sums over each module's subtree, in one pass over all modules."""
+    """Sums over each module's subtree, from one pass over all modules."""
     sums: dict[int, _Sum] = {}
     counted: set[int] = set()
     for entry in tree.order:
@@ -349,7 +462,7 @@ def _sum_up(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> dict[
                 own.norms_train += 1
             else:
                 own.norms_eval += 1
-    # Parents come before what they hold; a shared module counts where it is first registered.
+    # Parents come before children. A shared module counts where it is first registered.
     for entry in reversed(tree.order):
         if entry.parent >= 0:
             sums[id(tree.order[entry.parent])].add(sums[id(entry)])
@@ -357,19 +470,19 @@ def _sum_up(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> dict[
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Bytes a tensor's values take, of a sparse or expanded one those it stores."""
+    """Bytes of a tensor's values; for a sparse or expanded one, of those that it stores."""
     if tensor.layout is torch.sparse_coo:
         return sum(t.numel() * t.element_size() for t in (tensor._indices(), tensor._values()))
     size = tensor.numel() * tensor.element_size()
     if tensor.layout is torch.strided and 0 in tensor.stride():
-        # What stands for a gradient that was applied in backward is one element, expanded.
+        # A gradient that was applied in backward is replaced by one element, expanded.
         return min(size, tensor.untyped_storage().nbytes())
     return size
 
 
 def state_bytes(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> int:
     """Bytes of all tensors an optimizer keeps for a parameter."""
-    # state is a defaultdict: get() does not make an entry where [] would.
+    # state is a defaultdict: [] would add an entry, get() does not.
     state = optimizer.state.get(parameter)
     if not isinstance(state, Mapping):
         return 0
@@ -412,7 +525,7 @@ def _rows(
 
 
 def _open_mixed(tree: Tree, sums: dict[int, _Sum]) -> set[int]:
-    """Modules to open so that the rows show where frozen and trainable part, breadth first."""
+    """Modules to open, breadth first, so that the rows separate frozen from trainable."""
     shown: set[int] = set()
     lines = len(tree.root.children)
     level = [tree.root]
@@ -436,15 +549,6 @@ def _state(row: Row) -> Literal["frozen", "trainable", "mixed", "-"]:
     if not row.trainable:
         return "frozen"
     return "mixed" if row.frozen else "trainable"
-
-
-def _html_row(tag: str, cells: list[str], aligned: str) -> str:
-    made = []
-    for text, side in zip(cells, aligned, strict=True):
-        pad = "&nbsp;" * (len(text) - len(text.lstrip(" ")))
-        align = "left" if side == "<" else "right"
-        made.append(f'<{tag} style="text-align:{align}">{pad}{html.escape(text.strip())}</{tag}>')
-    return f"<tr>{''.join(made)}</tr>"
 
 
 def _plain(value: Any) -> Any:

@@ -14,38 +14,37 @@ import torch
 from torch import nn
 
 from . import _format
-from ._flow import numel_of
 from ._select import Selection, Selector, as_selectors, everything, select
 from ._tree import ModuleEntry, ParamEntry, Tree, check_model
-from .freezing import set_frozen, subtract
+from .freezing import never_thawed, set_frozen, subtract
 from .frozen_state import apply_frozen_state, frozen_state
 
 Unit: TypeAlias = Literal["epoch", "step"]
-_WIDTH = 120
-#: Entries that a printed timeline shows; of more, those around the present one.
+#: A printed timeline shows this many entries at most: those around the current one.
 _ROWS = 50
 
 
 class FreezeSchedule:
-    """A table of what is frozen from which epoch or step on.
+    """A table that says what is frozen from which epoch or step on.
 
-    The parameters that any entry names are managed: at each entry those it names become frozen
-    and the other managed ones trainable. Parameters that no entry names stay as they are, and so
-    does what the model itself keeps frozen (see `unfreeze`). No optimizer is touched: with
-    FrozenAwareSGD over all parameters, learning-rate schedulers, checkpoints and param groups never
-    notice.
+    The schedule manages the parameters that any of its entries names. Each entry freezes those it
+    names and makes the other managed ones trainable. Parameters that no entry names are not
+    changed, and neither are those that the model itself keeps frozen (see `unfreeze`). The schedule
+    changes no optimizer. With FrozenAwareSGD over all parameters, learning-rate schedulers,
+    checkpoints and param groups keep working.
 
     Args:
-        model: the model; DDP-wrapped or compiled ones too.
-        entries: {unit number: what is frozen from there on}, in the terms of `freeze`; an empty
-            list for nothing.
-        unit: what one `step()` stands for, "epoch" or "step".
+        model: the model; also DDP-wrapped or compiled.
+        entries: {unit number: what is frozen from then on}, in the terms of `freeze`; an empty
+            list freezes nothing.
+        unit: what one `step()` begins, "epoch" or "step".
         hold_norm: as in `freeze`.
 
     Raises:
         ValueError: something named matches nothing (with the nearest names), a unit number is
             negative, there are no entries, or `unit` is unknown.
-        TypeError: `model` is not a module, `entries` no mapping, or a unit number not an int.
+        TypeError: `model` is not a module, `entries` is not a mapping, or a unit number is not an
+            int.
 
     Example:
         >>> from torch import nn
@@ -59,7 +58,7 @@ class FreezeSchedule:
         1 False [False, False, True]
         2 True [False, True, True]
         >>> print(schedule)
-        FreezeSchedule, at epoch 2: manages 56 of 66 parameters; the others stay as they are
+        FreezeSchedule, at epoch 2: manages 56 of 66 parameters; the others are not changed
            epoch      frozen  trainable  what is frozen
                0-         56          0  0, 1
         >      2-         36         20  0
@@ -77,13 +76,13 @@ class FreezeSchedule:
         check_model(model, "FreezeSchedule")
         if not isinstance(entries, Mapping):
             raise TypeError(
-                "FreezeSchedule: entries must map unit numbers to what is frozen from there on, "
+                "FreezeSchedule: entries must map unit numbers to what is frozen from then on, "
                 f"such as {{0: ['layer1'], 3: []}}; got {type(entries).__name__}."
             )
         if not entries:
             raise ValueError("FreezeSchedule: there are no entries.")
         for number in entries:
-            _check_int("FreezeSchedule", "unit number", number, least=0)
+            check_int("FreezeSchedule", "unit number", number, least=0)
         _check_unit("FreezeSchedule", unit)
         self.model = model
         self.unit: Unit | Literal["evaluation"] = unit
@@ -98,7 +97,7 @@ class FreezeSchedule:
         self._plan = self._resolved(tree)
 
     def step(self) -> bool:
-        """Begin the next unit: call it at the start of every epoch (or step).
+        """Begin the next unit. Call this at the start of every epoch (or step).
 
         Returns:
             Whether anything was frozen or unfrozen.
@@ -111,28 +110,94 @@ class FreezeSchedule:
         return set_frozen(tree, frozen, managed, self.hold_norm, type(self).__name__)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position, frozen set and what the schedule is: plain numbers, strings, lists and dicts.
+        """Position, frozen set and arguments of the schedule as plain numbers, strings and lists.
 
-        The frozen set is that of the whole model, as `frozen_state_dict` has it, also of what the
-        schedule does not manage.
+        The frozen set is that of the whole model, as in `frozen_state_dict`, including parameters
+        that the schedule does not manage.
         """
         return {**self._settings(), "last": self.last, **frozen_state(Tree(self.model))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken: position, frozen parameters and held norms.
+        """Restore the position, the frozen parameters and the held norms of a saved state.
 
         Every parameter of the model becomes frozen or trainable as it was then, whether the
-        schedule manages it or not. Names do not depend on wrapping (DDP, compile).
+        schedule manages it or not. The model may be wrapped (DDP, compile) differently.
 
         Raises:
-            ValueError: a name is not in this model, a key is missing, or the state is of another
-                kind of schedule or of one with other arguments: other units, entries, parameters
-                under an entry, layers. Nothing is changed then.
+            ValueError: a name is not in this model, a key is missing, or the state comes from
+                another kind of schedule or from one with other arguments (units, entries,
+                parameters under an entry, layers). Nothing is changed then.
             TypeError: `state` is not a mapping.
         """
         self._check_state(state)
         apply_frozen_state(Tree(self.model), state, "load_state_dict")
         self.last = state["last"]
+
+    def difference(self, state: Mapping[str, Any]) -> str:
+        """How the schedule that saved a state differs from this one, in words.
+
+        Args:
+            state: what `state_dict` returned.
+
+        Returns:
+            The first difference in kind or arguments; "" if `load_state_dict` would take the state
+            as its own.
+
+        Example:
+            >>> from torch import nn
+            >>> from torch_freeze import gradual_unfreeze
+            >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+            >>> saved = gradual_unfreeze(model, ["0", "1"], every=2).state_dict()
+            >>> gradual_unfreeze(model, ["0", "1"], every=3).difference(saved)
+            'it has entries[1]=2, this one entries[1]=3'
+        """
+        for key, own in self._settings().items():
+            if key not in state:
+                return f"it has no {key!r}, which a {type(self).__name__} saves"
+            saved = state[key]
+            if saved == own:
+                continue
+            if isinstance(saved, list) and isinstance(own, list):
+                saved, own = dict(enumerate(saved)), dict(enumerate(own))
+            while isinstance(saved, dict) and isinstance(own, dict):
+                at = next(k for k in {**own, **saved} if saved.get(k) != own.get(k))
+                key, saved, own = f"{key}[{at!r}]", saved.get(at), own.get(at)
+            return f"it has {key}={saved!r}, this one {key}={own!r}"
+        return ""
+
+    def to_unfreeze(self) -> tuple[str, ...]:
+        """Names of the parameters that are frozen now and trainable at some unit of the schedule.
+
+        Example:
+            >>> from torch import nn
+            >>> from torch_freeze import FreezeSchedule
+            >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+            >>> schedule = FreezeSchedule(model, {0: ["0", "1"], 2: ["0"]})
+            >>> _ = schedule.step()
+            >>> schedule.to_unfreeze()
+            ('1.weight', '1.bias')
+        """
+        tree = Tree(self.model)
+        now = self._frozen_at(tree, max(self._counted()[1], 0))
+        kept = never_thawed(tree, now, self._managed(tree))
+        return tuple(
+            entry.name
+            for entry in self._frees(tree)
+            if not entry.parameter.requires_grad and id(entry) not in kept
+        )
+
+    def arguments(self) -> tuple[str, dict[str, Any]]:
+        """What makes this schedule: a public function's name and its arguments after the model.
+
+        Example:
+            >>> from torch import nn
+            >>> from torch_freeze import gradual_unfreeze
+            >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+            >>> function, arguments = gradual_unfreeze(model, ["0", "1"], every=2).arguments()
+            >>> function, arguments["groups"], arguments["every"]
+            ('gradual_unfreeze', [['0'], ['1']], 2)
+        """
+        return self._arguments()
 
     def __str__(self) -> str:
         tree = Tree(self.model)
@@ -141,7 +206,7 @@ class FreezeSchedule:
         covered = _elements(managed)
         head = f"{type(self).__name__}, {self._where()}: "
         head += f"manages {_format.count(covered)} of {_format.count(total)} "
-        head += "parameters; the others stay as they are" if covered < total else "parameters"
+        head += "parameters; the others are not changed" if covered < total else "parameters"
         counted, number_now = self._counted()
         lines = [head, f"  {counted:>6}   {'frozen':>9}  {'trainable':>9}  what is frozen"]
         numbers = list(self._timeline())
@@ -153,7 +218,7 @@ class FreezeSchedule:
         for i, frozen in enumerate(self._counts_at(tree, numbers[first:end]), first):
             line = f"{'>' if i == now else ' '} {numbers[i]:>6}-  {_format.count(frozen):>9}  "
             line += f"{_format.count(covered - frozen):>9}  {self._describe(tree, numbers[i])}"
-            lines.append(_format.fit(line, _WIDTH))
+            lines.append(_format.fit(line))
         if end < len(numbers):
             lines.append(f"         ... {len(numbers) - end} later")
         return "\n".join(lines)
@@ -167,11 +232,11 @@ class FreezeSchedule:
         )
 
     def _where(self) -> str:
-        """Where in the schedule we are, for the first line of what is printed."""
+        """The current position, for the first line of what is printed."""
         return f"at {self.unit} {self.last}" if self.last >= 0 else "not begun"
 
     def _counted(self) -> tuple[str, int]:
-        """What the numbers of the timeline count, and where in it we are."""
+        """What the numbers of the timeline count, and the current one."""
         return self.unit, self.last
 
     def _applies(self, number: int) -> bool:
@@ -186,7 +251,7 @@ class FreezeSchedule:
         return [_elements(self._frozen_at(tree, number)) for number in numbers]
 
     def _frozen_at(self, tree: Tree, number: int) -> Selection:
-        """What is frozen at a unit; of the managed parameters."""
+        """The managed parameters that are frozen at a unit."""
         current = max((n for n in self._entries if n <= number), default=None)
         return Selection() if current is None else self._frozen_by(tree, current)
 
@@ -206,7 +271,7 @@ class FreezeSchedule:
         ]
 
     def _settings(self) -> dict[str, Any]:
-        """What the schedule is, with which a saved state must agree."""
+        """What a saved state must agree with: the kind of schedule and its arguments."""
         return {
             "schedule": type(self).__name__,
             "unit": self.unit,
@@ -224,7 +289,7 @@ class FreezeSchedule:
         }
 
     def _changes(self, tree: Tree) -> dict[int, list[int]]:
-        """For each managed parameter: frozen from the first number, free from the second, ..."""
+        """For each managed parameter, the units at which it is frozen, unfrozen, frozen, ..."""
         changes: dict[int, list[int]] = {key: [] for key in self._managed(tree).params}
         before: set[int] = set()
         for number in self._entries:
@@ -235,7 +300,7 @@ class FreezeSchedule:
         return changes
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise where `state` is not one that this schedule saved."""
+        """Raise if `state` was not saved by a schedule like this one."""
         if not isinstance(state, Mapping):
             raise TypeError(f"load_state_dict: expected a mapping, got {type(state).__name__}.")
         missing = [key for key in ("last", "frozen", "held") if key not in state]
@@ -244,31 +309,14 @@ class FreezeSchedule:
                 f"load_state_dict: the state has no {', '.join(map(repr, missing))}, so it is not "
                 "one that a schedule saved."
             )
-        if differs := self._difference(state):
+        if differs := self.difference(state):
             raise ValueError(
-                f"load_state_dict: the state is of another schedule: {differs}. Load it into one "
-                "built with the same arguments as the one that saved it."
+                f"load_state_dict: the state is of another schedule: {differs}. Load it into a "
+                "schedule built with the same arguments."
             )
-        _check_int("load_state_dict", "'last'", state["last"], least=-1)
-
-    def _difference(self, state: Mapping[str, Any]) -> str:
-        """Where a saved state is of another schedule than this; "" where it is of this one."""
-        for key, own in self._settings().items():
-            if key not in state:
-                return f"it has no {key!r}, which a {type(self).__name__} saves"
-            saved = state[key]
-            if saved == own:
-                continue
-            if isinstance(saved, list) and isinstance(own, list):
-                saved, own = dict(enumerate(saved)), dict(enumerate(own))
-            while isinstance(saved, dict) and isinstance(own, dict):
-                at = next(k for k in {**own, **saved} if saved.get(k) != own.get(k))
-                key, saved, own = f"{key}[{at!r}]", saved.get(at), own.get(at)
-            return f"it has {key}={saved!r}, this one {key}={own!r}"
-        return ""
+        check_int("load_state_dict", "'last'", state["last"], least=-1)
 
     def _arguments(self) -> tuple[str, dict[str, Any]]:
-        """The public name that makes this schedule, and what to call it with after the model."""
         return "FreezeSchedule", {"entries": self._entries, **self._common_arguments()}
 
     def _common_arguments(self) -> dict[str, Any]:
@@ -289,7 +337,7 @@ def gradual_unfreeze(
     unit: Unit = "epoch",
     hold_norm: bool = True,
 ) -> FreezeSchedule:
-    """Train the last group first, then free one more from the output down every few units.
+    """Train only the last group at first, then unfreeze the one before it every few units.
 
     Source: J. Howard and S. Ruder, "Universal Language Model Fine-tuning for Text Classification"
     (ULMFiT), 2018, arXiv:1801.06146, section 3.3.
@@ -297,10 +345,10 @@ def gradual_unfreeze(
     Args:
         model: the model.
         groups: layer groups from input to output, each in the terms of `freeze`. The first
-            `step()` leaves only the last group trainable, each later one frees one more.
-            Parameters in no group stay as they are. A tied parameter, or shared module, that has
-            a name in several groups belongs to the last of them and trains as soon as that one.
-        every: units between two groups.
+            `step()` leaves only the last group trainable; every `every` units one more group is
+            unfrozen. Parameters in no group are not changed. A tied parameter or shared module
+            with names in several groups belongs to the last of them and trains with that one.
+        every: number of units between two groups.
         unit: as in FreezeSchedule.
         hold_norm: as in `freeze`.
 
@@ -308,8 +356,8 @@ def gradual_unfreeze(
         A FreezeSchedule.
 
     Raises:
-        ValueError: a group matches nothing or is empty, no groups, or `every` below 1.
-        TypeError: as FreezeSchedule; or `groups` is one name instead of a list.
+        ValueError: a group matches nothing or is empty, there are no groups, or `every` is below 1.
+        TypeError: as FreezeSchedule; or `groups` is a single name instead of a list.
 
     Example:
         >>> from torch import nn
@@ -323,7 +371,7 @@ def gradual_unfreeze(
         [False, True, True]
         [True, True, True]
     """
-    _check_int("gradual_unfreeze", "every", every, least=1)
+    check_int("gradual_unfreeze", "every", every, least=1)
     listed = _groups(model, groups, "gradual_unfreeze")
     last = len(listed) - 1
     counts = {every * i: last - i for i in range(last + 1)}
@@ -341,19 +389,20 @@ def freeze_out(
     unit: Unit = "step",
     hold_norm: bool = True,
 ) -> FreezeOutSchedule:
-    """Anneal each group's learning rate to zero by its own cosine, then freeze it; input first.
+    """Anneal each group's learning rate to zero along its own cosine, then freeze the group.
 
-    Group i of n (counted from 0) trains until the share t_i of the run. The shares rise linearly
-    from `t0` to 1; "cubic" takes their cubes, which freezes early groups sooner and leaves later
-    ones more time. At step `t < t_i * total_steps` the group's rate is
+    Groups near the input freeze first. Group i (counted from 0) trains for the share t_i of the
+    run. The shares rise linearly from `t0` to 1; "cubic" takes their cubes, so that early groups
+    freeze sooner and later ones get more of the time. At step `t < t_i * total_steps` the group's
+    rate is
 
         lr_i(t) = lr_i(0) / 2 * (1 + cos(pi * t / (t_i * total_steps)))
 
-    with lr_i(0) = lr, or lr / t_i with `scale_lr`, so that every group covers the same ground.
+    with lr_i(0) = lr, or lr / t_i with `scale_lr`, which keeps the sum of rates of every group
+    the same.
 
-    The schedule itself touches no param group. The rates are learning-rate multipliers for
-    torch's LambdaLR, over an optimizer with one group per layer group; both come from the
-    returned schedule (see the example).
+    The schedule itself changes no param group. It returns the param groups, one per layer group,
+    and learning-rate multipliers for torch's LambdaLR (see the example).
 
     Source: A. Brock, T. Lim, J. M. Ritchie and N. Weston, "FreezeOut: Accelerate Training by
     Progressively Freezing Layers", 2017, arXiv:1706.04983. Its defaults (cubic, scaled, t0 0.8
@@ -362,12 +411,12 @@ def freeze_out(
     Args:
         model: the model.
         groups: layer groups from input to output, each in the terms of `freeze`. Parameters in no
-            group stay as they are and keep a constant multiplier of 1. A tied parameter, or
-            shared module, that has a name in several groups belongs to the last of them.
+            group are not changed and have a constant multiplier of 1. A tied parameter or shared
+            module with names in several groups belongs to the last of them.
         total_steps: length of the run, in units.
         t0: share of the run, in (0, 1], after which the first group freezes; before cubing.
         how: "cubic" or "linear".
-        scale_lr: raise a group's initial rate as its time is shortened.
+        scale_lr: raise the initial rate of groups that train for a shorter time.
         unit: as in FreezeSchedule.
         hold_norm: as in `freeze`.
 
@@ -399,7 +448,7 @@ def freeze_out(
         8 [False, False, True] ['0.000', '0.000', '0.002']
     """
     caller = "freeze_out"
-    _check_int(caller, "total_steps", total_steps, least=1)
+    check_int(caller, "total_steps", total_steps, least=1)
     if how not in ("cubic", "linear"):
         raise ValueError(f"freeze_out: how must be 'cubic' or 'linear', got {how!r}.")
     if not isinstance(t0, (int, float)) or not 0 < t0 <= 1:
@@ -424,22 +473,22 @@ def rotate(
     unit: Unit = "step",
     hold_norm: bool = True,
 ) -> RotationSchedule:
-    """Train `k` randomly drawn layers at a time, and what `always` names; freeze all else.
+    """Train `k` randomly drawn layers at a time and what `always` names; freeze the rest.
 
-    Every `every` units `k` other layers are drawn, uniformly and without replacement. The draw
-    depends on `seed` and the number of the period alone, so a resumed run draws the same.
+    Every `every` units `k` layers are drawn, uniformly and without replacement. The draw depends
+    only on `seed` and the number of the period, so a resumed run draws the same layers.
 
     Source: R. Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language
     Model Fine-Tuning", 2024, arXiv:2403.17919; there the embedding and the head always train.
 
     Args:
         model: the model.
-        layers: a glob over modules (or what else `freeze` takes); each match is one layer to draw.
-            Of matches inside other matches the outermost count.
-        k: how many train at a time.
-        every: units between two draws.
+        layers: a glob over modules (or anything else `freeze` takes). Each match is a layer to
+            draw; a match inside another one does not count.
+        k: number of layers that train at a time.
+        every: number of units between two draws.
         always: what always trains, in the terms of `freeze`.
-        seed: of the draws.
+        seed: seed of the draws.
         unit: as in FreezeSchedule.
         hold_norm: as in `freeze`.
 
@@ -466,7 +515,7 @@ def rotate(
 
 
 class _GroupSchedule(FreezeSchedule):
-    """A FreezeSchedule that freezes the first few of its groups: {unit number: how many}."""
+    """A FreezeSchedule that freezes its first few groups: {unit number: how many} in `counts`."""
 
     def __init__(
         self,
@@ -494,12 +543,12 @@ class _GroupSchedule(FreezeSchedule):
         sizes = [0] * len(self._groups)
         _, owner = self._owned(tree)
         for key, entry in self._managed(tree).params.items():
-            sizes[owner[key]] += numel_of(entry)
+            sizes[owner[key]] += entry.numel
         upto = [0, *itertools.accumulate(sizes)]
         return [upto[self._counts[number]] for number in numbers]
 
     def _managed(self, tree: Tree) -> Selection:
-        # Not flattened: a group is one unit, in which what the model keeps frozen stays so.
+        # Not flattened: each group counts as one argument, see `unfreeze`.
         return select(tree, self._groups, "step")
 
     def _owned(self, tree: Tree) -> tuple[list[Selection], dict[int, int]]:
@@ -510,13 +559,13 @@ class _GroupSchedule(FreezeSchedule):
             entries: Iterable[ParamEntry | ModuleEntry]
             for entries in (group.params.values(), group.modules.values()):
                 for entry in entries:
-                    # Only of what is tied the last: of groups that name one name twice the first.
+                    # Tied: the last group. One name in several groups: the first of them.
                     if entry.aliases or id(entry) not in owner:
                         owner[id(entry)] = i
         return of_groups, owner
 
     def _changes(self, tree: Tree) -> dict[int, list[int]]:
-        # By group, not by parameter and entry: of these there may be thousands each.
+        # By group: there may be thousands of parameters and thousands of entries.
         of_group: list[list[int]] = [[] for _ in self._groups]
         before = 0
         for number in self._entries:
@@ -573,16 +622,16 @@ class FreezeOutSchedule(_GroupSchedule):
         self.how: Literal["cubic", "linear"] = "cubic"
         counts = {0: 0}
         for i, share in enumerate(shares):
-            # Rounding noise must not add a step: 0.3 * 10 is more than 3.
+            # A rounding error must not add a step: 0.1 * 3 * 10 is more than 3.
             counts[math.ceil(share * total_steps - 1e-9)] = i + 1
         super().__init__(model, groups, counts, unit, hold_norm)
 
     def param_groups(self, lr: float, **options: Any) -> list[dict[str, Any]]:
-        """Param groups for an optimizer: one per layer group, then one of all other parameters.
+        """Param groups for an optimizer: one per layer group, then one with all other parameters.
 
         Args:
-            lr: the base learning rate, the same for all.
-            options: further options for every group, such as momentum.
+            lr: the base learning rate of all groups.
+            options: further options of all groups, such as momentum.
         """
         tree = Tree(self.model)
         of_groups, owner = self._owned(tree)
@@ -645,9 +694,9 @@ class RotationSchedule(FreezeSchedule):
         hold_norm: bool,
     ) -> None:
         check_model(model, "rotate")
-        _check_int("rotate", "k", k, least=1)
-        _check_int("rotate", "every", every, least=1)
-        _check_int("rotate", "seed", seed, least=None)
+        check_int("rotate", "k", k, least=1)
+        check_int("rotate", "every", every, least=1)
+        check_int("rotate", "seed", seed, least=None)
         _check_unit("rotate", unit)
         self._layers = as_selectors(layers)
         self._always = as_selectors(always)
@@ -664,14 +713,14 @@ class RotationSchedule(FreezeSchedule):
         if k > len(found):
             named = ", ".join(entry.name for entry in found[:6])
             raise ValueError(
-                f"rotate: {k=} layers are to train at a time, but layers names {len(found)} "
+                f"rotate: {k=} layers should train at a time, but layers names {len(found)} "
                 f"({named}); each match of the glob is one layer."
             )
         super().__init__(model, {0: []}, unit, hold_norm=hold_norm)
 
     @property
     def active(self) -> tuple[str, ...]:
-        """Names of the layers training now; none before the first `step()`."""
+        """Names of the drawn layers that train now; empty before the first `step()`."""
         if self.last < 0:
             return ()
         units = self._units(Tree(self.model))
@@ -686,7 +735,7 @@ class RotationSchedule(FreezeSchedule):
         ]
 
     def _drawn(self, units: list[ModuleEntry], number: int) -> list[ModuleEntry]:
-        # A generator of its own per period: no state to save, none shared with the user's code.
+        # Each period has its own generator: there is no state to save or to share.
         draw = random.Random(f"{self.seed} {number // self.every}")
         return [units[i] for i in sorted(draw.sample(range(len(units)), self.k))]
 
@@ -757,7 +806,8 @@ def _groups(model: nn.Module, groups: Iterable[Selector], caller: str) -> list[l
     return listed
 
 
-def _check_int(caller: str, what: str, value: object, least: int | None) -> None:
+def check_int(caller: str, what: str, value: object, least: int | None) -> None:
+    """Raise unless `value` is an int of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{caller}: {what} must be an int, got {value!r}.")
     if least is not None and value < least:
@@ -770,24 +820,24 @@ def _check_unit(caller: str, unit: str) -> None:
 
 
 def _elements(selection: Selection) -> int:
-    return sum(numel_of(entry) for entry in selection.params.values())
+    return sum(entry.numel for entry in selection.params.values())
 
 
 def _distinct(listed: Iterable[list[Selector]]) -> list[Selector]:
-    """Each selector once: a long table names the same layers in entry after entry."""
+    """Each selector once; the entries of a long table repeat them."""
     items = itertools.chain.from_iterable(listed)
-    # A tensor's own == compares its elements.
+    # By identity, because == of tensors compares their elements.
     return list({i if isinstance(i, (str, re.Pattern)) else id(i): i for i in items}.values())
 
 
 def _spell_all(tree: Tree, items: Iterable[Selector]) -> str:
-    """Selectors as a reader would write them, as many as a line has room for."""
+    """Selectors as a reader would write them, as many as fit on a line."""
     said: list[str] = []
     length = 0
     for item in items:
         said.append(_spell(tree, item))
         length += len(said[-1]) + 2
-        if length > 2 * _WIDTH:
+        if length > 2 * _format.WIDTH:
             break
     return ", ".join(said)
 

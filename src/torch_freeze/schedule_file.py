@@ -1,4 +1,4 @@
-"""A schedule as a small JSON file that people edit: what it is made from, not where it stands."""
+"""A schedule as a small JSON file that people can edit: its arguments, without its position."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _FLAGS = ("hold_norm", "scale_lr", "restore_best")
 
 
 def export_schedule(schedule: FreezeSchedule, path: str | os.PathLike[str]) -> None:
-    """Write a schedule to a JSON file, to be read by `read_schedule` or changed by hand.
+    """Write a schedule to a JSON file, which `read_schedule` reads and people can edit.
 
-    The file has the name of what makes the schedule under "type", and its arguments. Names and
-    globs are written as they were given, a regular expression as {"regex": "..."}; modules,
-    parameters, classes and functions as the names they stand for in this model. Where the
-    schedule stands is not in it: that is its `state_dict()`.
+    The file contains, under "type", the function or class that makes the schedule, and its
+    arguments. Names and globs are written as given, a regular expression as {"regex": "..."}, and
+    modules, parameters, classes and functions as the names they match in this model. The position
+    in the schedule is not written; it is in `state_dict()`.
 
     Args:
         schedule: any schedule of this package.
-        path: the file; one that exists is replaced once the new one is complete.
+        path: the file. An existing file is replaced once the new one is complete.
 
     Raises:
-        TypeError: `schedule` is none that this package makes.
-        ValueError: the file is named as a YAML file.
+        TypeError: `schedule` is not a schedule of this package.
+        ValueError: the file has the name of a YAML file.
 
     Example:
         >>> import tempfile
@@ -74,28 +74,28 @@ def export_schedule(schedule: FreezeSchedule, path: str | os.PathLike[str]) -> N
         )
     path = _check_path(path, "export_schedule")
     text = _layout(_written(schedule, Tree(schedule.model))) + "\n"
-    # Beside the file, so that it is replaced in one go and a full disk costs nothing.
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Written to the same folder first, so that a full disk does not destroy the old file.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        # mkstemp lets nobody else read the file; the mode of an ordinary one is meant.
+        # mkstemp makes a file that nobody else can read. Give it the usual mode.
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)
-        os.replace(beside, path)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
     except BaseException:
-        os.unlink(beside)
+        os.unlink(temporary)
         raise
 
 
 def read_schedule(model: nn.Module, path: str | os.PathLike[str]) -> FreezeSchedule:
-    """The schedule that a JSON file describes, for this model.
+    """Make the schedule that a JSON file describes, for this model.
 
-    The file is an object: "type" is "FreezeSchedule", "gradual_unfreeze", "freeze_out", "rotate"
-    or "AdvanceOnPlateau", and the other keys are the arguments of that function, without the
-    model; those that have defaults may be left out. The unit numbers of a FreezeSchedule are
-    written as strings, as JSON demands. A table whose entries follow a metric:
+    The file contains an object. Its "type" is "FreezeSchedule", "gradual_unfreeze", "freeze_out",
+    "rotate" or "AdvanceOnPlateau"; the other keys are the arguments of that function, without the
+    model. Arguments that have defaults may be left out. The unit numbers of a FreezeSchedule are
+    strings, as JSON requires. A table whose entries follow a metric:
 
         {
           "type": "AdvanceOnPlateau",
@@ -113,13 +113,13 @@ def read_schedule(model: nn.Module, path: str | os.PathLike[str]) -> FreezeSched
         path: the file.
 
     Returns:
-        The schedule, at its beginning. One that was exported takes the state of the one that was.
+        The schedule at its beginning. It can load the state of the schedule that was exported.
 
     Raises:
-        ValueError: the file is not JSON, or what it says is wrong: an unknown type or argument
-            (with the nearest), one that is missing, a name that matches nothing. The message has
-            the file and the place in it.
-        TypeError: `model` is not a module, or an argument is of a wrong type.
+        ValueError: the file is not JSON, or its content is wrong: an unknown type or argument
+            (with the nearest), a missing one, a name that matches nothing. The message names the
+            file and the place in it.
+        TypeError: `model` is not a module, or an argument has the wrong type.
         OSError: the file cannot be read.
     """
     check_model(model, "read_schedule")
@@ -130,7 +130,7 @@ def read_schedule(model: nn.Module, path: str | os.PathLike[str]) -> FreezeSched
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} is not JSON: {error}.") from error
     except _TwiceError as error:
-        raise ValueError(f"{where} has the key {error} twice; give each once.") from error
+        raise ValueError(f"{where} has the key {error} twice; give it only once.") from error
     try:
         return _made(model, content, "")
     except (TypeError, ValueError) as error:
@@ -138,7 +138,7 @@ def read_schedule(model: nn.Module, path: str | os.PathLike[str]) -> FreezeSched
 
 
 class _TwiceError(Exception):
-    """A key that stands twice in one object."""
+    """A key that occurs twice in one object."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def _check_path(path: str | os.PathLike[str], caller: str) -> Path:
 
 
 def _made(model: nn.Module, content: object, at: str) -> FreezeSchedule:
-    """The schedule that an object of the file describes; `at` is where in the file it stands."""
+    """The schedule that an object of the file describes; `at` is its place in the file."""
     here = f"{at}: " if at else ""
     if not isinstance(content, dict):
         raise ValueError(
@@ -201,7 +201,7 @@ def _made(model: nn.Module, content: object, at: str) -> FreezeSchedule:
 
 
 def _read(model: nn.Module, name: str, value: Any, at: str) -> Any:
-    """The argument that a value of the file stands for."""
+    """Convert a value of the file to an argument."""
     if name == "schedule":
         return _made(model, value, at)
     if name == "entries":
@@ -243,7 +243,7 @@ def _selector(value: Any, at: str) -> Selector:
             return re.compile(value["regex"])
         except re.error as error:
             raise ValueError(
-                f"{at}: {value['regex']!r} is no regular expression: {error}."
+                f"{at}: {value['regex']!r} is not a regular expression: {error}."
             ) from error
     raise ValueError(
         f'{at} must be a name or glob, {{"regex": "..."}} or a list of these; it is {_kind(value)}.'
@@ -251,14 +251,14 @@ def _selector(value: Any, at: str) -> Selector:
 
 
 def _kind(value: object) -> str:
-    """A value of the file, in few words."""
+    """A short description of a value of the file."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
     return json.dumps(value)
 
 
 def _written(schedule: FreezeSchedule, tree: Tree) -> dict[str, Any]:
-    kind, arguments = schedule._arguments()
+    kind, arguments = schedule.arguments()
     written: dict[str, Any] = {"type": kind}
     for name, value in arguments.items():
         if name == "schedule":
@@ -275,7 +275,7 @@ def _written(schedule: FreezeSchedule, tree: Tree) -> dict[str, Any]:
 
 
 def _named(tree: Tree, items: Iterable[Selector]) -> list[Any]:
-    """Selectors as the file has them."""
+    """Selectors in the form that the file has."""
     named: list[Any] = []
     for item in flatten(items):
         if isinstance(item, str):
@@ -292,7 +292,7 @@ def _named(tree: Tree, items: Iterable[Selector]) -> list[Any]:
 
 
 def _layout(content: Mapping[str, Any], indent: int = 0) -> str:
-    """JSON for people: what is listed together stands in one line while there is room."""
+    """JSON for people: a list is on one line if it fits."""
     inner = " " * (indent + 2)
     lines = []
     for key, value in content.items():

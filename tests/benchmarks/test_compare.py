@@ -27,7 +27,6 @@ pytest.importorskip("pandas", reason="compare.py needs pandas: pip install panda
 
 import check
 import pandas
-from compare_cases import CPU, flat, measured, outcome, setting, widest
 from torch_freeze_bench import (
     command,
     equality,
@@ -52,6 +51,8 @@ from torch_freeze_bench.suites import load, speed, targets
 from torch_freeze_bench.tables import duration, multiple, targets_table
 from torch_freeze_bench.timing import Budget
 from torch_freeze_bench.workloads import Hyper, LoadedModel, RequestError, Workload
+
+from tests.benchmarks.compare_cases import CPU, flat, measured, outcome, setting, widest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MEASURES = ("warm", "cold", "device", "iteration")

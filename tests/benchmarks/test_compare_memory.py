@@ -19,7 +19,6 @@ from torch import nn
 pytest.importorskip("pandas", reason="compare.py needs pandas: pip install pandas")
 
 import pandas
-from compare_cases import CPU, setting, widest
 from torch_freeze_bench import command, contestants, memory, memory_report, workloads
 from torch_freeze_bench.contestants import SGD, Contestant
 from torch_freeze_bench.equality import Equality, Journal
@@ -30,6 +29,8 @@ from torch_freeze_bench.suites.memory import CASES, Subject
 from torch_freeze_bench.tables import Reached, targets_table
 from torch_freeze_bench.timing import no_collector
 from torch_freeze_bench.workloads import Hyper
+
+from tests.benchmarks.compare_cases import CPU, setting, widest
 
 FIRST, SECOND, LAST = 4 * (16 * 32 + 32), 4 * (32 * 32 + 32), 4 * (32 * 4 + 4)
 """Bytes of the three layers of the model `tiny`."""

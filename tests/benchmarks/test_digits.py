@@ -11,11 +11,12 @@ import torch
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
-from compare_cases import CPU, GPUS, setting
 from torch_freeze_bench import workloads
 from torch_freeze_bench.contestants import FROZEN_AWARE, REFERENCE, Contestant, select, stock
 from torch_freeze_bench.records import OURS, Measured
 from torch_freeze_bench.suites import digits
+
+from tests.benchmarks.compare_cases import CPU, GPUS, setting
 
 
 @pytest.fixture(scope="module", params=["cpu", GPUS])

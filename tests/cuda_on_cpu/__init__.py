@@ -3,7 +3,7 @@
 `make test-cuda` builds the simulation and runs the tests on it; README.md says how it works and
 what it shows. A command of your own:
 
-    python tests/cuda_on_cpu/run.py -- python -m pytest -p cuda_on_cpu.plugin tests/test_cuda.py
+    python tests/cuda_on_cpu/run.py -- python -m pytest -p tests.cuda_on_cpu.plugin tests/kernels
 """
 
 from __future__ import annotations

@@ -6,10 +6,11 @@
 #include <iterator>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
-#include "kernels/tiles.h"
+#include "kernels/tile_formula.h"
+#include "optim/sgd.h"
 #include "runtime.h"
-#include "optim/sgd_cuda.h"
 
 namespace {
 
@@ -103,19 +104,15 @@ void add() {
   std::free(name);
 }
 
-template <class... Formula>
-void add_all() {
-  (add<multi_tensor::Table<Formula, multi_tensor::kSmallTable>>(), ...);
-  (add<multi_tensor::Table<Formula, multi_tensor::kMediumTable>>(), ...);
-  (add<multi_tensor::Table<Formula, multi_tensor::kLargeTable>>(), ...);
+// For all dtypes.
+template <class Formula, class... Types>
+void add_all(std::tuple<Types...>*) {
+  using torch_freeze::TileFormula;
+  (add<multi_tensor::Table<TileFormula<Formula, Types>, multi_tensor::kSmallTable>>(), ...);
+  (add<multi_tensor::Table<TileFormula<Formula, Types>, multi_tensor::kMediumTable>>(), ...);
+  (add<multi_tensor::Table<TileFormula<Formula, Types>, multi_tensor::kLargeTable>>(), ...);
 }
 
 }  // namespace
 
-void register_torch_freeze() {
-  using torch_freeze::SgdFormula, c10::BFloat16, c10::Half;
-  add_all<
-      SgdFormula<float, float, float>, SgdFormula<BFloat16, BFloat16, BFloat16>, SgdFormula<Half, Half, Half>,
-      SgdFormula<float, BFloat16, float>, SgdFormula<float, Half, float>, SgdFormula<double, double, double>,
-      SgdFormula<float, float, BFloat16, true>, SgdFormula<BFloat16, BFloat16, BFloat16, true>>();
-}
+void register_torch_freeze() { add_all<torch_freeze::SgdFormula>(static_cast<torch_freeze::AllDtypes*>(nullptr)); }

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
-from cuda_on_cpu import build  # noqa: E402
+from tests.cuda_on_cpu import build  # noqa: E402
 
-CUDA, PROMISES = "test_cuda.py", "test_cuda_promises.py"
+CUDA, PROMISES = "kernels/test_cuda.py", "kernels/test_cuda_promises.py"
 KERNELS = "kernels"  # the bodies that the simulation runs in place of the device code
 LAUNCHES = "csrc/optim/sgd_cuda.cu"
+STEPS = "csrc/optim/sgd.cpp"
 SECONDS = 900  # a fault may make a test go on for ever
 
 
@@ -40,22 +41,26 @@ class Fault(NamedTuple):
     new: str
     tests: str  # pytest's words for the tests that should notice
     schedule: str = "now"
-    compiled: str = ""  # for a header: what is compiled with it
+    compiled: str = ""  # what is compiled with it: KERNELS, or a source of the module
 
 
-SGD_CUDA = "csrc/optim/sgd_cuda.cu"
-FORMULA = "csrc/optim/sgd_cuda.h"
-MATH = "csrc/optim/sgd_math.h"
+LAUNCH = "csrc/kernels/launch_cuda.cuh"
+FORMULA = "csrc/kernels/tile_formula.h"
+SGD = "csrc/optim/sgd.h"
 TABLES = "csrc/kernels/tiles.h"
-STEP = "csrc/optim/sgd_step.cpp"
+STEP = "csrc/core/run_step.h"
 WALK = "csrc/core/param_walk.cpp"
+RULES = "csrc/core/fallback_rules.cpp"
+DTYPES = "csrc/core/dtypes.h"
 BACKWARD = "csrc/core/backward_step.cpp"
+# What is compiled for a fault in a header.
+UNITS = {LAUNCH: LAUNCHES, DTYPES: LAUNCHES, STEP: STEPS}
 
 FAULTS = (
     # How a kernel is launched.
     Fault(
         "launches on the default stream",
-        SGD_CUDA,
+        LAUNCH,
         "getCurrentCUDAStream(device)",
         "getDefaultCUDAStream(device)",
         f"{CUDA}::TestStreams",
@@ -63,43 +68,43 @@ FAULTS = (
     ),
     Fault(
         "launches on a stream of device 0",
-        SGD_CUDA,
+        LAUNCH,
         "getCurrentCUDAStream(device)",
         "getCurrentCUDAStream(0)",
         f"{PROMISES}::TestDevices",
     ),
     Fault(
         "does not make the device current",
-        SGD_CUDA,
-        "const c10::cuda::CUDAGuard guard(batch.device);\n"
+        LAUNCH,
+        "const c10::cuda::CUDAGuard guard(batch.kind.device);\n"
         "  const c10::DeviceIndex device = guard.current_device().index();",
-        "const c10::DeviceIndex device = batch.device.index();",
+        "const c10::DeviceIndex device = batch.kind.device.index();",
         f"{CUDA}::TestDevices",
     ),
     Fault(
         "launches twice",
-        SGD_CUDA,
+        LAUNCH,
         "C10_CUDA_CHECK(cudaLaunchKernel(",
         "for (int i = 0; i < 2; ++i) C10_CUDA_CHECK(cudaLaunchKernel(",
         f"{CUDA}::TestLaunches",
     ),
     Fault(
         "waits for the kernel",
-        SGD_CUDA,
+        LAUNCH,
         "C10_CUDA_KERNEL_LAUNCH_CHECK();",
         "C10_CUDA_CHECK(cudaStreamSynchronize(stream));",
         f"{PROMISES}::TestSteadyStep",
     ),
     Fault(
         "launches a block too few",
-        SGD_CUDA,
+        LAUNCH,
         "dim3(blocks), dim3",
         "dim3(blocks - (blocks > 1)), dim3",
         f"{CUDA} -k bit_identical",
     ),
     Fault(
         "launches half the threads",
-        SGD_CUDA,
+        LAUNCH,
         "dim3(multi_tensor::kThreads),",
         "dim3(multi_tensor::kThreads / 2),",
         f"{CUDA} -k bit_identical",
@@ -147,17 +152,18 @@ FAULTS = (
     ),
     Fault(
         "takes bfloat16 momentum for float32",
-        FORMULA,
-        "run(SgdFormula<float, float, c10::BFloat16, true>{});",
-        "run(SgdFormula<float, float, float>{});",
+        DTYPES,
+        "kind.buffer_type == Each::kBuffer && kind.stochastic == Each::kStochastic",
+        "true",
         f"{CUDA}::TestNarrowMomentum",
         compiled=LAUNCHES,
     ),
     Fault(
         "takes float16 gradients for bfloat16",
-        FORMULA,
-        "run(SgdFormula<float, c10::Half, float>{});",
-        "run(SgdFormula<float, c10::BFloat16, float>{});",
+        DTYPES,
+        "kind.grad_type == Each::kGrad",
+        "(kind.grad_type == Each::kGrad ||"
+        " (kind.grad_type == c10::kHalf && Each::kGrad == c10::kBFloat16))",
         f"{PROMISES} -k another_dtype",
         compiled=LAUNCHES,
     ),
@@ -252,23 +258,23 @@ FAULTS = (
     ),
     Fault(
         "ignores dampening",
-        MATH,
-        "Arith::fma(s.undamped, d, s.momentum * momentum)",
-        "d + s.momentum * momentum",
+        SGD,
+        "Arith::fma(t.added, d, t.kept * momentum)",
+        "d + t.kept * momentum",
         f"{CUDA} -k bit_identical",
         compiled=KERNELS,
     ),
     Fault(
         "dampens the first gradient",
-        MATH,
-        "    momentum = d;",
-        "    momentum = s.undamped * d;",
+        SGD,
+        "fresh ? T(1) : s.undamped",
+        "s.undamped",
         f"{CUDA} -k bit_identical",
         compiled=KERNELS,
     ),
     Fault(
         "has nesterov the wrong way round",
-        MATH,
+        SGD,
         "d = Variant::kNesterov ?",
         "d = !Variant::kNesterov ?",
         f"{CUDA} -k bit_identical",
@@ -276,7 +282,7 @@ FAULTS = (
     ),
     Fault(
         "ignores maximize",
-        MATH,
+        SGD,
         "T d = s.sign * grad;",
         "T d = grad;",
         f"{CUDA} -k bit_identical",
@@ -284,9 +290,9 @@ FAULTS = (
     ),
     Fault(
         "rounds the product before the sum",
-        MATH,
-        "param = Arith::fma(s.neg_lr, d, param);",
-        "param = s.neg_lr * d + param;",
+        SGD,
+        "param = Arith::fma(t.neg_lr, d, param);",
+        "param = t.neg_lr * d + param;",
         f"{CUDA} -k bit_identical",
         compiled=KERNELS,
     ),
@@ -294,7 +300,7 @@ FAULTS = (
     Fault(
         "leaves a learning rate on another device",
         STEP,
-        "if (lr.defined() && lr.device() != update.device) {",
+        "if (lr.defined() && lr.device() != batch.kind.device) {",
         "if (false) {",
         f"{CUDA}::TestDevices",
     ),
@@ -315,48 +321,48 @@ FAULTS = (
     Fault(
         "leaves the scale on another device",
         STEP,
-        "on_device(grad_scale, update.device)",
-        "on_device(grad_scale, c10::Device(c10::kCUDA, 0))",
+        "(Optimizer::kStep, grad_scale, batch.kind.device)",
+        "(Optimizer::kStep, grad_scale, c10::Device(c10::kCUDA, 0))",
         f"{PROMISES}::TestDevices",
     ),
     Fault(
         "reads the overflow at every step",
         STEP,
-        "!found_inf.is_none() && work.walk.has_fresh() &&",
+        "!found_inf.is_none() && walk_.has_fresh() &&",
         "!found_inf.is_none() &&",
         f"{CUDA}::TestGradScaler",
     ),
     Fault(
         "captures a first step",
         STEP,
-        "if (work.walk.has_fresh()) {\n    refuse_capture(",
-        "if (false) {\n    refuse_capture(",
+        "if (walk_.has_fresh()) {\n      refuse_capture(",
+        "if (false) {\n      refuse_capture(",
         f"{PROMISES}::TestGraphs",
     ),
     Fault(
         "captures stochastic rounding",
         STEP,
-        "if (work.rounds_stochastically) {\n    refuse_capture(",
-        "if (false) {\n    refuse_capture(",
+        "if (rounds_stochastically_) {\n      refuse_capture(",
+        "if (false) {\n      refuse_capture(",
         f"{CUDA}::TestNarrowMomentum",
     ),
     Fault(
         "updates tensors of shared memory in one launch",
         STEP,
-        "in_order ? launch_in_order(update) : launch(update);",
-        "launch(update);",
+        "in_order ? launch_in_order(batch) : launch(batch);",
+        "launch(batch);",
         f"{PROMISES} -k shared_memory",
     ),
     Fault(
         "puts tensors of two devices into one launch",
         WALK,
-        "if (batch.launch.device == device && ",
+        "if (kind.device == device && ",
         "if (",
         f"{CUDA}::TestDevices",
     ),
     Fault(
         "frees a rearranged gradient before it is read",
-        WALK,
+        RULES,
         "use, type, type_of(grad));\n  copied_.push_back({slot.meta, std::move(copy)});",
         "use, type, type_of(grad));",
         f"{PROMISES} -k layout",
@@ -411,8 +417,8 @@ def plant(fault: Fault, tree: Path) -> None:
         raise ValueError(f"{fault.file} has this text {text.count(fault.old)} times: {fault.old}")
     changed = text.replace(fault.old, fault.new)
     source.write_text(changed)
-    if fault.compiled in ("", LAUNCHES):
-        link(tree, compile_unit(tree, fault.compiled or fault.file))
+    if fault.compiled != KERNELS:
+        link(tree, compile_unit(tree, fault.compiled or UNITS.get(fault.file, fault.file)))
         source.write_text(text)  # the kernels' bodies are as they were
         shutil.copystat(ROOT / fault.file, source)
 
@@ -494,7 +500,8 @@ def pytest_words(fault: Fault) -> list[str]:
     """The arguments of run.py for the tests that should notice."""
     tests, _, names = fault.tests.partition(" -k ")
     chosen = [f"tests/{name}" for name in tests.split()] + (["-k", names] if names else [])
-    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "cuda_on_cpu.plugin", "-m", "gpu"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.cuda_on_cpu.plugin"]
+    pytest += ["-m", "gpu"]
     return ["--schedule", fault.schedule, "--run", *pytest, *chosen]
 
 

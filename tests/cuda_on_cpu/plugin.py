@@ -1,4 +1,4 @@
-"""What pytest does otherwise on the simulation: pytest -p cuda_on_cpu.plugin."""
+"""What pytest does otherwise on the simulation: pytest -p tests.cuda_on_cpu.plugin."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-import cuda_on_cpu
+from tests import cuda_on_cpu
 
 
 @pytest.fixture(autouse=True)

@@ -20,15 +20,16 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(TESTS))
+ROOT = Path(__file__).resolve().parent.parent.parent
+TESTS = ROOT / "tests"
+sys.path.insert(0, str(ROOT))
 
-import cuda_on_cpu  # noqa: E402
-from cuda_on_cpu import build  # noqa: E402
+from tests import cuda_on_cpu  # noqa: E402
+from tests.cuda_on_cpu import build  # noqa: E402
 
 # Every test under the first two; under the others those on which the order of streams tells.
 SCHEDULES = ("now", "late", "side-late", "main-late", "2", "3")
-GPU = re.compile(r"mark\.gpu|DEVICES")
+GPU = re.compile(r"mark\.gpu|DEVICES|helpers.hostile")
 # A context is made whatever the order; its tests start processes, which take long.
 ORDER_TELLS = "(Graphs or Streams or Devices or InBackward or promises) and not Contexts"
 
@@ -36,7 +37,7 @@ ORDER_TELLS = "(Graphs or Streams or Devices or InBackward or promises) and not 
 def environment(schedule: str) -> dict[str, str]:
     """The environment of a process that runs on the simulation."""
     preloaded = [str(build.OUT / soname) for soname in build.STAND_INS.values()]
-    paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {
         cuda_on_cpu.SCHEDULE: schedule,
         "LD_PRELOAD": " ".join(preloaded),
@@ -47,18 +48,18 @@ def environment(schedule: str) -> dict[str, str]:
 
 def run_tests(schedule: str, arguments: list[str]) -> Counter[str]:
     """Run the tests under one schedule, and count how they ended."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "cuda_on_cpu.plugin", "-m", "gpu"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.cuda_on_cpu.plugin", "-m", "gpu"]
     if schedule not in SCHEDULES[:2]:
         names = ("test_cuda.py", "test_cuda_promises.py")
-        command += ["-k", ORDER_TELLS, *(str(TESTS / name) for name in names)]
+        command += ["-k", ORDER_TELLS, *(str(TESTS / "kernels" / name) for name in names)]
     else:
         # To load the others would take longer than to run these.
-        command += [str(p) for p in sorted(TESTS.glob("test_*.py")) if GPU.search(p.read_text())]
+        command += [str(p) for p in sorted(TESTS.rglob("test_*.py")) if GPU.search(p.read_text())]
     begin = time.monotonic()
     done = subprocess.run(
         [*command, *arguments],
         env=environment(schedule),
-        cwd=TESTS.parent,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

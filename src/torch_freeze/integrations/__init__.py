@@ -1,9 +1,9 @@
-"""Freezing where others own the training loop; each module needs its package only when imported.
+"""Freezing under frameworks that own the training loop; import the module for yours.
 
 - `torch_freeze.integrations.lightning`: FreezeCallback for a Lightning Trainer
 - `torch_freeze.integrations.transformers`: FreezeTrainerCallback for a Transformers Trainer
-- `torch_freeze.integrations.checkpoint`: torch.distributed.checkpoint, whatever was frozen then
+- `torch_freeze.integrations.checkpoint`: torch.distributed.checkpoint across frozen sets
 
-Accelerate needs nothing: `prepare` the optimizer as ever, and let `register_for_checkpointing`
-have the FreezeSchedule.
+Accelerate needs no module: `prepare` the optimizer as usual, and pass the FreezeSchedule to
+`register_for_checkpointing`.
 """

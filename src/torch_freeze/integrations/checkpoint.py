@@ -23,27 +23,28 @@ def frozen_as_saved(
     key: str = "optimizer",
     storage_reader: StorageReader | None = None,
 ) -> Iterator[tuple[str, ...]]:
-    """Load a distributed checkpoint's momentum, whatever is frozen now and was frozen then.
+    """Load the momentum of a distributed checkpoint although the frozen set has changed.
 
-    torch.distributed.checkpoint loads into tensors that are there, and takes the trainable
-    parameters for those that have momentum: loading raises "Missing key" for what was frozen so
-    far, and the momentum of what has been frozen since is silently left out. Inside this block
-    the optimizer has just the buffers that the checkpoint has, and exactly those parameters are
-    trainable; on leaving it, also by an exception, `requires_grad` is again what it was before.
+    torch.distributed.checkpoint loads into existing tensors and assumes that exactly the trainable
+    parameters have momentum. Loading therefore raises "Missing key" for parameters that were frozen
+    when the checkpoint was saved, and silently leaves out the momentum of those frozen since.
+    Inside this block the optimizer has exactly the buffers that the checkpoint has, and exactly
+    those parameters are trainable. On leaving it, also after an exception, `requires_grad` is what
+    it was before.
 
     Args:
         model: the model, sharded by `fully_shard` or not, wrapped or not.
-        optimizer: an SGD over its parameters (FrozenAwareSGD or torch.optim.SGD). Its momentum is
-            discarded, to be loaded.
-        checkpoint_id: path of the checkpoint, as given to `torch.distributed.checkpoint.load`.
-        key: the key of the optimizer's state in what was saved.
-        storage_reader: what reads the checkpoint, where that is no FileSystemReader.
+        optimizer: an SGD over its parameters (FrozenAwareSGD or torch.optim.SGD). Its present
+            momentum is discarded.
+        checkpoint_id: path of the checkpoint, as for `torch.distributed.checkpoint.load`.
+        key: key of the optimizer's state in the checkpoint.
+        storage_reader: reader of the checkpoint, if it is not a FileSystemReader.
 
     Yields:
         Names of the parameters that have a momentum buffer in the checkpoint.
 
     Raises:
-        ValueError: the checkpoint holds nothing under `key`, or neither a path nor a reader is
+        ValueError: the checkpoint has nothing under `key`, or neither a path nor a reader is
             given.
         TypeError: `model` is not a module.
 

@@ -10,60 +10,56 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_freeze._hold import held_by, is_norm
-from torch_freeze._select import Selector, flatten
-from torch_freeze.freezing import freeze
 from torch_freeze.plateau import AdvanceOnPlateau
 from torch_freeze.report import report
-from torch_freeze.schedule import FreezeSchedule
 
 from ._common import (
-    Plan,
+    FreezeOptions,
     catch_up,
     check_ddp,
     check_monitor,
     check_owned,
     check_ranks,
     end_evaluation,
-    make_schedule,
 )
 
 
-class FreezeCallback(pl.Callback):
+class FreezeCallback(FreezeOptions, pl.Callback):
     """Freeze parts of a LightningModule, for good or by a schedule.
 
-    `configure_optimizers` gives the optimizer all parameters, `self.parameters()`, once; param
-    groups never change, so learning-rate schedulers and checkpoints work on. What is frozen is in
-    the Trainer's checkpoints: a resumed run goes on in the middle of the schedule. Resumed with
-    another schedule, it goes on where that one would be, with a warning.
+    Let `configure_optimizers` give the optimizer all parameters, `self.parameters()`. Param groups
+    then never change, so learning-rate schedulers and checkpoints keep working. The Trainer's
+    checkpoints contain what is frozen, and a resumed run continues in the middle of the schedule.
+    If it is resumed with another schedule, it warns and continues where that one would be.
 
     Args:
-        *what: what is frozen before training begins, in the terms of `torch_freeze.freeze`;
-            nothing given: nothing.
-        exclude: what to leave as it is, in the same terms.
-        schedule: {epoch: what is frozen from there on}, or a function that makes a
+        *what: what to freeze before training begins, in the terms of `torch_freeze.freeze`. If
+            nothing is given, nothing is frozen.
+        exclude: what to leave unchanged, in the same terms.
+        schedule: {epoch: what is frozen from then on}, or a function that makes a
             `FreezeSchedule` from the LightningModule, such as
-            `lambda m: gradual_unfreeze(m, ["encoder", "head"])`. One of unit "epoch" is stepped
-            before every epoch, one of unit "step" before every optimizer step, and an
+            `lambda m: gradual_unfreeze(m, ["encoder", "head"])`. A schedule of unit "epoch" is
+            stepped before every epoch, one of unit "step" before every optimizer step, and an
             `AdvanceOnPlateau` after every evaluation.
         monitor: the name under which the metric for an `AdvanceOnPlateau` is logged, such as
-            "val_loss". It is read at the end of every training epoch; where the Trainer validates
-            more or less often than once an epoch, after every validation. When the last phase has
-            ended, the Trainer is asked to stop.
+            "val_loss". It is read at the end of every training epoch, or after every validation if
+            the Trainer validates more or less often than once an epoch. After the last phase the
+            Trainer is asked to stop.
         hold_norm: as in `torch_freeze.freeze`, for `what`.
-        log: report what is frozen to the console when that changes, and the numbers of trainable
-            and frozen parameters to the Trainer's loggers ("freeze/trainable", "freeze/frozen").
+        log: print a report whenever the frozen set changes, and log the numbers of trainable and
+            frozen parameters to the Trainer's loggers ("freeze/trainable", "freeze/frozen").
 
     Raises:
         ValueError: neither `what` nor a schedule is given; when training starts, a parameter is
-            in no optimizer although a schedule could free it; something named matches nothing;
+            in no optimizer although the schedule may unfreeze it; something named matches nothing;
             an `AdvanceOnPlateau` has no `monitor`, another schedule has one, or nothing is logged
             under that name.
-        TypeError: `schedule` makes no FreezeSchedule.
-        RuntimeError: when training starts on several processes, the schedule is not the same on
-            all of them, or an `AdvanceOnPlateau` later gets different metrics (log them with
-            sync_dist=True); or, under DDP, it does not look for unused parameters (give the
-            Trainer strategy="ddp_find_unused_parameters_true"), has a static graph, or wrapped
-            the module while something was frozen that the schedule frees.
+        TypeError: `schedule` does not make a FreezeSchedule.
+        RuntimeError: when training starts on several processes, the schedules differ between them,
+            or an `AdvanceOnPlateau` later gets different metrics (log them with sync_dist=True).
+            Under DDP also if it does not look for unused parameters (give the Trainer
+            strategy="ddp_find_unused_parameters_true"), has a static graph, or wrapped the module
+            while something was frozen that the schedule unfreezes.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -93,98 +89,79 @@ class FreezeCallback(pl.Callback):
         False
     """
 
-    def __init__(
-        self,
-        *what: Selector,
-        exclude: Selector = (),
-        schedule: Plan | None = None,
-        monitor: str | None = None,
-        hold_norm: bool = True,
-        log: bool = True,
-    ) -> None:
-        self._what = flatten(what)
-        if not self._what and schedule is None:
-            raise ValueError("FreezeCallback: name what to freeze, or give a schedule.")
-        if monitor is not None and schedule is None:
-            raise ValueError(f"FreezeCallback: {monitor=} is given, but no schedule.")
-        self._exclude = exclude
-        self._plan = schedule
-        self._monitor = monitor
-        self._hold_norm = hold_norm
-        self._log = log
-        #: The schedule, once fit has begun; None without one.
-        self.schedule: FreezeSchedule | None = None
+    _caller = "FreezeCallback"
+
+    def _init_state(self) -> None:
         self._loaded: dict[str, Any] | None = None
-        # The own modes of held norms, by name; see _settle.
+        # The own mode of each held norm, by name; see _settle.
         self._modes: dict[str, bool] = {}
         self._validated = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Freeze for good, before the strategy wraps the module and reads what trains."""
-        if stage == "fit" and self._what:
-            freeze(pl_module, *self._what, exclude=self._exclude, hold_norm=self._hold_norm)
+        """Freeze for good, before the strategy wraps the module and reads what is trainable."""
         if stage == "fit":
+            self._freeze(pl_module)
             self._settle(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin or continue the schedule: the module is as it will be trained by now."""
+        """Begin or continue the schedule. By now the module is complete and wrapped."""
         self._settle(pl_module)
         if self._plan is not None:
             check_owned(
                 pl_module,
                 trainer.optimizers,
-                "FreezeCallback",
+                self._caller,
                 "In configure_optimizers pass self.parameters(), without a filter.",
             )
-            # A fit that goes on with the same Trainer goes on with its schedule.
+            # Another fit with the same Trainer continues its schedule.
             begins = trainer.global_step == 0
             if begins or self.schedule is None or self.schedule.model is not pl_module:
-                self.schedule = make_schedule(self._plan, pl_module, "FreezeCallback")
+                self.schedule = self._make_schedule(pl_module, self._plan)
             check_monitor(
-                self.schedule, self._monitor, "FreezeCallback", 'Give monitor="val_loss".'
+                self.schedule, self._given_monitor, self._caller, 'Give monitor="val_loss".'
             )
             wrapped = trainer.strategy.model
             if isinstance(wrapped, DistributedDataParallel):
                 check_ddp(
                     self.schedule,
-                    "FreezeCallback",
+                    self._caller,
                     finds_unused=wrapped.find_unused_parameters,
                     static_graph=wrapped.static_graph,
                     to_find_unused='Give the Trainer strategy="ddp_find_unused_parameters_true".',
-                    to_be_dynamic="Give DDPStrategy no static_graph=True.",
+                    to_be_dynamic="Make DDPStrategy without static_graph=True.",
                 )
             loaded, self._loaded = self._loaded, None
-            if loaded is not None and (differs := self.schedule._difference(loaded)):
+            if loaded is not None and (differs := self.schedule.difference(loaded)):
                 rank_zero_warn(
                     f"FreezeCallback: the checkpoint's state is of another schedule: {differs}. "
-                    "What was frozen then is not restored; this schedule goes on where it would "
-                    "be by now."
+                    "What was frozen then is not restored; this schedule continues where it would "
+                    "be now."
                 )
                 loaded = None
             if loaded is not None:
                 self.schedule.load_state_dict(loaded)
             elif self.schedule.unit == "step" and pl_module.automatic_optimization:
-                # Resumed from a checkpoint without this schedule: the Trainer's count holds.
+                # Resumed from a checkpoint without this schedule, so the Trainer's count is used.
                 catch_up(self.schedule, trainer.global_step - 1)
             if isinstance(self.schedule, AdvanceOnPlateau) and self.schedule.last < 0:
                 self.schedule.step()
-            check_ranks(self.schedule, "FreezeCallback")
+            check_ranks(self.schedule, self._caller)
             self._settle(pl_module)
         if self._what or (self.schedule is not None and self.schedule.last >= 0):
-            self._tell(trainer, pl_module)
+            self._show(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Step a schedule of epochs."""
         self._settle_after_validation(pl_module)
         if self.schedule is not None and self.schedule.unit == "epoch":
-            # Counted from the Trainer's own number: an epoch begun twice is one epoch.
+            # By the Trainer's own number, because an epoch that begins twice counts once.
             changed = catch_up(self.schedule, trainer.current_epoch)
             self._changed(trainer, pl_module, changed)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Step a schedule of steps, at the first batch of those accumulated."""
+        """Step a schedule of steps, at the first of the batches that are accumulated."""
         self._settle_after_validation(pl_module)
         begins = batch_idx % trainer.accumulate_grad_batches == 0
         if begins and self.schedule is not None and self.schedule.unit == "step":
@@ -206,19 +183,19 @@ class FreezeCallback(pl.Callback):
     def _evaluated(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         if not isinstance(self.schedule, AdvanceOnPlateau):
             return False
-        if self._monitor not in trainer.callback_metrics:
+        if self._given_monitor not in trainer.callback_metrics:
             logged = ", ".join(map(repr, trainer.callback_metrics)) or "nothing"
             raise ValueError(
-                f"FreezeCallback: monitor={self._monitor!r} is not logged; {logged} is. Log it "
-                "in validation_step or training_step (on_epoch=True)."
+                f"{self._caller}: monitor={self._given_monitor!r} is not logged; {logged} is. Log "
+                "it in validation_step or training_step (on_epoch=True)."
             )
         changed = end_evaluation(
             self.schedule,
-            trainer.callback_metrics[self._monitor],
-            "FreezeCallback",
-            f"Log {self._monitor!r} with sync_dist=True.",
+            trainer.callback_metrics[self._given_monitor],
+            self._caller,
+            f"Log {self._given_monitor!r} with sync_dist=True.",
         )
-        self._tell(trainer, pl_module, changed)
+        self._show(trainer, pl_module, changed)
         if self.schedule.finished:
             trainer.should_stop = True
         return changed
@@ -230,14 +207,15 @@ class FreezeCallback(pl.Callback):
         return {} if self._loaded is None else {"schedule": self._loaded}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts, when the module is whole."""
+        """Keep the state until training starts, when the module is complete."""
         self._loaded = state_dict.get("schedule")
 
     def _settle(self, pl_module: pl.LightningModule) -> None:
-        """Undo what a validation of Lightning does to held norms, and note their own modes.
+        """Undo what Lightning's validation does to held norms, and record their own modes.
 
-        It puts the module into eval mode and then writes each module's mode back as it was: past
-        a hold, which takes eval for the norm's own mode, or is undone when it has begun meanwhile.
+        A validation puts the module into eval mode and afterwards writes the former `training` to
+        each module directly. A hold takes eval for the norm's own mode then, and a hold that began
+        in between is overridden.
         """
         for name, module in pl_module.named_modules():
             if not is_norm(module):
@@ -257,9 +235,9 @@ class FreezeCallback(pl.Callback):
     def _changed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, changed: bool) -> None:
         if changed:
             self._settle(pl_module)
-        self._tell(trainer, pl_module, changed)
+        self._show(trainer, pl_module, changed)
 
-    def _tell(
+    def _show(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, changed: bool = True
     ) -> None:
         if not (self._log and changed):
@@ -275,5 +253,5 @@ class FreezeCallback(pl.Callback):
 
 
 def _once_an_epoch(trainer: pl.Trainer) -> bool:
-    """Whether an epoch's end is where its metrics are, as EarlyStopping decides it."""
+    """Whether metrics are complete at the end of an epoch, by the rule of EarlyStopping."""
     return bool(trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1)

@@ -1,4 +1,4 @@
-"""Optimizers that take all parameters once and pay nothing for frozen ones."""
+"""Optimizers that take all parameters once and spend nothing on frozen ones."""
 
 from torch_freeze.optim.sgd import FrozenAwareSGD
 

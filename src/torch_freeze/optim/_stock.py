@@ -1,4 +1,4 @@
-"""Stock's form of a step, for what no kernel takes: what all optimizers share of it."""
+"""What all optimizers share for parameters that no kernel takes and torch's own form updates."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ BUILT = build_info()
 def form(
     group: dict[str, Any], params: list[Tensor], others: Iterable[Tensor | None]
 ) -> tuple[bool | None, bool | None]:
-    """``foreach`` and ``fused`` for stock's functional form of some parameters of a group.
+    """Choose ``foreach`` and ``fused`` for torch's functional form of some parameters of a group.
 
-    Not what the group has where a device has no kernels here, or where tensors are strided: stock's
-    fused form on the CPU takes their memory to be contiguous, and computes something else.
+    They are the group's own unless the device has no kernels here, or a tensor is not contiguous:
+    torch's fused form on the CPU reads such tensors as if they were and gives wrong results.
     """
     device = params[0].device
     foreach, fused = group["foreach"], group["fused"]
@@ -34,7 +34,7 @@ def form(
 
 
 def unscale(param: Tensor, grad_scale: Any) -> None:
-    """Divide the gradient in place; an expanded one, which cannot be written to, is replaced."""
+    """Divide the gradient in place, or replace it if it is expanded and cannot be written to."""
     grad = param.grad
     if grad is None:
         return
@@ -55,9 +55,10 @@ def _has_kernels(device: torch.device) -> bool:
 @functools.cache
 def _warn_cpu_only() -> None:
     warnings.warn(
-        "this torch_freeze was built without CUDA code, so CUDA tensors take torch's own foreach "
-        "SGD. Rebuild it where an nvcc of torch's CUDA version is found: USE_CUDA=1 pip install "
-        "--force-reinstall --no-deps --no-build-isolation <folder of torch_freeze's source>",
+        "torch_freeze was built without CUDA code, so CUDA tensors are updated by torch's own "
+        "foreach operators. Rebuild it where an nvcc of torch's CUDA version is installed: "
+        "USE_CUDA=1 pip install --force-reinstall --no-deps --no-build-isolation "
+        "<folder of torch_freeze's source>",
         RuntimeWarning,
         stacklevel=6,
     )
@@ -65,10 +66,10 @@ def _warn_cpu_only() -> None:
 
 @functools.cache
 def warn_not_compiled(name: str) -> None:
-    """Say once that an optimizer has no kernels."""
+    """Warn once that an optimizer has no kernels."""
     warnings.warn(
-        f"{name} takes torch's own SGD operators: the results are the same, the speed is "
-        f"theirs. {without_extension()}",
+        f"{name} uses torch's own operators, with the same results at their speed. "
+        f"{without_extension()}",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -1,9 +1,9 @@
-"""FrozenAwareSGD: stock SGD that takes all parameters once and pays nothing for frozen ones."""
+"""FrozenAwareSGD: torch.optim.SGD that takes all parameters once and skips frozen ones."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,74 +11,75 @@ from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
 from torch.optim.sgd import sgd
 
 from torch_freeze._build import load_extension, without_extension
-from torch_freeze.optim import _stock, _when
-from torch_freeze.optim._base import FrozenAware
+from torch_freeze.optim import _stock, _strategy
+from torch_freeze.optim._base import FrozenAware, FrozenState
 
 _C = load_extension()
-
-_FrozenMomentum = Literal["keep", "reset", "drop"]
 
 
 class FrozenAwareSGD(FrozenAware, torch.optim.SGD):
     r"""`torch.optim.SGD` that takes all parameters once and skips those that are frozen.
 
-    A parameter is frozen while its ``requires_grad`` is False. That is read at every step, so
-    anything may be frozen or unfrozen between any two steps, without a word to the optimizer. A
-    frozen parameter never moves, whatever its gradient, its momentum or the weight decay; its
-    ``.grad`` is set to None; its momentum is kept. Everything else is stock's: arguments, defaults,
-    errors, ``param_groups``, state and results.
+    A parameter is frozen while its ``requires_grad`` is False. The optimizer reads that at every
+    step, so you may freeze or unfreeze anything between any two steps; the optimizer needs no
+    call. A frozen parameter never moves, whatever its gradient, its momentum or the weight decay.
+    Its ``.grad`` is set to None and its momentum is kept. Everything else is as in
+    `torch.optim.SGD`: arguments, defaults, errors, ``param_groups``, state and results.
 
-    One call updates all tensors of all param groups: one kernel launch per device and dtype on
-    CUDA, one parallel region on the CPU. ``foreach=True``, ``foreach=False`` or ``fused=False`` ask
-    for that implementation of stock's instead, equally frozen-aware; sparse and complex tensors,
-    tensor subclasses, devices other than CPU and CUDA, and ``differentiable=True`` use stock's own
-    operators.
+    One call updates all tensors of all param groups, with one kernel launch per device and dtype
+    on CUDA and one parallel region on the CPU. ``foreach=True``, ``foreach=False`` or
+    ``fused=False`` select that implementation of torch's instead, which then skips frozen
+    parameters too. Sparse and complex tensors, tensor subclasses, devices other than CPU and CUDA,
+    and ``differentiable=True`` always use torch's own operators.
 
     Results are bit-identical to ``torch.optim.SGD(foreach=False)`` on the CPU for float32 and
     float64. bfloat16 and float16 are computed in float32 and rounded once, when stored.
 
     Args:
-        params: the parameters, all of them, or param groups, or (name, parameter) pairs, as
-            `torch.optim.SGD` takes them.
+        params: all parameters, frozen or not; also param groups or (name, parameter) pairs, as
+            for `torch.optim.SGD`.
         lr: learning rate; a float or a tensor of one element.
         momentum: momentum factor.
         dampening: dampening of the momentum.
         weight_decay: L2 penalty.
         nesterov: use Nesterov momentum; needs a momentum and no dampening.
-        maximize: ascend instead of descend.
-        foreach: None for the fused kernels; True or False for stock's multi-tensor or single-tensor
-            form.
-        differentiable: let autograd differentiate through the step (stock's form).
-        fused: None or True for the fused kernels; False for stock's forms.
+        maximize: maximize the objective instead of minimizing it.
+        foreach: None for the fused kernels; True or False for torch's multi-tensor or
+            single-tensor implementation.
+        differentiable: let autograd differentiate through the step (torch's implementation).
+        fused: None or True for the fused kernels; False for torch's other implementations.
         step_in_backward: apply gradients while backward runs, and free them at once. One
-            ``backward()`` then makes one step; what needs more than that raises an error (the
-            documentation's page on memory lists it).
-        bucket_mb: with ``step_in_backward``, MiB of gradients that are collected before they are
-            applied together; None for a tenth of the trainable ones, at most 4 MiB on the CPU and
-            32 MiB elsewhere. Peak gradient memory is a bucket and the largest gradient.
-        clip_value: with ``step_in_backward``, bounds every element of a gradient to
+            ``backward()`` then makes one step. Whatever needs more than that raises an error; the
+            documentation's page on memory lists it.
+        bucket_mb: with ``step_in_backward``, MiB of gradients to collect before they are applied
+            together. None means a tenth of the trainable parameters' gradients, but at most 4 MiB
+            on the CPU and 32 MiB elsewhere. At its peak, gradient memory is one bucket and the
+            largest gradient.
+        clip_value: with ``step_in_backward``, clamp every element of a gradient to
             [-clip_value, clip_value], as `torch.nn.utils.clip_grad_value_` does.
-        frozen_momentum: what becomes of a frozen parameter's momentum: ``"keep"``, as stock does;
-            ``"reset"``, it starts from zero once unfrozen; ``"drop"``, the same, and its memory is
-            freed at the next `zero_grad` or `step` after freezing. Also per param group.
-        momentum_dtype: None for each parameter's own dtype, or `torch.bfloat16`, stored with
-            stochastic rounding: off by less than `2**-7` of the value at each store, right on
-            average. For float32 and bfloat16 parameters. Also per param group.
-        momentum_seed: of that rounding; grows by one at each step, in the param group.
+        frozen_momentum: what becomes of a frozen parameter's momentum. ``"keep"`` keeps it, as
+            torch does; ``"reset"`` lets it start from zero after unfreezing; ``"drop"`` does the
+            same and frees its memory at the next `zero_grad` or `step` after freezing. It can also
+            be set per param group.
+        momentum_dtype: None for each parameter's own dtype, or `torch.bfloat16`. The latter is
+            stored with stochastic rounding, which is off by less than `2**-7` of the value at
+            each store and exact on average. For float32 and bfloat16 parameters. It can also be
+            set per param group.
+        momentum_seed: seed of that rounding. The one in the param group grows by one at each step.
 
     Raises:
-        ValueError: a negative or otherwise invalid hyper-parameter, with stock's message; at a
-            step, a gradient or momentum buffer of another shape or on another device than its
-            parameter.
-        TypeError: parameters that are not tensors; at a step, a momentum buffer of a type that
+        ValueError: a hyper-parameter is negative or otherwise invalid, with torch's message; at a
+            step, a gradient or momentum buffer has another shape or device than its parameter.
+        TypeError: a parameter is not a tensor; at a step, a momentum buffer has a type that
             cannot hold it.
-        RuntimeError: contradicting options, with stock's message; with ``step_in_backward``, what
-            cannot be one step.
+        RuntimeError: options contradict each other, with torch's message; with
+            ``step_in_backward``, gradients that cannot be applied in one step.
 
     An error raised by a step leaves parameters, gradients and state as they were.
 
-    Source: `torch.optim.SGD <https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html>`_
-    and the papers it names, Sutskever et al. 2013 for momentum.
+    Results are those of `torch.optim.SGD
+    <https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html>`_. For momentum see
+    Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013.
 
     Example:
         >>> import torch, torch_freeze
@@ -90,10 +91,13 @@ class FrozenAwareSGD(FrozenAware, torch.optim.SGD):
         >>> optimizer.step()
         >>> torch.equal(model[0].weight, before)
         True
-        >>> _ = model[0].requires_grad_(True)  # trains again, from the next backward on
+        >>> _ = model[0].requires_grad_(True)  # it trains again from the next backward on
     """
 
     _step_kernels = staticmethod(_C.sgd_step)
+    _zero_grad_kernels = staticmethod(_C.sgd_zero_grad)
+    _partial_steps = _C.sgd
+    _frozen_state_option = "frozen_momentum"
 
     def __init__(
         self,
@@ -111,12 +115,12 @@ class FrozenAwareSGD(FrozenAware, torch.optim.SGD):
         step_in_backward: bool = False,
         bucket_mb: float | None = None,
         clip_value: float | None = None,
-        frozen_momentum: _FrozenMomentum = "keep",
+        frozen_momentum: FrozenState = "keep",
         momentum_dtype: torch.dtype | None = None,
         momentum_seed: int = 0,
     ) -> None:
-        backward = _when.check_options(step_in_backward, bucket_mb, clip_value, differentiable)
-        # Only what is asked for goes into the param groups: they stay stock's otherwise.
+        backward = _strategy.check_options(step_in_backward, bucket_mb, clip_value, differentiable)
+        # Options left at their defaults stay out of the param groups, which are then torch's.
         own: dict[str, Any] = {}
         if frozen_momentum != "keep":
             own["frozen_momentum"] = frozen_momentum
@@ -140,16 +144,12 @@ class FrozenAwareSGD(FrozenAware, torch.optim.SGD):
         self._prepare()
 
     def _check_own_options(self, options: dict[str, Any]) -> None:
-        policy = options.get("frozen_momentum", "keep")
-        if policy not in get_args(_FrozenMomentum):
-            raise ValueError(
-                f"Invalid frozen_momentum value: {policy!r}; it has to be 'keep', 'reset' or 'drop'"
-            )
+        self._check_frozen_state(options)
         dtype = options.get("momentum_dtype")
         if dtype not in (None, torch.bfloat16):
             raise ValueError(
-                f"Invalid momentum_dtype value: {dtype!r}; it has to be torch.bfloat16, or None "
-                "for each parameter's own"
+                f"Invalid momentum_dtype value: {dtype!r}; it must be torch.bfloat16, or None for "
+                "each parameter's own"
             )
         if dtype is not None and not _stock.BUILT.compiled:
             raise RuntimeError(
@@ -158,11 +158,12 @@ class FrozenAwareSGD(FrozenAware, torch.optim.SGD):
         seed = options.get("momentum_seed", 0)
         if type(seed) is not int or seed < 0:
             raise ValueError(
-                f"Invalid momentum_seed value: {seed!r}; it has to be an int and not < 0"
+                f"Invalid momentum_seed value: {seed!r}; it must be an int and at least 0"
             )
 
     def _loaded(self, group: dict[str, Any]) -> None:
-        # What loading has widened fits, since it was written in this dtype.
+        # torch's load_state_dict casts buffers to the parameter's dtype. Casting them back loses
+        # nothing, because they were saved in this dtype.
         dtype = group.get("momentum_dtype")
         for p in group["params"] if dtype is not None else ():
             buffer = self.state[p].get("momentum_buffer") if p in self.state else None
@@ -178,7 +179,7 @@ class FrozenAwareSGD(FrozenAware, torch.optim.SGD):
                 raise RuntimeError(
                     f"FrozenAwareSGD.step: param_groups[{index}] has "
                     f"weight_decay={group['weight_decay']} and a parameter with a sparse gradient, "
-                    "and SGD cannot decay those; put such parameters in a group with weight_decay=0"
+                    "which SGD cannot decay; put such parameters into a group with weight_decay=0"
                 )
             if group["fused"]:
                 _device_dtype_check_for_fused(p)
@@ -193,7 +194,7 @@ class FrozenAwareSGD(FrozenAware, torch.optim.SGD):
             multi_tensor = foreach or (foreach is None and fused is None and not on_cpu)
             plain = not group["weight_decay"] and not group["maximize"]
             if multi_tensor and group["nesterov"] and plain:
-                # Stock's multi-tensor form would add the momentum into .grad itself.
+                # torch's multi-tensor form would write the momentum into .grad itself.
                 grads = [g.clone() for g in grads]
             sgd(
                 part,
@@ -214,9 +215,9 @@ class FrozenAwareSGD(FrozenAware, torch.optim.SGD):
                 self.state[p].pop("momentum_stale", None)
 
     def _parts(self, group: dict[str, Any], params: list[Tensor]) -> list[list[Tensor]]:
-        """Split what stock's fused form cannot take in one call, in the order of the list.
+        """Split parameters into runs that torch's fused form can take in one call, in order.
 
-        It holds "first step" to be true of all tensors or of none, and of one device at a time.
+        That form assumes that it is the first step for all of its tensors or for none of them.
         """
         if not group["fused"] or group["momentum"] == 0:
             return [params]
@@ -225,6 +226,6 @@ class FrozenAwareSGD(FrozenAware, torch.optim.SGD):
 
 
 def _buffer(state: dict[str, Any]) -> Tensor | None:
-    """The momentum buffer to go on from; None where momentum starts from zero."""
+    """The momentum buffer to continue from; None if momentum starts from zero."""
     buffer: Tensor | None = state.get("momentum_buffer")
     return None if state.get("momentum_stale") else buffer

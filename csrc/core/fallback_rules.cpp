@@ -1,0 +1,378 @@
+// What no kernel takes, and what nothing takes: errors, copies into another layout, and what is left to stock's
+// form.
+#include <ATen/MemoryOverlap.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+
+#include "core/dtypes.h"
+#include "core/overlap.h"
+#include "core/param_walk.h"
+#include "core/tensor_facts.h"
+
+namespace torch_freeze {
+namespace {
+
+namespace py = pybind11;
+using c10::TensorImpl;
+
+// Of an element that a gradient repeats, stock on the CPU rounds the product with a scalar before it adds it, in
+// some places and not in others.
+inline bool is_rounded_otherwise(const TensorImpl* grad) {
+  const auto type = type_of(grad);
+  return (type == c10::kFloat || type == c10::kDouble) && device_of_plain(grad).is_cpu() &&
+         at::has_internal_overlap(const_cast<TensorImpl*>(grad)) == at::MemOverlap::Yes;
+}
+
+// A subclass that leaves operators alone is a tensor like any other.
+bool overrides_operators(PyObject* tensor) {
+  static const auto* plain = new py::object(py::module_::import("torch._C").attr("_disabled_torch_function_impl"));
+  const auto type = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
+  return type.attr("__torch_function__").ptr() != plain->ptr();
+}
+
+// torch.distributed.tensor.DTensor; null while nobody has imported it, for then there is none.
+PyTypeObject* dtensor_type() {
+  static PyObject* type = nullptr;
+  if (type == nullptr) {
+    PyObject* const module = PyDict_GetItemString(PyImport_GetModuleDict(), "torch.distributed.tensor");
+    if (module != nullptr && PyObject_HasAttrString(module, "DTensor") != 0) {
+      type = py::object(py::handle(module).attr("DTensor")).release().ptr();
+    }
+  }
+  return reinterpret_cast<PyTypeObject*>(type);
+}
+
+// Whether each element of one lies where the same element of the other does.
+bool same_placement(py::handle a, py::handle b) {
+  return a.is(b) || (a.attr("placements").equal(b.attr("placements")) && a.attr("mesh").equal(b.attr("mesh")));
+}
+
+// Whether the local tensors are terms of a sum that is still to be taken.
+bool is_partial(py::handle spec) {
+  for (const auto placement : spec.attr("placements")) {
+    if (py::cast<bool>(placement.attr("is_partial")())) {
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace
+
+at::Tensor local_of(py::handle dtensor) {
+  static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
+  return THPVariable_Unpack(dtensor.attr(name).ptr());
+}
+
+template <int kBuffers>
+void ParamWalk<kBuffers>::leave(const Slot& slot, const GroupUse& use) {
+  rest_.push_back({use.index, slot.index, py::reinterpret_borrow<py::object>(slot.object)});
+}
+
+template <int kBuffers>
+void ParamWalk<kBuffers>::leave_what_overlaps() {
+  std::vector<Memory> left;
+  for (const auto& [group, index, param] : rest_) {
+    left.push_back(memory_of(THPVariable_Unpack(param.ptr()).unsafeGetTensorImpl()));
+    PyObject* const entry = state_of(param.ptr(), THPVariable_CheckExact(param.ptr()));
+    for (int k = 0; entry != nullptr && PyDict_Check(entry) && k < kBuffers; ++k) {
+      PyObject* const buffer = PyDict_GetItemWithError(entry, keys_.buffer[k]);
+      if (buffer != nullptr && THPVariable_Check(buffer)) {
+        left.push_back(memory_of(THPVariable_Unpack(buffer).unsafeGetTensorImpl()));
+      }
+    }
+  }
+  std::vector<std::pair<const Batch*, size_t>> others;
+  for (const auto& batch : batches_) {
+    for (size_t i = 0; i < batch.updates.size(); ++i) {
+      others.emplace_back(&batch, i);
+    }
+  }
+  // What joins the rest can share memory with others again.
+  for (size_t before = 0; before != rest_.size();) {
+    before = rest_.size();
+    merge(left);
+    std::vector<Memory> more;
+    const auto joins = [&](const auto& other) {
+      const auto& [batch, i] = other;
+      const auto& tensors = batch->tensors[i];
+      std::vector<Memory> written = {memory_of(tensors.param)};
+      for (const auto* buffer : tensors.buffer) {
+        if (buffer != nullptr) {
+          written.push_back(memory_of(buffer));
+        }
+      }
+      if (std::none_of(
+              written.begin(), written.end(), [&](const Memory& memory) { return overlap(left, memory); })) {
+        return false;
+      }
+      const auto& update = batch->updates[i];
+      TORCH_CHECK_VALUE(
+          !batch->kind.stochastic, function_, ": param_groups[", update.group, "]['params'][", update.index,
+          "] or its ", keys_.names[0], " shares memory with a tensor that no kernel covers; ", keys_.dtype_option,
+          " is not for these. Clone one of them.");
+      rest_.push_back({update.group, update.index, py::reinterpret_borrow<py::object>(tensors.object)});
+      more.insert(more.end(), written.begin(), written.end());
+      return true;
+    };
+    others.erase(std::remove_if(others.begin(), others.end(), joins), others.end());
+    left.insert(left.end(), more.begin(), more.end());
+  }
+  std::stable_sort(rest_.begin(), rest_.end(), [](const Rest& a, const Rest& b) {
+    return std::tie(a.group, a.index) < std::tie(b.group, b.index);
+  });
+}
+
+template <int kBuffers>
+py::object ParamWalk<kBuffers>::rest() {
+  leave_what_overlaps();
+  py::list groups;
+  int32_t current = -1;
+  py::list params;
+  for (const auto& [group, index, param] : rest_) {
+    if (group != current) {
+      current = group;
+      params = py::list();
+      groups.append(py::make_tuple(group, params));
+    }
+    params.append(param);
+  }
+  return groups;
+}
+
+template <int kBuffers>
+void ParamWalk<kBuffers>::raise_no_memory(const Slot& slot, const TensorImpl* grad, const GroupUse& use) const {
+  std::string what = !has_memory(slot.param) ? "" : "the gradient of ";
+  for (int k = 0; k < kBuffers && has_memory(slot.param) && has_memory(grad); ++k) {
+    if (slot.buffer[k] != nullptr && !has_memory(slot.buffer[k])) {
+      what = c10::str(keys_.names[k], " of ");
+    }
+  }
+  TORCH_CHECK(
+      false, function_, ": ", what, place(use, slot.index),
+      " has more elements than its storage has memory for. Was the storage resized? Give the memory back before "
+      "the step.");
+}
+
+// A step is by element, so each process steps what it holds of a DTensor; the buffers in the state are DTensors
+// too.
+template <int kBuffers>
+bool ParamWalk<kBuffers>::emit_local(const Slot& slot, const GroupUse& use) {
+  if (slot.exact || Py_TYPE(slot.object) != dtensor_type()) {
+    return false;
+  }
+  const auto grad = py::reinterpret_steal<py::object>(THPVariable_Wrap(slot.meta->grad_));
+  const auto spec = py::handle(slot.object).attr("_spec");
+  if (is_partial(spec)) {
+    return false;
+  }
+  std::array<at::Tensor, 2 + kBuffers> locals;
+  std::array<PyObject*, 2 + kBuffers> wholes = {slot.object, grad.ptr()};
+  std::copy(slot.buffer_object.begin(), slot.buffer_object.end(), wholes.begin() + 2);
+  for (size_t i = 0; i < wholes.size(); ++i) {
+    if (wholes[i] == nullptr) {
+      continue;
+    }
+    if (Py_TYPE(wholes[i]) != dtensor_type() || !same_placement(spec, py::handle(wholes[i]).attr("_spec"))) {
+      return false;
+    }
+    locals[i] = local_of(wholes[i]);
+  }
+  Slot local = slot;
+  local.param = locals[0].unsafeGetTensorImpl();
+  local.grad = locals[1].unsafeGetTensorImpl();
+  for (int k = 0; k < kBuffers; ++k) {
+    local.buffer[k] = locals[2 + k].defined() ? locals[2 + k].unsafeGetTensorImpl() : nullptr;
+  }
+  if (!is_usual(local, use)) {
+    return false;
+  }
+  push_unusual(local, local.grad, use, type_of(local.param), type_of(local.param));
+  for (auto& tensor : locals) {
+    if (tensor.defined()) {
+      locals_.push_back(std::move(tensor));
+    }
+  }
+  wrappers_.push_back(slot.param);
+  for (auto* buffer : slot.buffer) {
+    if (buffer != nullptr) {
+      wrappers_.push_back(buffer);
+    }
+  }
+  return true;
+}
+
+template <int kBuffers>
+void ParamWalk<kBuffers>::check_fit(
+    const char* what, const TensorImpl* tensor, const char* fix, const Slot& slot, const GroupUse& use) const {
+  const auto* const param = slot.param;
+  TORCH_CHECK_VALUE(
+      tensor->sizes() == param->sizes(), function_, ": ", what, " of ", place(use, slot.index), " has shape ",
+      tensor->sizes(), "; the parameter has ", param->sizes(), ". ", fix);
+  TORCH_CHECK_VALUE(
+      tensor->device() == param->device(), function_, ": ", what, " of ", place(use, slot.index), " is on ",
+      tensor->device(), "; the parameter is on ", param->device(), ". ", fix);
+  TORCH_CHECK_TYPE(
+      c10::canCast(type_of(param), type_of(tensor)) && c10::canCast(type_of(tensor), type_of(param)), function_,
+      ": ", what, " of ", place(use, slot.index), " is ", type_of(tensor), "; the parameter is ", type_of(param),
+      ". ", fix);
+}
+
+template <int kBuffers>
+void ParamWalk<kBuffers>::check_written(
+    TensorImpl* tensor, const std::string& of, const Slot& slot, const GroupUse& use) const {
+  if (!is_opaque(slot.param) && !is_opaque(tensor) && tensor->layout() == c10::kStrided) {
+    TORCH_CHECK(
+        at::has_internal_overlap(tensor) != at::MemOverlap::Yes, function_, ": ", of, place(use, slot.index),
+        " is expanded: several of its elements are one place in memory. Clone it before optimizing it.");
+  }
+  TORCH_CHECK(
+      c10::InferenceMode::is_enabled() || !tensor->is_inference(), function_, ": ", of, place(use, slot.index),
+      " was made in inference mode. Inplace update to inference tensor outside InferenceMode is not allowed; "
+      "clone it first.");
+}
+
+template <int kBuffers>
+void ParamWalk<kBuffers>::check_buffer(int k, const Slot& slot, const GroupUse& use) const {
+  TensorImpl* const buffer = slot.buffer[k];
+  const char* const name = keys_.names[k];
+  if (!is_opaque(slot.param)) {
+    if (!is_opaque(buffer)) {
+      check_fit(name, buffer, "Delete it from the optimizer's state, or give it the parameter's.", slot, use);
+    }
+    if (!is_opaque(slot.grad)) {
+      const bool nested = buffer->key_set().has(c10::DispatchKey::NestedTensor);
+      const bool dense =
+          is_opaque(buffer) || slot.grad->layout() != c10::kStrided || buffer->layout() == c10::kStrided;
+      TORCH_CHECK_TYPE(
+          !nested && dense, function_, ": ", name, " of ", place(use, slot.index), " is ",
+          nested ? "nested" : "not dense", "; the gradient is dense. Delete it from the optimizer's state.");
+    }
+  }
+  check_written(buffer, c10::str(name, " of "), slot, use);
+}
+
+template <int kBuffers>
+void ParamWalk<kBuffers>::emit_unusual(const Slot& slot, const GroupUse& use) {
+  if (emit_local(slot, use)) {
+    return;
+  }
+  TensorImpl* const param = slot.param;
+  TensorImpl* const grad = slot.grad;
+  // Bad input is found here, before anything is written, whatever takes the tensor later. Only opaque ones are
+  // left to say for themselves what fits them.
+  if (!is_opaque(param) && !is_opaque(grad)) {
+    check_fit("the gradient", grad, "Set .grad to None and run backward again.", slot, use);
+  }
+  check_written(param, "", slot, use);
+  bool plain_buffers = true;
+  bool fitting_buffers = true;
+  for (int k = 0; k < kBuffers; ++k) {
+    TensorImpl* const buffer = slot.buffer[k];
+    if (buffer == nullptr) {
+      continue;
+    }
+    check_buffer(k, slot, use);
+    plain_buffers &= is_plain(buffer) && !buffer->is_inference() && THPVariable_CheckExact(slot.buffer_object[k]);
+    fitting_buffers &= type_of(buffer) == type_of(param) && same_layout(param, buffer);
+  }
+  if (has_own_buffer_type(use) && use.buffers != 0) {
+    emit_with_own_buffer(slot, use);
+    return;
+  }
+  if (!is_plain(param) || !is_plain(grad) || !plain_buffers || (!slot.exact && overrides_operators(slot.object)) ||
+      param->is_inference()) {
+    leave(slot, use);
+    return;
+  }
+  const auto type = type_of(param);
+  if (!has_kernel(param->device().type()) || !has_kernel(param->device().type(), type, type_of(grad)) ||
+      !param->is_non_overlapping_and_dense() || !fitting_buffers ||
+      // Stock starts the buffer in the gradient's layout, so such a buffer is stock's to make.
+      (use.buffers != 0 && slot.buffer[0] == nullptr && !same_layout(param, grad)) || is_rounded_otherwise(grad)) {
+    leave(slot, use);
+    return;
+  }
+  if (same_layout(param, grad)) {
+    push_unusual(slot, grad, use, type, type_of(grad));
+    return;
+  }
+  at::NoGradGuard no_grad;
+  const auto& original = slot.meta->grad_;
+  auto copy = at::empty_strided(param->sizes(), param->strides(), original.options().requires_grad(false));
+  copy.copy_(original);
+  push_unusual(slot, copy.unsafeGetTensorImpl(), use, type, type_of(grad));
+  copied_.push_back({slot.meta, std::move(copy)});
+}
+
+// Stock has no form with such buffers: what the kernels cannot take is refused.
+template <int kBuffers>
+void ParamWalk<kBuffers>::emit_with_own_buffer(const Slot& slot, const GroupUse& use) {
+  TensorImpl* const param = slot.param;
+  const auto type = type_of(param);
+  const char* const option = keys_.dtype_option;
+  TORCH_CHECK_TYPE(
+      is_plain(param) && is_plain(slot.grad) && (slot.exact || !overrides_operators(slot.object)) &&
+          !param->is_inference() && has_kernel(param->device().type()) && has_kernel(type, true) &&
+          param->is_non_overlapping_and_dense(),
+      function_, ": ", place(use, slot.index), " is a ", type, " tensor (", Py_TYPE(slot.object)->tp_name, ") on ",
+      param->device(), "; ", option, "=", use.buffer_type,
+      " is for dense float32 and bfloat16 parameters on the CPU or CUDA. Put it in a group of ", option, "=None.");
+  at::NoGradGuard no_grad;
+  Slot fitting = slot;
+  std::array<at::Tensor, kBuffers> converted;
+  for (int k = 0; k < kBuffers; ++k) {
+    TensorImpl* const buffer = slot.buffer[k];
+    if (buffer == nullptr || (type_of(buffer) == use.buffer_type && same_layout(param, buffer) &&
+                              is_plain(buffer) && !buffer->is_inference())) {
+      continue;
+    }
+    converted[k] = at::empty_strided(
+        param->sizes(), param->strides(), at::TensorOptions().dtype(use.buffer_type).device(param->device()));
+    converted[k].copy_(THPVariable_Unpack(slot.buffer_object[k]));
+    held_objects_.push_back(py::reinterpret_steal<py::object>(THPVariable_Wrap(converted[k])));
+    fitting.buffer_object[k] = held_objects_.back().ptr();
+    fitting.buffer[k] = converted[k].unsafeGetTensorImpl();
+  }
+  const auto& grad = slot.meta->grad_;
+  at::Tensor copy;
+  if (type_of(slot.grad) != type || !same_layout(param, slot.grad)) {
+    copy = at::empty_strided(param->sizes(), param->strides(), grad.options().dtype(type).requires_grad(false));
+    copy.copy_(grad);
+  }
+  const size_t had_fresh = fresh_.size();
+  const size_t had_rest = rest_.size();
+  push_unusual(fitting, copy.defined() ? copy.unsafeGetTensorImpl() : slot.grad, use, type, type);
+  TORCH_CHECK_VALUE(
+      rest_.size() == had_rest, function_, ": ", place(use, slot.index), ", its gradient or its ", keys_.names[0],
+      " lies in memory that is not aligned to its elements, or the buffer shares memory with the others; ", option,
+      " is not for these. Clone them.");
+  if (std::any_of(converted.begin(), converted.end(), [](const at::Tensor& made) { return made.defined(); })) {
+    if (fresh_.size() == had_fresh) {
+      const auto& batch = batch_for(device_of_plain(param), type, type, use);
+      const auto batch_index = static_cast<size_t>(&batch - batches_.data());
+      fresh_.push_back({slot.object, slot.state, batch_index, batch.updates.size() - 1, use.buffers});
+      for (int k = 0; k < use.buffers; ++k) {
+        fresh_.back().buffer[k] = THPVariable_Unpack(fitting.buffer_object[k]);
+      }
+    }
+    fresh_.back().enter = true;
+  }
+  if (copy.defined()) {
+    copied_.push_back({slot.meta, std::move(copy)});
+  }
+}
+
+// The walk is instantiated where it is defined; here, what it calls.
+template void ParamWalk<1>::leave(const Slot&, const GroupUse&);
+template void ParamWalk<1>::emit_unusual(const Slot&, const GroupUse&);
+template void ParamWalk<1>::raise_no_memory(const Slot&, TensorImpl const*, const GroupUse&) const;
+template py::object ParamWalk<1>::rest();
+
+}  // namespace torch_freeze

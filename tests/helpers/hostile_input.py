@@ -1,0 +1,161 @@
+"""Hostile input: a clear error with nothing written, or stock's result; never a crash.
+
+Every case builds an optimizer, spoils something and steps twice, in a process of its own, with
+FrozenAwareSGD and with stock. Where stock steps, the same bits have to come out; where it raises,
+an error has to say so. A case that names an `error` has to raise that, whatever stock does, and one
+that is `alone` has no counterpart in stock, which crashes or gives up there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import apart, hostile
+from tests.helpers import optim_cases as cases
+from tests.helpers.optim_cases import FrozenAwareSGD
+
+Make = Callable[..., torch.optim.SGD]
+Build = Callable[[Make], torch.optim.SGD]
+
+
+CLEAR = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError, OverflowError)
+
+
+@dataclass
+class Case(hostile.Case):
+    """What to build, and what has to come of stepping it."""
+
+    build: Build
+    error: str = ""  # what the message has to say
+    alone: bool = False
+    around: Callable[[], Any] = contextlib.nullcontext  # the steps
+
+
+def make_params(count: int = 3, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    gen = cases.generator(5)
+    params = cases.make_parameters([(4, 6)] * count, gen, dtype, hostile.DEVICE)
+    for p in params:
+        p.grad = cases.randn((4, 6), gen, dtype, hostile.DEVICE)
+    return params
+
+
+def trained(make: Make, params: list[Any] | None = None, **hyper: Any) -> torch.optim.SGD:
+    params = make_params() if params is None else params
+    optimizer = make(params, **({"lr": 0.1, "momentum": 0.9} | hyper))
+    optimizer.step()
+    return optimizer
+
+
+def edit_buffer(edit: Callable[[Tensor, dict[str, Any]], Any]) -> Build:
+    def build(make: Make) -> torch.optim.SGD:
+        optimizer = trained(make)
+        p = optimizer.param_groups[0]["params"][1]
+        edit(p, optimizer.state[p])
+        return optimizer
+
+    return build
+
+
+@dataclass
+class Outcome:
+    error: str | None
+    clear: bool
+    untouched: bool  # by the step that raised
+    values: list[str]
+
+
+def _values(optimizer: Any) -> list[str]:
+    """Every parameter and buffer, as text exact to the bit."""
+    values = []
+    try:
+        lists = [group["params"] for group in optimizer.param_groups]
+    except (TypeError, KeyError, AttributeError):
+        return []
+    params = [some[i] for some in lists if isinstance(some, list | tuple) for i in range(len(some))]
+    for p in params:
+        if not isinstance(p, Tensor):
+            continue
+        entry = optimizer.state.get(p) if isinstance(optimizer.state, dict) else None
+        buffer = entry.get("momentum_buffer") if isinstance(entry, dict) else None
+        values += [_text(p), _text(buffer)]
+    return values
+
+
+def _text(tensor: Any) -> str:
+    if not isinstance(tensor, Tensor):
+        return str(type(tensor))
+    if tensor.is_meta or torch.nn.parameter.is_lazy(tensor) or "FakeTensor" in str(type(tensor)):
+        return f"{type(tensor)} {tensor.device}"
+    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        if tensor.layout is not torch.strided:
+            tensor = tensor.to_dense()
+        if tensor.is_nested:
+            return str([_text(part) for part in tensor.unbind()])
+        size = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
+        if tensor.numel() > max(size, 0) or tensor.numel() > 1 << 20:
+            return f"{tensor.shape} of {size}"
+        tensor = tensor.detach()
+        if tensor.is_floating_point():
+            tensor = tensor.float() if tensor.element_size() < 4 else tensor
+            tensor = tensor.nan_to_num(nan=7.0, posinf=math.inf, neginf=-math.inf).double()
+        return f"{tensor.dtype} {list(tensor.shape)} {tensor.flatten().tolist()}"
+
+
+def outcome_of(case: Case, make: Make, device: str) -> Outcome:
+    """What two steps do; in a process of its own."""
+    hostile.use_device(device)
+    optimizer: Any = None
+    before: list[str] = []
+    try:
+        optimizer = case.build(make)
+        before = _values(optimizer)
+        with case.around():
+            optimizer.step()
+        before = _values(optimizer)
+        with case.around():
+            optimizer.step()
+    except Exception as error:
+        clear = isinstance(error, CLEAR) and bool(str(error))
+        untouched = optimizer is None or _values(optimizer) == before
+        return Outcome(f"{type(error).__name__}: {error}", clear, untouched, [])
+    return Outcome(None, True, True, _values(optimizer))
+
+
+def stock(*args: Any, **kwargs: Any) -> torch.optim.SGD:
+    """Stock's for-loop, whatever a checkpoint says about foreach."""
+    return torch.optim.SGD(*args, **({"foreach": False} | kwargs))
+
+
+def each(table: hostile.Table[Case], on_gpu: Iterable[str] = ()) -> pytest.MarkDecorator:
+    """Parametrize by `case` and `device`: all on the CPU, those named on a GPU too."""
+    runs = [pytest.param(case, "cpu", id=name) for name, case in table.items()]
+    runs += [
+        pytest.param(table[name], "cuda", id=f"{name}-cuda", marks=pytest.mark.gpu)
+        for name in on_gpu
+    ]
+    return pytest.mark.parametrize(("case", "device"), runs)
+
+
+def check(case: Case, device: str) -> None:
+    """Run the case with FrozenAwareSGD and, where it has a counterpart there, with stock."""
+    ours: Outcome = apart.run(outcome_of, case, FrozenAwareSGD, device)
+    assert ours.clear, f"no clear error: {ours.error}"
+    assert ours.untouched, f"written to before it raised {ours.error}"
+    if case.error:
+        assert ours.error is not None, "stepped"
+        assert re.search(case.error, ours.error), ours.error
+    elif not case.alone:
+        theirs: Outcome = apart.run(outcome_of, case, stock, device)
+        assert (ours.error is None) == (theirs.error is None), (
+            f"{ours.error}; stock: {theirs.error}"
+        )
+        assert ours.values == theirs.values

@@ -1,0 +1,342 @@
+"""Tensors that share memory, have lost it or are of other kinds; see hostile_input.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import hostile
+from tests.helpers import optim_cases as cases
+from tests.helpers.hostile_input import (
+    Build,
+    Case,
+    Make,
+    check,
+    each,
+    edit_buffer,
+    make_params,
+    trained,
+)
+
+# --- memory that is shared, strided or gone
+
+
+def _tensors(make_tensors: Callable[[], list[Any]], **hyper: Any) -> Build:
+    def build(make: Make) -> torch.optim.SGD:
+        return make(make_tensors(), **({"lr": 0.1, "momentum": 0.9} | hyper))
+
+    return build
+
+
+def _with_grad(p: Tensor, grad: Tensor | None = None) -> Tensor:
+    p = p.detach().requires_grad_()
+    p.grad = torch.linspace(-1, 1, p.numel()).reshape(p.shape).to(p.dtype) if grad is None else grad
+    return p
+
+
+def _views(*slices: slice) -> Callable[[], list[Any]]:
+    def make_tensors() -> list[Any]:
+        base = torch.arange(64.0)
+        return [_with_grad(base[part]) for part in slices]
+
+    return make_tensors
+
+
+def _own_grad() -> list[Any]:
+    p = torch.nn.Parameter(torch.ones(8))
+    p.grad = p.data
+    return [p]
+
+
+def _others_grad() -> list[Any]:
+    a, b = torch.nn.Parameter(torch.ones(8)), torch.nn.Parameter(torch.ones(8) * 2)
+    a.grad, b.grad = b.data, a.data
+    return [a, b]
+
+
+def _one_grad_for_all() -> list[Any]:
+    params = [torch.nn.Parameter(torch.full((8,), float(i))) for i in range(4)]
+    grad = torch.ones(8)
+    for p in params:
+        p.grad = grad
+    return params
+
+
+def _resize(what: Callable[[torch.optim.SGD, Tensor], Tensor], to: int) -> Build:
+    def build(make: Make) -> torch.optim.SGD:
+        optimizer = trained(make)
+        p = optimizer.param_groups[0]["params"][1]
+        what(optimizer, p).untyped_storage().resize_(to)
+        return optimizer
+
+    return build
+
+
+def _twice(make: Make) -> torch.optim.SGD:
+    params = make_params()
+    optimizer = trained(make, params)
+    optimizer.param_groups[0]["params"] = [*params, params[0], params[2]]
+    return optimizer
+
+
+def _memory_cases() -> Iterator[tuple[str, Case]]:
+    tables: dict[str, Callable[[], list[Any]]] = {
+        "views side by side": _views(slice(0, 7), slice(7, 20), slice(20, 64)),
+        "views that overlap by one": _views(slice(0, 8), slice(7, 20)),
+        "views that overlap wholly": _views(slice(0, 20), slice(0, 20), slice(0, 20)),
+        "a view inside a view": _views(slice(0, 64), slice(5, 6), slice(30, 40)),
+        "views in falling order": _views(slice(40, 64), slice(20, 40), slice(0, 20)),
+        "interleaved views": _views(slice(0, 64, 2), slice(1, 64, 2)),
+        "a view of every third": _views(slice(0, 64, 3)),
+        "a view of nothing": _views(slice(5, 5), slice(0, 64)),
+        "its own gradient": _own_grad,
+        "each other's gradient": _others_grad,
+        "one gradient for all": _one_grad_for_all,
+        "a transposed view of another": lambda: [
+            _with_grad(base := torch.arange(16.0).reshape(4, 4)),
+            _with_grad(base.t()),
+        ],
+        "the diagonal of another": lambda: [
+            _with_grad(base := torch.arange(16.0).reshape(4, 4)),
+            _with_grad(base.diagonal()),
+        ],
+        "memory of NumPy, twice": lambda: [
+            _with_grad(torch.from_numpy(array)) for array in [torch.arange(8.0).numpy()] * 2
+        ],
+        "a byte buffer": lambda: [
+            _with_grad(torch.frombuffer(bytearray(64), dtype=torch.float32, offset=4))
+        ],
+        "a misaligned byte buffer": lambda: [
+            _with_grad(torch.frombuffer(bytearray(65), dtype=torch.float32, offset=1, count=16))
+        ],
+        "a gradient that is expanded": lambda: [
+            _with_grad(torch.ones(4, 6), torch.ones(1).expand(4, 6))
+        ],
+        "a gradient that is transposed": lambda: [
+            _with_grad(torch.ones(4, 6), torch.arange(24.0).reshape(6, 4).t())
+        ],
+        "a gradient that requires grad": lambda: [
+            _with_grad(torch.ones(4, 6), torch.ones(4, 6, requires_grad=True))
+        ],
+        "a gradient that is a view of the parameter": lambda: [
+            _with_grad(p := torch.arange(12.0), p.view(12))
+        ],
+        "0-dim": lambda: [_with_grad(torch.tensor(3.0))],
+        "of 30 dimensions": lambda: [_with_grad(torch.arange(4.0).reshape([1] * 28 + [2, 2]))],
+        "of sizes 0": lambda: [_with_grad(torch.ones(0, 3)), _with_grad(torch.ones(3, 0, 2))],
+        "huge and empty": lambda: [_with_grad(torch.ones(0, 1 << 40))],
+        "huge and expanded": lambda: [
+            _with_grad(torch.ones(1).expand(1 << 40), torch.ones(1).expand(1 << 40))
+        ],
+    }
+    for name, make_tensors in tables.items():
+        # Stock, as a loop, rounds strided and expanded tensors in another order.
+        strided = any(
+            w in name for w in ("interleaved", "third", "transposed", "diagonal", "expanded")
+        )
+        yield f"tensors: {name}", Case(_tensors(make_tensors), alone=strided)
+        yield (
+            f"tensors: {name}, no momentum",
+            Case(_tensors(make_tensors, momentum=0.0), alone=strided),
+        )
+    edits: dict[str, Callable[[Tensor, dict[str, Any]], Any]] = {
+        "the parameter": lambda p, entry: entry.update(momentum_buffer=p.data),
+        "the gradient": lambda p, entry: entry.update(momentum_buffer=p.grad),
+        "the parameter object": lambda p, entry: entry.update(momentum_buffer=p),
+        "an overlapping view of the parameter": lambda p, entry: entry.update(
+            momentum_buffer=p.data.as_strided((4, 6), (3, 1))
+        ),
+        "a subclass": lambda p, entry: entry.update(
+            momentum_buffer=entry["momentum_buffer"].as_subclass(_Plain)
+        ),
+    }
+    for name, edit in edits.items():
+        yield f"a buffer that is {name}", Case(edit_buffer(edit), alone="overlapping" in name)
+    yield (
+        "a buffer that is an inference tensor",
+        Case(
+            edit_buffer(lambda p, entry: entry.update(momentum_buffer=_inference(p))),
+            error="momentum_buffer.*inference",
+        ),
+    )
+    yield "a parameter that is an inference tensor", Case(_inference_parameter, error="inference")
+    whats: dict[str, Callable[[torch.optim.SGD, Tensor], Tensor]] = {
+        "parameter": lambda o, p: p.detach(),
+        "gradient": lambda o, p: p.grad,  # type: ignore[dict-item, return-value]
+        "buffer": lambda o, p: o.state[p]["momentum_buffer"],
+    }
+    for name, what in whats.items():
+        for to in (0, 4, 92):
+            yield (
+                f"a {name} whose storage has {to} of 96 bytes",
+                Case(_resize(what, to), error=r"params'\]\[1\].*storage"),
+            )
+    yield "a parameter that is there twice", Case(_twice)
+
+
+def _inference(p: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return torch.ones_like(p)
+
+
+def _inference_parameter(make: Make) -> torch.optim.SGD:
+    params: list[Any] = make_params()
+    with torch.inference_mode():
+        params[1] = torch.nn.Parameter(torch.ones(4, 6))
+        params[1].grad = torch.ones(4, 6)
+    return make(params, lr=0.1, momentum=0.9)
+
+
+# --- tensors of other kinds
+
+
+class _Plain(torch.Tensor):
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+class _Loud(torch.Tensor):
+    pass
+
+
+class _Hashed(torch.nn.Parameter):
+    """Its hash is a Python function that drops all gradients."""
+
+    victims: list[Tensor]
+
+    def __hash__(self) -> int:
+        for p in type(self).victims:
+            p.grad = None
+        return id(self)
+
+
+class _Refuses(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "grad" in str(func) or "hash" in str(func):
+            return super().__torch_function__(func, kinds, args, kwargs or {})
+        raise RuntimeError("not through me")
+
+
+def _with_hashed(make: Make) -> torch.optim.SGD:
+    params = make_params(4)
+    _Hashed.victims = []
+    params.insert(2, _Hashed(torch.ones(4, 6)))
+    params[2].grad = torch.ones(4, 6)
+    optimizer = trained(make, params)
+    _Hashed.victims = params
+    return optimizer
+
+
+def _evil_lr(what: Callable[[torch.optim.SGD], Any]) -> Build:
+    """Reading the second group's lr runs `what`."""
+
+    def build(make: Make) -> torch.optim.SGD:
+        gen = cases.generator(3)
+        params = cases.make_parameters([40_000] * 4, gen, device=hostile.DEVICE)
+        for p in params:
+            p.grad = cases.randn(40_000, gen, device=hostile.DEVICE)
+        optimizer = make([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, momentum=0.9)
+        optimizer.step()
+
+        class Evil:
+            def __float__(self) -> float:
+                what(optimizer)
+                return 0.1
+
+        optimizer.param_groups[1]["lr"] = Evil()
+        return optimizer
+
+    return build
+
+
+def _kind_cases() -> Iterator[tuple[str, Case]]:
+    kinds: dict[str, Callable[[], list[Any]]] = {
+        "complex64": lambda: [_with_grad(torch.ones(4, dtype=torch.complex64))],
+        "complex128": lambda: [_with_grad(torch.ones(4, dtype=torch.complex128))],
+        "meta": lambda: [_with_grad(torch.ones(4, device="meta"), torch.ones(4, device="meta"))],
+        "a sparse gradient": lambda: [_with_grad(torch.ones(4), torch.ones(4).to_sparse())],
+        "a sparse parameter": lambda: [
+            _with_grad(torch.eye(4).to_sparse(), torch.eye(4).to_sparse())
+        ],
+        "a CSR gradient": lambda: [_with_grad(torch.eye(4), torch.eye(4).to_sparse_csr())],
+        "a conjugate view": lambda: [
+            _with_grad(
+                torch.ones(4, dtype=torch.complex64), torch.ones(4, dtype=torch.complex64).conj()
+            )
+        ],
+        "a negative view": lambda: [
+            _with_grad(torch.ones(4), torch.zeros(4, dtype=torch.complex64).conj().imag)
+        ],
+        "nested": lambda: [
+            _with_grad(
+                torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+                torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+            )
+        ],
+        "mkldnn": lambda: [_with_grad(torch.ones(4).to_mkldnn(), torch.ones(4).to_mkldnn())],
+        "an inference tensor": lambda: [_inference(torch.ones(4))],
+        "a subclass": lambda: [_with_grad(torch.ones(4)).as_subclass(_Loud)],
+        "a quiet subclass": lambda: [torch.nn.Parameter(torch.ones(4)).as_subclass(_Plain)],
+        "an uninitialized parameter": lambda: [torch.nn.UninitializedParameter()],
+        "float8": lambda: [
+            _with_grad(torch.ones(4).to(torch.float8_e4m3fn), torch.ones(4).to(torch.float8_e4m3fn))
+        ],
+        "a gradient of nan": lambda: [_with_grad(torch.ones(9), torch.full((9,), math.nan))],
+        "a gradient of inf": lambda: [_with_grad(torch.ones(9), torch.full((9,), math.inf))],
+        "denormal": lambda: [_with_grad(torch.full((9,), 1e-40), torch.full((9,), -1e-41))],
+        "near overflow": lambda: [_with_grad(torch.full((9,), 3e38), torch.full((9,), -3e38))],
+    }
+    for name, make_tensors in kinds.items():
+        yield f"of a kind: {name}", Case(_tensors(make_tensors))
+        yield (
+            f"of a kind: {name}, with others",
+            Case(_tensors(lambda make_tensors=make_tensors: [*make_params(2), *make_tensors()])),
+        )
+    yield (
+        "a subclass that refuses every operator",
+        Case(_tensors(lambda: [_with_grad(torch.ones(4)).as_subclass(_Refuses)])),
+    )
+    yield "a parameter whose hash drops the gradients", Case(_with_hashed, alone=True)
+    evil: dict[str, Callable[[torch.optim.SGD], Any]] = {
+        "drops the gradients": lambda o: o.zero_grad(),
+        "clears the state": lambda o: o.state.clear(),
+        "clears the groups": lambda o: o.param_groups.clear(),
+        "clears its own group": lambda o: o.param_groups[1].clear(),
+        "clears the parameters": lambda o: [g["params"].clear() for g in o.param_groups],
+        "exchanges the memory": lambda o: [
+            setattr(p, "data", p.detach().clone()) for g in o.param_groups for p in g["params"]
+        ],
+        "steps": lambda o: o.param_groups[1].update(lr=0.1) or o.step(),
+        "steps forever": lambda o: o.step(),
+        "adds a group": lambda o: o.add_param_group({"params": [torch.ones(2)]}),
+    }
+    for name, what in evil.items():
+        yield f"an lr that, when read, {name}", Case(_evil_lr(what), alone=True)
+
+
+CASES = hostile.Table(__name__, [*_memory_cases(), *_kind_cases()])
+
+
+def _on_gpu() -> Iterator[str]:
+    """What lies in a GPU's memory, once each.
+
+    Left out: what only repeats a case without momentum or with other tensors beside it, memory of
+    NumPy and Python, which stays on the CPU, and float8: simulated CUDA says that it has no
+    arithmetic when the operator runs, which may be late.
+    """
+    elsewhere = ("no momentum", "memory of NumPy", "byte buffer", "float8")
+    for name in CASES:
+        alone = name.startswith("of a kind") and not name.endswith("with others")
+        if not alone and not any(words in name for words in elsewhere):
+            yield name
+
+
+@pytest.mark.filterwarnings("ignore")
+@each(CASES, _on_gpu())
+def test_hostile_input_is_an_error_or_stocks_result(case: Case, device: str) -> None:
+    check(case, device)
