@@ -10,8 +10,6 @@ import torch
 
 pytest.importorskip("pandas", reason="compare.py needs pandas: pip install pandas")
 pytest.importorskip("tabulate", reason="compare.py needs tabulate: pip install tabulate")
-pytest.importorskip("tqdm", reason="compare.py needs tqdm: pip install tqdm")
-pytest.importorskip("matplotlib", reason="compare.py needs matplotlib: pip install matplotlib")
 
 from torch_freeze_bench.contestants import select
 from torch_freeze_bench.records import FACTS, Measured

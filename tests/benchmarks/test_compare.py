@@ -24,6 +24,9 @@ import torch
 from torch import nn
 
 pytest.importorskip("pandas", reason="compare.py needs pandas: pip install pandas")
+pytest.importorskip("tabulate", reason="compare.py needs tabulate: pip install tabulate")
+pytest.importorskip("tqdm", reason="compare.py needs tqdm: pip install tqdm")
+pytest.importorskip("matplotlib", reason="compare.py needs matplotlib: pip install matplotlib")
 
 import check
 import pandas

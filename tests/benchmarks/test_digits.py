@@ -9,6 +9,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+pytest.importorskip("pandas", reason="compare.py needs pandas: pip install pandas")
+pytest.importorskip("tabulate", reason="compare.py needs tabulate: pip install tabulate")
+pytest.importorskip("tqdm", reason="compare.py needs tqdm: pip install tqdm")
+pytest.importorskip("matplotlib", reason="compare.py needs matplotlib: pip install matplotlib")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 from torch_freeze_bench import workloads
