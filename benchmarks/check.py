@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-NEEDED = ("torch", "tabulate", "tqdm", "matplotlib")
+NEEDED = ("torch", "pandas", "tabulate", "tqdm", "matplotlib")
 """Modules without which nothing can be compared or saved; their packages have the same names."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
+import io
 import os
 import random
 import re
@@ -23,31 +23,39 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+pytest.importorskip("pandas", reason="compare.py needs pandas: pip install pandas")
 
 import check
-import compare
-import load
-import machine
-import measure
-import models
-import saving
-import suites
-import targets
-from contestants import OURS, REFERENCE, Contestant, Hyper, other_packages, select
-from digits import DigitsOutcome, DigitsRow
-from measure import Allocations, Budget, Equality, Memory, Summary
-from suites import Outcome, Row, Setting, fastest_other
-from tables import digits_table, legend, outcome_table, targets_table
-from units import duration, multiple
-from verdict import unequal, verdict
+import pandas
+from torch_freeze_bench import (
+    command,
+    equality,
+    machine,
+    memory,
+    saving,
+    speed_report,
+    timing,
+    workloads,
+)
+from torch_freeze_bench.contestants import (
+    FAMILIES,
+    FROZEN_AWARE,
+    REFERENCE,
+    SGD,
+    Contestant,
+    other_packages,
+    select,
+)
+from torch_freeze_bench.records import OURS, Measured, Summary, ratio, summarise, to_csv
+from torch_freeze_bench.suites import load, speed, targets
+from torch_freeze_bench.tables import duration, multiple, targets_table
+from torch_freeze_bench.timing import Budget
+from torch_freeze_bench.workloads import Hyper, LoadedModel, RequestError, Workload
 
-CPU = torch.device("cpu")
-for package in ("tabulate", "tqdm", "matplotlib"):
-    pytest.importorskip(package, reason=f"compare.py needs {package}: pip install {package}")
-
+from tests.benchmarks.compare_cases import CPU, flat, measured, outcome, setting, widest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+MEASURES = ("warm", "cold", "device", "iteration")
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +70,23 @@ def same(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> lis
 
 
 def arguments(text: str) -> Any:
-    return compare.make_parser().parse_args(text.split())
+    return command.make_parser().parse_args(text.split())
+
+
+def verdict(found: list[Measured], warnings: list[str | None] | None = None) -> str:
+    """What a run that measured this ends with."""
+    suites = [
+        command.Suite(m.suite, speed_report, lambda setting: iter(()), 0, 0, measured=[m])
+        for m in found
+    ]
+    job = command.Job(suites, setting(), {}, [], {})
+    return command.verdict(job, warnings or [])
+
+
+def tiny(share: float | str = 0) -> Workload:
+    workload = LoadedModel("tiny", CPU).workload(share)
+    workload.fill_gradients()
+    return workload
 
 
 class TestSimulated:
@@ -71,34 +95,35 @@ class TestSimulated:
     def test_it_needs_a_clone(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
-        monkeypatch.setattr(compare, "SIMULATION", tmp_path / "run.py")
-        monkeypatch.delenv(compare.SCHEDULE, raising=False)
+        monkeypatch.setattr(command, "SIMULATION", tmp_path / "run.py")
+        monkeypatch.delenv(command.SCHEDULE, raising=False)
         with pytest.raises(SystemExit) as ended:
-            compare.main(["--device", "simulated"])
+            command.main(["--device", "simulated"])
         assert ended.value.code == 2
         assert "clone of the repository" in capsys.readouterr().err
 
     def test_the_process_starts_again_on_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         started: list[list[str]] = []
-        monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
-        monkeypatch.delenv(compare.SCHEDULE, raising=False)
-        compare.simulate(["--device", "simulated", "--quick"])
+        monkeypatch.setattr(os, "execv", lambda program, given: started.append(given))
+        monkeypatch.delenv(command.SCHEDULE, raising=False)
+        command.simulate(["--device", "simulated", "--quick"])
         assert started[0][-3:] == ["--device", "simulated", "--quick"]
         assert Path(started[0][1]).is_file() and "--schedule" in started[0]
-        monkeypatch.setenv(compare.SCHEDULE, compare.NO_WORK)
-        compare.simulate([])
+        assert Path(started[0][-4]).samefile(command.SCRIPT)
+        monkeypatch.setenv(command.SCHEDULE, command.NO_WORK)
+        command.simulate([])
         assert len(started) == 1
 
     def test_it_measures_host_time_alone(self) -> None:
-        assert compare.plan(arguments("--device simulated"))[0] == ["synthetic"]
-        with pytest.raises(compare.SimulatedError, match="host time"):
-            compare.plan(arguments("--device simulated --suite models"))
+        assert command.plan(arguments("--device simulated"))[0] == ["synthetic"]
+        with pytest.raises(RequestError, match="host time"):
+            command.plan(arguments("--device simulated --suite models"))
 
     @pytest.mark.parametrize(
         ("options", "refused"),
         [
             ("--device simulated --results {}", False),
-            ("--device simulated --json {}/cpu_epyc_2_cores.json", True),
+            ("--device simulated --csv {}/amd_epyc.csv", True),
             ("--device cuda --results {}", True),
             ("--device cuda --results {}/deeper", True),
             ("--device auto --plot {}/picture.png", True),
@@ -108,82 +133,32 @@ class TestSimulated:
     )
     def test_recorded_results_are_no_place_for_it(self, options: str, refused: bool) -> None:
         described = {"gpu": machine.SIMULATED, "simulated": "Simulated CUDA"}
-        given = arguments(options.format(compare.RECORDED))
+        given = arguments(options.format(command.RECORDED))
         if refused:
-            with pytest.raises(compare.SimulatedError, match="simulated CUDA"):
-                compare._files(given, described, ["synthetic"])
+            with pytest.raises(RequestError, match="simulated CUDA"):
+                command.files_of(given, described, ["synthetic"])
         else:
-            files = compare._files(given, described, ["synthetic"])
+            files = command.files_of(given, described, ["synthetic"])
             assert all("simulated" in file.name for file in files)
 
     def test_where_nothing_is_computed_nobody_is_called_equal(self) -> None:
-        taken = outcome({"ours": {"warm": [1.0, 2.0]}, "all/fused": {"warm": [3.0, 5.0]}})
-        for row in taken.rows:
-            row.equality = None
-        assert "equal" not in outcome_table(taken)
-        assert "equal" not in legend("cuda", [taken], trained=False)
-        text = verdict([taken], None, [], warnings=[compare.SIMULATED_WARNINGS[True]])
-        assert "Simulated CUDA" in text and "Same result" not in text
-        assert not unequal([taken], None)
-
-
-EXACT = Equality(True, 0.0, 0.0)
-HELD = Memory(102_228_128, 102_228_128, 446_000_000, 0)
-
-
-def setting(steps: int = 2, device: torch.device = CPU) -> Setting:
-    budget = Budget(seconds=60, least=steps, most=steps)
-    return Setting(device, budget, False, random.Random(0), lambda text: None)
-
-
-def outcome(
-    samples: dict[str, dict[str, list[float]]],
-    *,
-    device: str = "cpu",
-    suite: str = "models",
-    equality: Equality = EXACT,
-    memory: Memory | None = HELD,
-    title: str = "MobileNetV3-small, all but the head frozen",
-) -> Outcome:
-    """An outcome with made-up samples, by contestant and measure."""
-    rows = [
-        Row(contestant, equality, samples[contestant.key], memory)
-        for contestant in select(any_frozen=True, compiled=True)
-        if contestant.key in samples
-    ]
-    rounds = len(samples["ours"]["warm"])
-    return Outcome(
-        suite=suite,
-        key="made-up",
-        title=title,
-        device=device,
-        tensors=161,
-        frozen_tensors=159,
-        elements=109_483_778,
-        trainable_elements=2_049_000,
-        frozen_percent=91.98,
-        step_bytes=20_000,
-        momentum=0.9,
-        weight_decay=1e-4,
-        batch="2 images" if suite == "models" else "",
-        rows=rows,
-        passes={"read-modify-write": (20_000, [1e3] * rounds), "copy": (8_000, [1e3] * rounds)},
-        beside={"warm": [1_000.0, 1_200.0]},
-    )
+        samples = {"ours": {"warm": [1.0, 2.0]}, "all/fused": {"warm": [3.0, 5.0]}}
+        taken = outcome(samples, gap=None)
+        assert "equal" not in speed_report.table(taken, SGD)
+        on_gpu = setting(device=torch.device("cuda"))
+        assert "equal" not in "".join(speed_report.legend([taken], on_gpu))
+        text = verdict([taken], [command.SIMULATED_WARNINGS[True]])
+        assert "Simulated CUDA" in text and "Same result" not in text and "WRONG" not in text
 
 
 class TestStatistics:
-    def test_the_summary_is_median_and_outer_tenths(self) -> None:
-        assert measure.summarise([float(i) for i in range(1, 12)]) == Summary(6, 2, 10)
-
-    def test_one_sample_is_all_of_its_summary(self) -> None:
-        assert measure.summarise([3.0]) == Summary(3, 3, 3)
-
-    def test_the_ratio_is_that_of_the_medians(self) -> None:
-        assert measure.ratio([2.0, 4.0, 60.0], [1.0, 2.0, 3.0]).median == 2.0
+    def test_summaries_are_median_and_outer_tenths(self) -> None:
+        assert summarise([float(i) for i in range(1, 12)]) == Summary(6, 2, 10)
+        assert summarise([3.0]) == Summary(3, 3, 3)
+        assert ratio([2.0, 4.0, 60.0], [1.0, 2.0, 3.0]).median == 2.0
 
     def test_a_slow_moment_of_the_machine_drops_out_of_the_spread(self) -> None:
-        found = measure.ratio([2.0, 2.0, 20.0, 2.0, 2.0], [1.0, 1.0, 10.0, 1.0, 1.0])
+        found = ratio([2.0, 2.0, 20.0, 2.0, 2.0], [1.0, 1.0, 10.0, 1.0, 1.0])
         assert found == Summary(2, 2, 2)
 
     @pytest.mark.parametrize(
@@ -193,8 +168,8 @@ class TestStatistics:
             pytest.param(5, 0.5, False, id="time left goes on"),
             pytest.param(5, 1.5, True, id="least rounds and no time left stop"),
             pytest.param(20, 0.5, True, id="most rounds stop"),
-            pytest.param(3, 11.0, True, id="ten times over time three rounds have to do"),
-            pytest.param(2, 11.0, False, id="ten times over time two rounds do not do"),
+            pytest.param(3, 11.0, True, id="ten times over time three rounds are enough"),
+            pytest.param(2, 11.0, False, id="ten times over time two rounds are not"),
         ],
     )
     def test_the_budget_bounds_rounds_and_time(
@@ -202,8 +177,16 @@ class TestStatistics:
     ) -> None:
         assert Budget(seconds=1.0, least=5, most=20).spent(rounds, seconds) is spent
 
+    def test_the_file_has_every_sample_in_the_order_of_the_rounds(self) -> None:
+        samples = {"ours": {"warm": [1.5, 123_456_789.0, 3.0]}, "all/fused": {"warm": [4.0] * 3}}
+        read = pandas.read_csv(io.BytesIO(to_csv([outcome(samples)])))
+        assert list(read.columns) == ["suite", "workload", "contestant", "measure", "value"]
+        chosen = read[(read.contestant == "ours") & (read.measure == "warm")]
+        assert chosen.value.str.split().explode().astype(float).tolist() == samples["ours"]["warm"]
+        assert set(read.suite) == {"models"} and set(read.workload) == {"made-up"}
 
-class TestInterleaving:
+
+class TestTurns:
     def test_everyone_has_one_turn_a_round_in_changing_order(self) -> None:
         calls: list[str] = []
 
@@ -216,46 +199,70 @@ class TestInterleaving:
 
         names = ["a", "b", "c"]
         budget = Budget(seconds=60, least=30, most=30)
-        samples = measure.interleave({n: turn(n) for n in names}, budget, random.Random(0))
+        samples = timing.interleave({n: turn(n) for n in names}, budget, random.Random(0))
         rounds = [calls[i : i + 3] for i in range(0, 90, 3)]
         assert all(sorted(names) == sorted(order) for order in rounds)
         assert len({tuple(order) for order in rounds}) == 6
         for name in names:
-            places = [i + 1 for i, call in enumerate(calls) if call == name]
-            assert samples[name] == places
+            assert samples[name] == [i + 1 for i, call in enumerate(calls) if call == name]
 
     def test_a_cold_turn_walks_the_memory_before_its_one_step(self) -> None:
         walked = torch.zeros(8)
         seen: list[float] = []
-
-        class Step:
-            def step(self) -> None:
-                seen.append(float(walked.sum()))
-
-        turn = measure.cold_turn(Step(), CPU, walked)
+        step = types.SimpleNamespace(step=lambda: seen.append(float(walked.sum())))
+        turn = timing.cold_turn(step, CPU, walked)
         assert turn() > 0
         turn()
         assert seen == [8.0, 16.0]
 
 
 class TestContestants:
-    def test_something_frozen_brings_all_stock_forms_in_both_scopes(self) -> None:
-        keys = [c.key for c in select(any_frozen=True, compiled=False)]
-        forms = ("default", "foreach", "fused")
-        assert keys == ["ours", *(f"all/{f}" for f in forms), *(f"filter/{f}" for f in forms)]
+    @pytest.mark.parametrize(
+        ("any_frozen", "scopes"), [(True, ["all", "filter"]), (False, ["all"])]
+    )
+    def test_all_stock_forms_in_every_scope_that_differs(
+        self, any_frozen: bool, scopes: list[str]
+    ) -> None:
+        keys = [c.key for c in select(any_frozen=any_frozen, compiled=True)]
+        stock = [f"{scope}/{form}" for scope in scopes for form in ("default", "foreach", "fused")]
+        assert keys == ["ours", *stock, f"{scopes[-1]}/compiled"]
 
-    def test_nothing_frozen_leaves_one_scope(self) -> None:
-        keys = [c.key for c in select(any_frozen=False, compiled=True)]
-        assert keys == ["ours", "all/default", "all/foreach", "all/fused", "all/compiled"]
-
-    @pytest.mark.parametrize("contestant", select(any_frozen=True, compiled=False))
+    @pytest.mark.parametrize("contestant", select(any_frozen=True), ids=lambda c: c.key)
     def test_the_scope_decides_who_is_in_the_optimizer(self, contestant: Contestant) -> None:
         frozen, free = nn.Parameter(torch.ones(2), False), nn.Parameter(torch.ones(2))
         alone = nn.Parameter(torch.ones(2), False)
-        entry = contestant.build([[frozen, free], [alone]], Hyper())
-        owned = [[id(p) for p in group["params"]] for group in entry.optimizer.param_groups]
+        trainer = contestant.build([[frozen, free], [alone]], Hyper())
+        owned = [[id(p) for p in group["params"]] for group in trainer.optimizer.param_groups]
         everyone = [[id(frozen), id(free)], [id(alone)]]
         assert owned == (everyone if contestant.scope == "all" else [[id(free)]])
+
+    def test_the_reference_is_stock_without_foreach(self) -> None:
+        optimizer = REFERENCE.build([[nn.Parameter(torch.ones(1))]], Hyper()).optimizer
+        assert type(optimizer) is torch.optim.SGD
+        assert optimizer.param_groups[0]["foreach"] is False
+
+    def test_another_family_brings_its_own_optimizers_and_state(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With torch's Adagrad in both roles, whose one buffer has another name."""
+        adagrad = dataclasses.replace(
+            SGD,
+            key="adagrad",
+            ours=torch.optim.Adagrad,
+            stock=torch.optim.Adagrad,
+            arguments=lambda hyper: {"lr": hyper.lr, "weight_decay": hyper.weight_decay},
+            buffers=lambda hyper: ("sum",),
+        )
+        monkeypatch.setitem(FAMILIES, "adagrad", adagrad)
+        workload = tiny()
+        found = speed.run_workload("models", workload, setting(1, family=adagrad), ["warm"])
+        assert found.one(OURS, "difference") == 0 and not found.unequal("all/foreach")
+        assert "Adagrad  " in speed_report.table(found, adagrad)
+        assert "momentum" not in found.details
+        ours = dataclasses.replace(FROZEN_AWARE, family=adagrad)
+        expected = equality.reference_result(workload, adagrad)
+        workload.hyper = dataclasses.replace(workload.hyper, lr=2 * workload.hyper.lr)
+        assert not equality.check_equality(ours, workload, expected)[0].holds
 
     def test_another_package_joins_where_it_can_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """With stand-ins for the packages: one steps as stock does, one cannot."""
@@ -271,22 +278,21 @@ class TestContestants:
             monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**made))
         apex = types.SimpleNamespace(FusedSGD=refuse)
         monkeypatch.setitem(sys.modules, "apex.optimizers", apex)
-        others, left_out = other_packages(CPU)
+        others, left_out = other_packages(SGD, CPU)
         assert others == ["flashoptim"]
         assert left_out["apex"] == "OSError: built for another torch"
-        assert "Adam alone" in left_out["torchao"]
-        workload = models.LoadedModel("tiny", CPU).workload("head")
-        joined = dataclasses.replace(setting(1), others=others)
-        found = suites.run_workload("models", workload, joined, ["warm"])
-        assert found.rows[-1].contestant.label == "flashoptim"
-        assert found.rows[-1].equality.bit_equal
+        assert "only Adam" in left_out["torchao"]
+        joined = setting(1, others=others)
+        found = speed.run_workload("models", tiny("head"), joined, ["warm"])
+        assert found.contestants[-1] == "flashoptim"
+        assert found.one("flashoptim", "difference") == 0
 
     def test_a_package_that_is_missing_is_named_with_the_way_to_install_it(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for name in ("flashoptim", "apex", "apex.optimizers"):
             monkeypatch.setitem(sys.modules, name, None)
-        others, left_out = other_packages(CPU)
+        others, left_out = other_packages(SGD, CPU)
         assert others == []
         assert left_out["flashoptim"] == "not installed (pip install flashoptim)"
         assert "needs a CUDA GPU" in left_out["apex"]
@@ -310,55 +316,64 @@ class TestFreezing:
         head = {"c": "head.c", "d": "head.d"} if share == "head" else {}
         named = [(head.get(n, n), nn.Parameter(torch.ones(s))) for n, s in sizes.items()]
         named[0][1].grad = torch.ones(30)
-        reached = models.freeze_share(named, share, "head.")
+        reached = workloads.freeze_share(named, share, "head.")
         assert [n for n, p in named if not p.requires_grad] == frozen
         assert reached == pytest.approx(sum(sizes[n] for n in frozen))
         assert all(p.grad is None for _, p in named)
 
     def test_the_next_share_starts_from_the_first_weights(self) -> None:
-        loaded = models.LoadedModel("tiny", CPU)
+        loaded = LoadedModel("tiny", CPU)
         first = [p.detach().clone() for p in loaded.workload(50).parameters]
         for p in loaded.model.parameters():
             p.data.mul_(2)
         assert all(same(loaded.workload("head").parameters, first))
 
+    @pytest.mark.skipif(
+        importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed"
+    )
+    @pytest.mark.parametrize(
+        "name", ["resnet50", "vit_b_16", "mobilenet_v3_small", "resnet18_batch_8"]
+    )
+    def test_the_head_of_a_network_is_its_last_layer(self, name: str) -> None:
+        spec = workloads.MODELS[name]
+        with torch.device("meta"):
+            named = list(spec.build().named_parameters())
+        head = [n for n, _ in named if n.startswith(spec.head)]
+        assert head == [n for n, _ in named[-2:]]
+
 
 class TestEquality:
     @pytest.mark.parametrize(
-        ("found", "expected", "result"),
+        ("found", "expected", "gap"),
         [
-            pytest.param([1.0, 2.0], [1.0, 2.0], Equality(True, 0, 0), id="equal"),
-            pytest.param([1.0, 3.0], [1.0, 4.0], Equality(False, 1, 0.25), id="apart"),
-            pytest.param(
-                [1.0, float("nan")],
-                [1.0, 2.0],
-                Equality(False, float("inf"), float("inf")),
-                id="not a number",
-            ),
+            pytest.param([1.0, 2.0], [1.0, 2.0], 0, id="equal"),
+            pytest.param([1.0, 3.0], [1.0, 4.0], 0.25, id="apart"),
+            pytest.param([1.0, float("nan")], [1.0, 2.0], float("inf"), id="not a number"),
+            pytest.param([1.0, 2.0], [1.0, float("nan")], float("inf"), id="not to be a number"),
+            pytest.param([1.0], [0.0], float("inf"), id="where zero is expected"),
+            pytest.param([], [1.0], float("inf"), id="missing"),
         ],
     )
     def test_the_difference_is_relative_to_the_largest_value(
-        self, found: list[float], expected: list[float], result: Equality
+        self, found: list[float], expected: list[float], gap: float
     ) -> None:
-        assert measure.compare_tensors([torch.tensor(found)], [torch.tensor(expected)]) == result
+        assert equality.gap([torch.tensor(found)], [torch.tensor(expected)]) == gap
 
     @pytest.mark.parametrize("share", [0, 50, "head"])
     def test_frozen_aware_sgd_has_every_bit_of_stock(self, share: float | str) -> None:
-        workload = models.LoadedModel("tiny", CPU).workload(share)
-        workload.fill_gradients()
+        workload = tiny(share)
         before = [p.detach().clone() for p in workload.parameters]
-        expected = measure.reference_result(workload)
-        assert measure.check_equality(OURS, workload, expected).bit_equal
+        expected = equality.reference_result(workload, SGD)
+        assert equality.check_equality(FROZEN_AWARE, workload, expected)[0].gap == 0
         assert all(same(before, workload.parameters))
         unmoved = same(expected[: len(before)], before)
         assert unmoved == [not p.requires_grad for p in workload.parameters]
 
     def test_a_contestant_that_decays_otherwise_is_found_out(self) -> None:
-        workload = models.LoadedModel("tiny", CPU).workload(0)
-        workload.fill_gradients()
-        expected = measure.reference_result(workload)
+        workload = tiny()
+        expected = equality.reference_result(workload, SGD)
         workload.hyper = Hyper(momentum=0.9, weight_decay=0.5)
-        assert not measure.check_equality(OURS, workload, expected).holds
+        assert not equality.check_equality(FROZEN_AWARE, workload, expected)[0].holds
 
 
 class TestMemory:
@@ -369,25 +384,25 @@ class TestMemory:
             second, third = torch.empty(250), torch.empty(250)
             del second, third
 
-        assert measure.allocations(run, CPU) == Allocations(count=3, peak=4000)
-
-    def test_work_in_place_allocates_nothing(self) -> None:
+        found = memory.record(run, CPU)
+        assert (found.allocations, found.peak()) == (3, 4000)
         kept = torch.ones(1000)
-        assert measure.allocations(lambda: kept.add_(kept), CPU) == Allocations(0, 0)
+        found = memory.record(lambda: kept.add_(kept), CPU)
+        assert (found.allocations, found.peak()) == (0, 0)
 
     def test_views_of_one_storage_count_once(self) -> None:
         whole = torch.zeros(100)
-        assert measure.held_bytes([whole, whole[:50], None, torch.zeros(1)]) == 404
+        assert memory.held_bytes([whole, whole[:50], None, torch.zeros(1)]) == 404
 
     def test_an_iteration_holds_the_gradients_and_state_of_what_trains(self) -> None:
-        workload = models.LoadedModel("tiny", CPU).workload("head")
-        entry = OURS.build(workload.groups, workload.hyper)
-        measure.iteration_turn(workload, entry.optimizer, entry.stepper, CPU)()
-        kept = measure.memory(workload, entry.optimizer, entry.stepper, CPU)
+        workload = tiny("head")
+        trainer = FROZEN_AWARE.build(workload.groups, workload.hyper)
+        timing.run_turn(timing.one_iteration(workload, trainer), CPU)()
+        kept = memory.iteration_memory(workload, trainer, CPU)
         head = 4 * (32 * 4 + 4)
         weights = 4 * sum(p.numel() for p in workload.parameters)
-        assert (kept.gradients, kept.state, kept.step_allocations) == (head, head, 0)
-        assert weights + 2 * head < kept.peak < weights + 2 * head + 20_000
+        assert (kept["gradients"], kept["state"], kept["step_allocations"]) == (head, head, 0)
+        assert weights + 2 * head < kept["peak"] < weights + 2 * head + 20_000
 
     @pytest.mark.parametrize(
         ("momentum", "streams"),
@@ -396,52 +411,51 @@ class TestMemory:
     def test_the_bytes_of_a_step_are_those_of_the_reference_pass(
         self, momentum: float, streams: int
     ) -> None:
-        workload = models.LoadedModel("tiny", CPU).workload(0)
+        workload = tiny()
         workload.hyper = Hyper(momentum=momentum)
         elements = sum(p.numel() for p in workload.parameters)
-        passes = measure.reference_passes(workload, CPU)
-        assert workload.step_bytes == 4 * streams * elements
-        assert passes["read-modify-write"].size == workload.step_bytes
-        assert passes["copy"].size == 8 * elements
+        passes = timing.reference_passes(workload, CPU, SGD)
+        assert SGD.step_bytes(workload.trainable, workload.hyper) == 4 * streams * elements
+        assert passes["reference/read-modify-write"].size == 4 * streams * elements
+        assert passes["reference/copy"].size == 8 * elements
 
 
 class TestWorkloads:
     def test_every_measure_of_a_network_has_a_sample_for_each_round(self) -> None:
-        workload = models.LoadedModel("tiny", CPU).workload(50)
-        found = suites.run_workload("models", workload, setting(3), suites.MEASURES)
-        assert [row.contestant for row in found.rows] == select(any_frozen=True, compiled=False)
-        for row in found.rows:
-            assert {name: len(s) for name, s in row.samples.items()} == {
-                "warm": 3,
-                "cold": 3,
-                "iteration": 3,
-            }
-            assert row.equality.holds
-            assert row.memory is not None
-        assert [len(times) for _, times in found.passes.values()] == [3, 3]
-        assert found.share_of_pass(found.ours) is not None
+        found = speed.run_workload("models", tiny(50), setting(3), MEASURES)
+        assert found.contestants == [c.key for c in select(any_frozen=True)]
+        for key in found.contestants:
+            lengths = [len(found.of(key, measure)) for measure in MEASURES]
+            assert lengths == [3, 3, 0, 3]
+            assert found.one(key, "difference") is not None and not found.unequal(key)
+            assert found.one(key, "peak")
+        assert [len(found.of(f"reference/{n}", "warm")) for n in ("copy", "read-modify-write")] == [
+            3
+        ] * 2
+        assert speed_report.share_of_pass(found) is not None
 
     def test_the_synthetic_sets_are_what_their_names_say(self) -> None:
-        found = {o.key: o for o in suites.run_synthetic(setting(1))}
-        counts = {key: (o.tensors, o.frozen_tensors) for key, o in found.items()}
+        found = {m.key: m for m in speed.run_synthetic(setting(1))}
+        counts = {key: (m.fact("tensors"), m.fact("frozen tensors")) for key, m in found.items()}
         assert counts == {"tiny161": (161, 0), "frozen998": (1000, 998), "groups50": (500, 0)}
-        assert len(found["frozen998"].beside["warm"]) == 1
-        assert all(row.equality.holds for o in found.values() for row in o.rows)
+        assert len(found["frozen998"].of("reference/beside", "warm")) == 1
+        assert all(m.of(key, "difference") for m in found.values() for key in m.contestants)
+        assert not any(m.unequal(key) for m in found.values() for key in m.contestants)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize(
         ("place", "parameters", "gradients", "size"),
         [
-            pytest.param("aligned", 0, 0, 50, id="aligned"),
-            pytest.param("odd sizes", 0, 0, 51, id="odd sizes"),
-            pytest.param("gradients shifted", 0, 1, 50, id="gradients"),
-            pytest.param("parameters shifted", 1, 0, 50, id="parameters"),
+            ("aligned", 0, 0, 50),
+            ("odd sizes", 0, 0, 51),
+            ("gradients shifted", 0, 1, 50),
+            ("parameters shifted", 1, 0, 50),
         ],
     )
     def test_a_flat_set_lies_as_it_says(
-        self, dtype: torch.dtype, place: models.Place, parameters: int, gradients: int, size: int
+        self, dtype: torch.dtype, place: workloads.Place, parameters: int, gradients: int, size: int
     ) -> None:
-        workload = models.flat_set(CPU, 1000, 20, dtype, place)
+        workload = workloads.flat_set(CPU, 1000, 20, dtype, place)
         workload.fill_gradients()
         assert len(workload.parameters) == 20
         for p in workload.parameters:
@@ -450,7 +464,7 @@ class TestWorkloads:
             assert p.data_ptr() % 64 == parameters * p.element_size()
             assert p.grad.data_ptr() % 64 == gradients * p.element_size()
             for tensor in (p.detach(), p.grad):
-                twin = measure._twin(tensor)
+                twin = equality.twin(tensor)
                 assert torch.equal(twin, tensor)
                 assert (twin.data_ptr() - tensor.data_ptr()) % 64 == 0
 
@@ -459,23 +473,22 @@ class TestWorkloads:
     ) -> None:
         build = Contestant.build
 
-        def refuse(self: Contestant, groups: object, hyper: Hyper) -> object:
-            if self.kind == "fused":
+        def refuse(self: Contestant, groups: Any, hyper: Hyper) -> object:
+            if self.key.endswith("/fused"):
                 raise RuntimeError("no fused kernel here\nand more")
-            return build(self, groups, hyper)  # type: ignore[arg-type]
+            return build(self, groups, hyper)
 
         monkeypatch.setattr(Contestant, "build", refuse)
-        workload = models.LoadedModel("tiny", CPU).workload(0)
-        found = suites.run_workload("models", workload, setting(1), ["warm"])
+        found = speed.run_workload("models", tiny(), setting(1), ["warm"])
         assert found.unavailable == {"all/fused": "no fused kernel here"}
-        assert [row.contestant.key for row in found.rows] == ["ours", "all/default", "all/foreach"]
-        assert "all/fused: not run: no fused kernel here" in outcome_table(found)
+        assert found.contestants == ["ours", "all/default", "all/foreach"]
+        assert "all/fused: not run: no fused kernel here" in speed_report.table(found, SGD)
 
 
 WIDEST = {
     contestant.key: {
         measure: [time * 12.345**place for time in (888.8e3, 999.4e3, 1.111e6)]
-        for measure in suites.MEASURES
+        for measure in MEASURES
     }
     for place, contestant in enumerate(select(any_frozen=True, compiled=True))
 }
@@ -486,58 +499,55 @@ class TestTables:
     @pytest.mark.parametrize("device", ["cpu", "cuda"])
     @pytest.mark.parametrize("suite", ["models", "synthetic"])
     def test_a_table_fits_80_columns(self, suite: str, device: str) -> None:
-        worst = Equality(False, 1.0, 0.5, compile_seconds=123.4)
         without = {"cold" if suite == "models" else "iteration", device == "cpu" and "device"}
         samples = {
             key: {m: s for m, s in taken.items() if m not in without}
             for key, taken in WIDEST.items()
         }
-        text = outcome_table(outcome(samples, suite=suite, device=device, equality=worst))
-        assert max(map(len, text.splitlines())) <= 80
+        found = outcome(samples, suite=suite, device=device, gap=0.5)
+        found.add("all/compiled", compiling=123.4e9)
+        text = speed_report.table(found, SGD)
+        assert widest(text) <= 80
         assert len(re.findall(" NO$", text, re.MULTILINE)) == len(WIDEST)
         assert text.count("NOT stock's result: 5e-01") == len(WIDEST)
 
     def test_the_digits_table_fits_80_columns(self) -> None:
-        rows = [
-            DigitsRow(
-                c, [12.3456, 0.1234], [1e9, 2e9, 3e9], 99.9, 0.5, Memory(10**9, 10**9, 10**9, 0)
-            )
-            for c in select(any_frozen=True, compiled=True)
-        ]
-        text = digits_table(DigitsOutcome("cuda", 99.9, 10.0, 645, 150_661, rows))
-        assert max(map(len, text.splitlines())) <= 80
+        details = ": a CNN that knows 0-4 (99.9 %), fine-tuned on 5-9, backbone frozen"
+        found = Measured("digits", "digits", "Digits, all but the head frozen", details)
+        for key in WIDEST:
+            found.add(key, loss=[12.3456, 0.1234], iteration=[1e9, 2e9, 3e9], accuracy=99.9)
+            found.add(key, gradients=10**9, state=10**9, peak=10**9)
+            found.compare(key, 0.5, 1e-4)
+        assert widest(speed_report.table(found, SGD)) <= 80
 
     def test_the_targets_table_fits_80_columns(self) -> None:
         times = measured(1.11e6, all_default=555.5e6, all_fused=555.5e6, filter_fused=555.5e6)
         found = outcome({key: s | {"cold": s["warm"]} for key, s in times.items()})
-        lines = [target.line({"frozen998": found}) for target in targets.TARGETS]
+        lines = [target.line({"frozen998": found}) for target in targets.CPU_TARGETS]
         lines += targets.memory_lines("tiny", setting())
         assert any(line.status == "missed" for line in lines)
-        assert max(map(len, targets_table(lines, "to reach").splitlines())) <= 80
+        assert widest(targets_table(lines, "to reach")) <= 80
 
-    @pytest.mark.parametrize("device", ["cpu", "cuda"])
-    def test_legend_and_verdict_fit_80_columns(self, device: str) -> None:
-        outcomes = [
-            outcome(WIDEST, device=device),
-            outcome(WIDEST, device=device, suite="synthetic"),
-        ]
-        text = legend(device, outcomes, trained=True) + verdict(outcomes, None, [])
-        assert max(map(len, text.splitlines())) <= 80
+    def test_the_verdict_fits_80_columns(self) -> None:
+        text = verdict([outcome(WIDEST), outcome(WIDEST, suite="synthetic", device="cuda")])
+        assert widest(text) <= 80
+        assert len(text.splitlines()) > 10
 
     def test_a_column_without_a_value_is_left_out(self) -> None:
         samples = {k: {m: s for m, s in v.items() if m != "device"} for k, v in WIDEST.items()}
-        assert "device" in outcome_table(outcome(WIDEST))
-        text = outcome_table(outcome(samples))
+        assert "device" in speed_report.table(outcome(WIDEST), SGD)
+        text = speed_report.table(outcome(samples), SGD)
         assert "device" not in text
         assert "-" not in text.partition("FrozenAwareSGD")[2].split()
 
     def test_memory_is_said_once_where_all_need_the_same(self) -> None:
         found = outcome(WIDEST)
-        assert "memory in MB: peak 446; gradients 102; state 102" in outcome_table(found)
-        found.rows[1].memory = dataclasses.replace(HELD, peak=548_000_000)
-        text = " ".join(outcome_table(found).split())
-        assert "peak 446 (FrozenAwareSGD, all foreach" in text
-        assert "548 (all default); gradients 102; state 102" in text
+        text = speed_report.table(found, SGD)
+        assert "memory in MB: peak 446.0; gradients 102.2; state 102.2" in text
+        found.samples["all/default"]["peak"] = [548e6]
+        text = flat(speed_report.table(found, SGD))
+        assert "peak 446.0 (FrozenAwareSGD, all foreach" in text
+        assert "548.0 (all default); gradients 102.2; state 102.2" in text
 
     @pytest.mark.parametrize(
         ("nanoseconds", "text"),
@@ -559,18 +569,13 @@ class TestTables:
         assert multiple(value) == text
 
 
-def measured(ours: float, **stock: float) -> dict[str, dict[str, list[float]]]:
-    """Two rounds of warm steps: ours, and stock as ``all_fused=...``."""
-    times = {"ours": ours} | {name.replace("_", "/"): time for name, time in stock.items()}
-    return {key: {"warm": [time, time]} for key, time in times.items()}
-
-
 class TestVerdict:
     def test_the_fastest_of_the_others_is_the_one_to_beat(self) -> None:
-        found = outcome(measured(10, all_default=40, all_fused=20, filter_fused=15))
-        best = fastest_other(found, "warm")
+        best = outcome(measured(10, all_default=40, all_fused=20, filter_fused=15)).fastest_other(
+            "warm"
+        )
         assert best is not None
-        assert (best[0].contestant.key, best[1].median) == ("filter/fused", 1.5)
+        assert (best[0], best[1].median) == ("filter/fused", 1.5)
 
     @pytest.mark.parametrize(
         ("fused", "words"),
@@ -580,21 +585,15 @@ class TestVerdict:
         ],
     )
     def test_it_says_where_there_is_no_gain(self, fused: float, words: str) -> None:
-        found = outcome(measured(10, all_default=40, filter_fused=fused))
-        assert words in " ".join(verdict([found], None, []).split())
+        assert words in flat(verdict([outcome(measured(10, all_default=40, filter_fused=fused))]))
 
     def test_every_workload_counts(self) -> None:
         gains = outcome(measured(10, all_default=40))
         slower = outcome(measured(10, all_fused=3.3), suite="synthetic", title="many tiny ones")
-        digits = DigitsOutcome(
-            "cpu",
-            99.0,
-            10.0,
-            645,
-            150_661,
-            [DigitsRow(OURS, [1.0], [10.0]), DigitsRow(REFERENCE, [1.0], [5.0])],
-        )
-        text = " ".join(verdict([gains, slower], digits, []).split())
+        digits = Measured("digits", "digits", "Digits, all but the head frozen")
+        digits.add(OURS, iteration=[10.0])
+        digits.add("filter/fused", iteration=[5.0])
+        text = flat(verdict([gains, slower, digits]))
         assert (
             "SLOWER than the fastest other in step() on the host: many tiny ones (0.33x)." in text
         )
@@ -602,27 +601,29 @@ class TestVerdict:
 
     def test_slower_is_only_what_stays_slower(self) -> None:
         samples = {"ours": [10.0, 10.0, 10.0], "all/fused": [8.0, 9.0, 30.0]}
-        found = outcome({key: {"warm": times} for key, times in samples.items()})
-        text = verdict([found], None, [])
+        text = verdict([outcome({key: {"warm": times} for key, times in samples.items()})])
         assert "SLOWER" not in text
         assert "No gain" in text
 
     def test_a_gain_is_not_called_none(self) -> None:
-        found = outcome(measured(10, all_default=40, filter_fused=20))
-        text = " ".join(verdict([found], None, []).split())
+        text = flat(verdict([outcome(measured(10, all_default=40, filter_fused=20))]))
         assert "No gain" not in text
         assert "stock's default takes 4.00x" in text
         assert "the fastest other 2.00x" in text
 
-    def test_a_wrong_result_comes_first(self) -> None:
-        wrong = outcome(measured(10, all_fused=20), equality=Equality(False, 1, 0.5))
-        assert len(unequal([wrong], None)) == 2
-        assert verdict([wrong], None, []).splitlines()[1].startswith("- WRONG RESULT")
-
-    def test_another_loss_curve_is_a_wrong_result(self) -> None:
-        rows = [DigitsRow(OURS, [1.0], [1.0], 90.0, 0.5)]
-        digits = DigitsOutcome("cpu", 99.0, 10.0, 645, 150_661, rows)
-        assert unequal([], digits) == ["FrozenAwareSGD on the digits"]
+    def test_a_wrong_result_comes_first_and_another_loss_curve_is_one(self) -> None:
+        digits = Measured("digits", "digits", "Digits, all but the head frozen")
+        digits.add(OURS, iteration=[1.0])
+        digits.compare(OURS, 0.5, 1e-4)
+        text = flat(verdict([outcome(measured(10, all_fused=20), gap=0.5), digits]))
+        assert text.startswith("- WRONG RESULT")
+        wrong = text.partition("explains): ")[2].partition(". -")[0].split("; ")
+        assert [who.partition(" on ")[0] for who in wrong] == [
+            "FrozenAwareSGD",
+            "all fused",
+            "FrozenAwareSGD",
+        ]
+        assert "Same result" not in text
 
 
 class TestMachine:
@@ -630,87 +631,84 @@ class TestMachine:
         assert 0 < machine.granted_share(0.05) <= 1
 
     def test_company_is_warned_of_before_all_else(self) -> None:
-        warning = machine.company([1.0, 0.4])
-        text = verdict([outcome(measured(10, all_default=40))], None, [], warnings=[None, warning])
-        assert text.splitlines()[1].startswith("- This machine is busy: at times")
-        assert "40 %" in text
-
-    def test_a_quiet_machine_is_not_warned_of(self) -> None:
         assert machine.company([1.0, 0.9]) is None
+        text = verdict([outcome(measured(10, all_default=40))], [None, machine.company([1.0, 0.4])])
+        assert text.startswith("- This machine is busy: other processes are competing")
+        assert "40 %" in text
 
     def test_the_description_names_machine_and_versions(self) -> None:
         described = machine.describe(CPU)
-        assert described["cores"] >= 1
-        assert described["versions"]["torch"] == torch.__version__
+        assert int(described["cores"]) >= 1
+        assert described["torch"] == torch.__version__
         assert torch.__version__ in machine.headline(described)
 
 
 class TestTargets:
     @pytest.mark.parametrize(
-        ("fused", "status"),
-        [pytest.param(120, "reached", id="at"), pytest.param(119, "missed", id="below")],
-    )
-    def test_a_ratio_is_held_against_its_target(self, fused: float, status: str) -> None:
-        target = targets.Faster("case", "made-up", "all/fused", 12)
-        line = target.line({"made-up": outcome(measured(10, all_fused=fused))})
-        assert line.status == status
-
-    def test_the_cost_of_a_frozen_parameter_is_what_they_add(self) -> None:
-        found = outcome(measured(1100 + 159 * 4.5))
-        line = targets.FrozenCost("case", "made-up", 5).line({"made-up": found})
-        assert (line.figure, line.status) == ("4.50 ns", "reached")
-
-    @pytest.mark.parametrize(
-        ("ours", "figure", "status"),
+        ("target", "at", "beyond", "figure"),
         [
-            pytest.param(1000, "100 %", "reached", id="as fast as the pass"),
-            pytest.param(1250, "80 %", "missed", id="slower than the pass"),
+            pytest.param(
+                targets.faster("case", "made-up", "all/fused", 12),
+                measured(10, all_fused=120),
+                measured(10, all_fused=119),
+                "12.00x",
+                id="a ratio of stock's time",
+            ),
+            pytest.param(
+                targets.frozen_cost("case", "made-up", 4.5),
+                measured(1100 + 159 * 4.5),
+                measured(1100 + 159 * 4.6),
+                "4.50 ns",
+                id="what frozen parameters add",
+            ),
+            pytest.param(
+                targets.bandwidth("case", "made-up", 100),
+                measured(1000),
+                measured(1250),
+                "100 %",
+                id="the bandwidth of a pass",
+            ),
+            pytest.param(
+                targets.host_time("case", "made-up", 6),
+                measured(6000),
+                measured(6001),
+                "6 us",
+                id="host time",
+            ),
         ],
     )
-    def test_the_bandwidth_is_held_against_the_pass(
-        self, ours: float, figure: str, status: str
+    def test_a_figure_is_compared_with_its_target(
+        self, target: targets.Target, at: dict[str, Any], beyond: dict[str, Any], figure: str
     ) -> None:
-        line = targets.Bandwidth("case", "made-up", 90).line({"made-up": outcome(measured(ours))})
-        assert line.figure.startswith(figure)
-        assert line.status == status
-
-    def test_a_case_without_its_model_is_not_measured(self) -> None:
-        every = (*targets.TARGETS, *targets.CUDA_TARGETS)
-        assert {t.line({}).status for t in every} == {"not measured"}
+        line = target.line({"made-up": outcome(at)})
+        assert (line.status, line.figure.startswith(figure)) == ("reached", True), line
+        assert target.line({"made-up": outcome(beyond)}).status == "missed"
 
     @pytest.mark.parametrize(
-        ("ours", "status"),
-        [pytest.param(6000, "reached", id="at"), pytest.param(6001, "missed", id="above")],
+        ("beside", "figure", "status"), [(100, "1.00x", "reached"), (80, "1.25x", "missed")]
     )
-    def test_host_time_is_held_against_microseconds(self, ours: float, status: str) -> None:
-        line = targets.HostTime("case", "made-up", 6).line({"made-up": outcome(measured(ours))})
-        assert line.status == status
-
-    @pytest.mark.parametrize(
-        ("beside", "figure", "status"),
-        [
-            pytest.param(100, "1.00x", "reached", id="the same"),
-            pytest.param(80, "1.25x", "missed", id="slower than the like"),
-        ],
-    )
-    def test_a_workload_is_held_against_the_one_beside(
+    def test_a_workload_is_compared_with_the_one_beside(
         self, beside: float, figure: str, status: str
     ) -> None:
         found = outcome(measured(1) | {"ours": {"warm": [1.0], "device": [100.0]}})
-        found.beside["device"] = [beside]
-        line = targets.AsFast("case", "made-up", 1.05).line({"made-up": found})
+        found.add("reference/beside", device=beside)
+        line = targets.as_fast("case", "made-up", 1.05).line({"made-up": found})
         assert line.figure.startswith(figure)
         assert line.status == status
 
-    def test_an_iteration_is_told_against_who_comes_closest(self) -> None:
+    def test_an_iteration_is_reported_with_who_comes_closest(self) -> None:
         samples = {
             "ours": {"warm": [1.0], "iteration": [2e6]},
             "all/default": {"warm": [1.0], "iteration": [5e6]},
             "filter/fused": {"warm": [1.0], "iteration": [3e6]},
         }
-        line = targets.Told("case", "made-up").line({"made-up": outcome(samples)})
+        line = targets.iteration("case", "made-up").line({"made-up": outcome(samples)})
         assert line.figure.startswith("2 ms; filter/fused: 1.50x")
         assert line.status == "no target"
+
+    def test_a_case_without_its_model_is_not_measured(self) -> None:
+        every = (*targets.CPU_TARGETS, *targets.CUDA_TARGETS)
+        assert {t.line({}).status for t in every} == {"not measured"}
 
     def test_every_case_of_the_gpus_table_is_measured(
         self, monkeypatch: pytest.MonkeyPatch
@@ -718,37 +716,34 @@ class TestTargets:
         """Tried on the CPU, on small sets; the networks are stood in for by their keys."""
 
         def stand_in(
-            keys: list[str], shares: list[float | str], *rest: object
-        ) -> Iterator[Outcome]:
+            keys: list[str], shares: list[float | str], *rest: object, suite: str
+        ) -> Iterator[Measured]:
             for key in keys:
                 for share in shares:
                     name = share if share == "head" else f"{share:g}"
                     yield dataclasses.replace(outcome(measured(1)), key=f"{key}/{name}")
 
         monkeypatch.setattr(targets, "run_models", stand_in)
-        told: list[str] = []
-        found = {
-            o.key: o
-            for o in targets.cuda_outcomes(
-                dataclasses.replace(setting(1), progress=told.append), scale=2e-4
-            )
-        }
+        progress: list[str] = []
+        on_cpu = setting(1, progress=progress.append)
+        found = {m.key: m for m in targets.run_cuda(on_cpu, scale=2e-4)}
         assert {target.workload for target in targets.CUDA_TARGETS} == set(found)
-        flat = {key: o for key, o in found.items() if "/" not in key or key.startswith("flat")}
-        # The GPU's device has one line more for launches, one for memory, and the networks'.
-        assert targets.parts([], torch.device("cuda")) == len(told) + 1 == 2 * len(flat) + 1
-        for key, of in flat.items():
+        sets = {key: m for key, m in found.items() if "/" not in key or key.startswith("flat")}
+        # The GPU's device has one part more for launches, one for memory, and the networks'.
+        parts = targets.parts([], torch.device("cuda"))
+        assert parts == len(progress) + 1 == 2 * len(sets) + 1
+        for key, of in sets.items():
             # torch 2.13's is wrong: https://github.com/pytorch/pytorch/issues/191763
-            judged = [row for row in of.rows if "bf16" not in key or row.contestant.kind != "fused"]
-            assert all(row.equality.holds for row in judged), key
+            judged = [c for c in of.contestants if "bf16" not in key or not c.endswith("/fused")]
+            assert not any(map(of.unequal, judged)), key
             aligned = key.endswith("aligned") or key == "groups161"
-            assert bool(of.beside) != aligned, key
+            assert bool(of.of("reference/beside", "warm")) != aligned, key
 
     def test_a_step_allocates_nothing_and_leaves_no_frozen_gradients(self) -> None:
-        lines = targets.memory_lines("tiny", setting())
-        assert [line.status for line in lines] == ["reached", "reached"]
-        assert lines[0].figure == "0"
-        assert lines[1].figure.startswith("0 B (before: ")
+        allocated, left = targets.memory_lines("tiny", setting())
+        assert (allocated.status, left.status) == ("reached", "reached")
+        assert allocated.figure == "0"
+        assert left.figure.startswith("0 B (before: ")
 
 
 class TestLoad:
@@ -760,7 +755,8 @@ class TestLoad:
 
     def test_the_busy_process_ends_with_a_killed_parent(self) -> None:
         code = (
-            "import load, os\n"
+            "import os\n"
+            "from torch_freeze_bench.suites import load\n"
             "with load.busy_core() as process:\n"
             "    print(process.pid, flush=True)\n"
             "    os.kill(os.getpid(), 9)\n"
@@ -785,23 +781,22 @@ class TestLoad:
             pytest.param([20.0, 20.0], 19.0, ["reached", "missed"], id="one run of two"),
         ],
     )
-    def test_figures_under_load_are_held_against_their_targets(
+    def test_figures_under_load_are_compared_with_their_targets(
         self, slow: list[float], fused: float, statuses: list[str]
     ) -> None:
-        runs: list[load.Samples] = [
-            {"ours with 1": [10.0], "ours with 2": [time], "all/fused with 2": [stock]}
-            for time, stock in zip(slow, (30.0, fused), strict=True)
-        ]
-        found = load.LoadOutcome("made-up", "busy", 1, 1, 2, runs)
-        lines = load.load_targets([found])
-        assert [line.status for line in lines] == statuses
+        found = Measured("load", "made-up/busy", "made-up, step()")
+        found.add("workload", threads=2)
+        for time, stock in zip(slow, (30.0, fused), strict=True):
+            load.add_run(found, OURS, {"1 threads": [10.0], "2 threads": [time]})
+            load.add_run(found, "all/fused", {"2 threads": [stock]})
+        assert [line.status for line in load.reached([found], setting())] == statuses
 
     def test_the_suite_steps_everyone_beside_an_idle_and_a_busy_core(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr(load, "QUICK_RUNS", {"idle": 1, "busy": 1})
-        arguments = ["--suite", "load", "--models", "tiny", "--quick", "--steps", "1"]
-        assert compare.main([*arguments, "--threads", "2"]) == 0
+        given = ["--suite", "load", "--models", "tiny", "--quick", "--steps", "1"]
+        assert command.main([*given, "--threads", "2"]) == 0
         printed = capsys.readouterr().out
         assert printed.count("\nFrozenAwareSGD  ") == 2 * 2
         assert printed.count("\nall fused ") == 2 * 2
@@ -812,29 +807,48 @@ class TestCommand:
     ARGUMENTS = ("--device", "cpu", "--suite", "models", "--models", "tiny", "--steps", "2")
     NAME = machine.slug(machine.describe(CPU))
 
-    def test_it_measures_and_ends_with_a_verdict(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert compare.main([*self.ARGUMENTS, "--frozen", "0,head"]) == 0
+    def test_it_measures_and_ends_with_a_verdict(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+        assert command.main([*self.ARGUMENTS, "--frozen", "0,head"]) == 0
         printed = capsys.readouterr()
         assert printed.out.count("FrozenAwareSGD  ") == 2
         assert "\nVerdict\n" in printed.out
-        assert max(map(len, printed.out.splitlines())) <= 80
+        assert widest(printed.out) <= 80
         assert printed.err == ""
         assert "This takes about " in printed.out
 
-    def test_the_files_hold_samples_machine_and_picture(self, tmp_path: Path) -> None:
-        data, picture = tmp_path / "run.json", tmp_path / "run.png"
-        options = ["--frozen", "50", "--json", str(data), "--plot", str(picture)]
-        assert compare.main([*self.ARGUMENTS, *options]) == 0
-        found = json.loads(data.read_text())
-        assert found["machine"]["versions"]["torch"] == torch.__version__
-        assert found["machine"]["torch_freeze"]["torch"]
-        (only,) = found["outcomes"]
-        assert {len(row["samples"]["warm"]) for row in only["rows"]} == {2}
-        header = picture.read_bytes()[:24]
+    def test_the_bar_estimates_what_is_left(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        assert command.main([*self.ARGUMENTS, "--frozen", "0,head"]) == 0
+        assert re.search(r"\d\d:\d\d, about \d\d:\d\d left", capsys.readouterr().err)
+
+    def test_the_files_hold_samples_machine_and_picture(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = tmp_path / "run.csv"
+        options = ["--frozen", "50", "--csv", str(data), "--results", str(tmp_path)]
+        assert command.main([*self.ARGUMENTS, *options]) == 0
+        read = pandas.read_csv(data)
+        warm = read[(read.measure == "warm") & ~read.contestant.str.startswith("reference")]
+        assert set(warm.value.str.split().map(len)) == {2}
+        assert len(warm) == len(select(any_frozen=True))
+        header = (tmp_path / f"{self.NAME}.png").read_bytes()[:24]
         assert header[:8] == b"\x89PNG\r\n\x1a\n"
         width, height = struct.unpack(">II", header[16:])
-        assert width > 600
+        assert width > 500
         assert height > 200
+        assert re.fullmatch("[a-z0-9_]+", self.NAME)
+        text = (tmp_path / f"{self.NAME}.md").read_text()
+        assert f"| torch | {torch.__version__} |" in text
+        printed = capsys.readouterr().out
+        blocks = re.findall(r"^```\n(.*?)\n```$", text, re.DOTALL | re.MULTILINE)
+        assert len(blocks) > 2
+        assert all(block in printed for block in blocks)
+        assert text.rpartition("## Verdict\n\n")[2].strip() in printed
 
     @pytest.mark.parametrize(
         ("options", "folder", "time"),
@@ -852,20 +866,22 @@ class TestCommand:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-        assert compare.main([*self.ARGUMENTS[:2], "--suite", "digits", *options]) == 0
+        assert command.main([*self.ARGUMENTS[:2], "--suite", "digits", *options]) == 0
         saved = sorted((tmp_path / folder).iterdir())
-        assert [f.suffix for f in saved] == [".json", ".md", ".png"]
+        assert [f.suffix for f in saved] == [".csv", ".md", ".png"]
         assert all(re.fullmatch(f"{time}{self.NAME}", f.stem) for f in saved)
         assert all(f.stat().st_size > 1000 for f in saved)
         printed = capsys.readouterr().out.splitlines()
         assert printed[-3:] == [f"saved {folder}/{f.name}" for f in saved]
 
-    def test_the_bar_estimates_what_is_left(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-        assert compare.main([*self.ARGUMENTS, "--frozen", "0,head"]) == 0
-        assert re.search(r"\d\d:\d\d, about \d\d:\d\d left", capsys.readouterr().err)
+    def test_the_picture_of_the_targets_shows_the_gain_in_a_few_bars(self) -> None:
+        found = []
+        for key in ("tiny161", "frozen998", "groups50", "resnet50/0", "mobilenet_v3_small/0"):
+            taken = outcome(measured(10, all_fused=20, filter_fused=15), suite="targets")
+            found.append(dataclasses.replace(taken, key=key))
+        axes = speed_report.draw(found, setting()).axes[0]
+        assert [bar.get_width() for bar in axes.patches] == [1.5] * 4
+        assert len(axes.get_yticklabels()) == 4
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
     def test_what_was_measured_is_saved_when_a_run_ends_early(
@@ -875,22 +891,21 @@ class TestCommand:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        def cut_short(*given: object) -> Iterator[Outcome]:
+        def cut_short(*given: object) -> Iterator[Measured]:
             yield outcome(measured(10, all_default=40))
             raise error
 
-        monkeypatch.setattr(compare, "run_models", cut_short)
-        arguments = [*self.ARGUMENTS, "--results", "results"]
+        monkeypatch.setattr(speed, "run_models", cut_short)
+        given = [*self.ARGUMENTS, "--results", "results"]
         if isinstance(error, KeyboardInterrupt):
-            assert compare.main(arguments) == 130
+            assert command.main(given) == 130
         else:
             with pytest.raises(RuntimeError, match="out of memory"):
-                compare.main(arguments)
+                command.main(given)
         saved = sorted((tmp_path / "results").iterdir())
-        assert [f.suffix for f in saved] == [".json", ".md", ".png"]
-        found = json.loads(saved[0].read_text())
-        assert len(found["outcomes"]) == 1
-        assert found["verdict"][1].startswith("- Ended early by ")
+        assert [f.suffix for f in saved] == [".csv", ".md", ".png"]
+        assert set(pandas.read_csv(saved[0]).workload) == {"made-up"}
+        assert "## Verdict\n\n- Ended early by " in saved[1].read_text()
         assert "Traceback" not in capsys.readouterr().err
 
     def test_a_full_disk_is_found_before_the_run(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -898,7 +913,7 @@ class TestCommand:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
         try:
             with pytest.raises(SystemExit) as ended:
-                compare.main(list(self.ARGUMENTS))
+                command.main(list(self.ARGUMENTS))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert ended.value.code == 2
@@ -912,7 +927,7 @@ class TestCommand:
         (tmp_path / "spare").mkdir()
         (tmp_path / "full").mkdir()
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spare"))
-        kept = tmp_path / "full" / "run.json"
+        kept = tmp_path / "full" / "run.csv"
         kept.write_text("before")
         real = Path.write_bytes
 
@@ -925,59 +940,37 @@ class TestCommand:
         monkeypatch.setattr(Path, "write_bytes", fill)
         assert not saving.write(kept, b"after")
         assert kept.read_text() == "before"
-        assert [f.name for f in kept.parent.iterdir()] == ["run.json"]
-        assert (tmp_path / "spare" / "run.json").read_text() == "after"
+        assert [f.name for f in kept.parent.iterdir()] == ["run.csv"]
+        assert (tmp_path / "spare" / "run.csv").read_text() == "after"
         printed = capsys.readouterr()
         assert printed.err == f"cannot write {kept}: No space left on device\n"
-        assert printed.out == f"saved {tmp_path / 'spare' / 'run.json'}\n"
-
-    def test_the_markdown_holds_what_is_printed(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        assert compare.main([*self.ARGUMENTS, "--results", str(tmp_path)]) == 0
-        name = self.NAME
-        assert re.fullmatch("[a-z0-9_]+", name)
-        text = (tmp_path / f"{name}.md").read_text()
-        assert f"| torch | {torch.__version__} |" in text
-        printed = capsys.readouterr().out
-        blocks = re.findall(r"^```\n(.*?)\n```$", text, re.DOTALL | re.MULTILINE)
-        assert len(blocks) > 2
-        assert all(block in printed for block in blocks)
-        assert text.rpartition("## Verdict\n\n")[2].strip() in printed
+        assert printed.out == f"saved {tmp_path / 'spare' / 'run.csv'}\n"
 
     def test_a_wrong_result_ends_with_status_1(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        wrong = Equality(False, 1.0, 1.0)
-        monkeypatch.setattr(suites, "check_equality", lambda *given: wrong)
-        assert compare.main([*self.ARGUMENTS, "--frozen", "0"]) == 1
+        wrong = equality.Equality(1.0, 0.5), None
+        monkeypatch.setattr(speed, "check_equality", lambda *given: wrong)
+        assert command.main([*self.ARGUMENTS, "--frozen", "0"]) == 1
 
     @pytest.mark.parametrize(
-        ("arguments", "words"),
+        ("given", "words"),
         [
-            pytest.param(
-                ["--models", "resnet5"], "unknown model 'resnet5'; known: resnet50", id="model"
-            ),
-            pytest.param(
-                ["--suite", "speed"], "unknown suite 'speed'; known: synthetic", id="suite"
-            ),
-            pytest.param(["--frozen", "100"], "'100' is no share to freeze", id="share"),
-            pytest.param(["--frozen", "most"], "'most' is no share to freeze", id="share in words"),
-            pytest.param(["--threads", "0"], "'0' is not a whole number above 0", id="threads"),
-            pytest.param(["--seconds", "nan"], "'nan' is not a number above 0", id="seconds"),
-            pytest.param(["--plot", "x.jpgg"], "cannot draw 'x.jpgg'; known endings", id="ending"),
-            pytest.param(
-                ["--suite", "load", "--plot", "x.png"], "the load suite draws no", id="no picture"
-            ),
-            pytest.param(
-                ["--json", "/dev/null/x.json"], "cannot write /dev/null/x.json: ", id="no folder"
-            ),
-            pytest.param(["--markdown", "."], "cannot write .: it is a folder", id="a folder"),
+            ("--models resnet5", "unknown model 'resnet5'; known: resnet50"),
+            ("--suite speed", "unknown suite 'speed'; known: synthetic"),
+            ("--frozen 100", "'100' is no share to freeze"),
+            ("--frozen most", "'most' is no share to freeze"),
+            ("--threads 0", "'0' is not a whole number above 0"),
+            ("--seconds nan", "'nan' is not a number above 0"),
+            ("--plot x.jpgg", "cannot draw 'x.jpgg'; known endings"),
+            ("--suite load --plot x.png", "the load suite draws no"),
+            ("--csv /dev/null/x.csv", "cannot write /dev/null/x.csv: "),
+            ("--markdown .", "cannot write .: it is a folder"),
         ],
     )
     def test_what_cannot_be_done_is_said_in_one_line(
-        self, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+        self, given: str, words: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         with pytest.raises(SystemExit) as ended:
-            compare.main(arguments)
+            command.main(given.split())
         printed = capsys.readouterr()
         assert ended.value.code == 2
         assert words in printed.err
@@ -991,17 +984,19 @@ class TestCommand:
             monkeypatch.setitem(sys.modules, name, None)
         said = "compare.py needs tabulate, tqdm: pip install tabulate tqdm"
         assert check.missing() == said
-        isolated = [sys.executable, "-S", "-E", "-B", check.__file__]
-        ended = subprocess.run(isolated, capture_output=True, text=True, check=False)
-        assert (ended.returncode, ended.stdout) == (1, "")
-        assert ended.stderr.startswith("compare.py needs torch, tabulate, tqdm, matplotlib: pip")
+        wanted = "compare.py needs torch, pandas, tabulate, tqdm, matplotlib: pip"
+        for script, status in ((check.__file__, 1), (str(command.SCRIPT), 2)):
+            isolated = [sys.executable, "-S", "-E", "-B", script]
+            ended = subprocess.run(isolated, capture_output=True, text=True, check=False)
+            assert (ended.returncode, ended.stdout) == (status, "")
+            assert ended.stderr.startswith(wanted)
 
     def test_a_missing_gpu_is_said_in_one_line(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(SystemExit) as ended:
-            compare.main(["--device", "cuda"])
+            command.main(["--device", "cuda"])
         assert ended.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "sees no CUDA GPU; use --device cpu or auto" in line
@@ -1011,7 +1006,7 @@ class TestCommand:
     ) -> None:
         monkeypatch.setitem(sys.modules, "transformers", None)
         with pytest.raises(SystemExit) as ended:
-            compare.main(["--device", "cpu", "--suite", "models", "--models", "bert_base"])
+            command.main(["--device", "cpu", "--suite", "models", "--models", "bert_base"])
         assert ended.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "bert_base needs transformers: pip install transformers" in line
@@ -1020,51 +1015,32 @@ class TestCommand:
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setitem(sys.modules, "torchvision", None)
-        assert compare.main(["--device", "cpu", "--suite", "models", "--steps", "1"]) == 0
+        assert command.main(["--device", "cpu", "--suite", "models", "--steps", "1"]) == 0
         lines = capsys.readouterr().err.splitlines()
         assert [line.split(":")[0] for line in lines] == [
-            f"skipped {name}" for name in compare.USUAL.models
+            f"skipped {name}" for name in command.USUAL.models
         ]
 
     def test_quick_and_full_change_the_extent_and_options_win(self) -> None:
-        parse = compare.make_parser().parse_args
-        assert compare.plan(parse(["--quick"]))[1:3] == (list(compare.QUICK.models), [0.0, "head"])
-        suites_, models_, shares, budget = compare.plan(
-            parse(["--suite", "all", "--full", "--models", "tiny", "--seconds", "9"])
+        quick = command.plan(arguments("--quick"))
+        assert quick[1:3] == (list(command.QUICK.models), [0.0, "head"])
+        suites, models, shares, budget = command.plan(
+            arguments("--suite all --full --models tiny --seconds 9")
         )
-        assert suites_ == list(compare.SUITES)
-        assert models_ == ["tiny"]
+        assert suites == list(command.SUITES)
+        assert models == ["tiny"]
         assert shares == [0.0, 50.0, 90.0, "head"]
         assert budget.seconds == 9
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed"
-)
-@pytest.mark.parametrize("name", ["resnet50", "vit_b_16", "mobilenet_v3_small", "resnet18_batch_8"])
-def test_the_head_of_a_network_is_its_last_layer(name: str) -> None:
-    spec = models.MODELS[name]
-    with torch.device("meta"):
-        named = list(spec.build().named_parameters())
-    head = [n for n, _ in named if n.startswith(spec.head)]
-    assert head == [n for n, _ in named[-2:]]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_has_time_of_its_own_and_the_same_results() -> None:
     device = torch.device("cuda")
-    workload = models.LoadedModel("tiny", device).workload(50)
-    found = suites.run_workload("models", workload, setting(3, device), suites.MEASURES)
-    assert all(row.equality.holds for row in found.rows)
-    assert {len(row.samples["device"]) for row in found.rows} == {3}
-    assert found.share_of_pass(found.ours) is not None
-    assert found.ours.memory is not None
-    assert found.ours.memory.step_allocations == 0
+    workload = LoadedModel("tiny", device).workload(50)
+    found = speed.run_workload("models", workload, setting(3, device), MEASURES)
+    assert not any(map(found.unequal, found.contestants))
+    assert {len(found.of(key, "device")) for key in found.contestants} == {3}
+    assert speed_report.share_of_pass(found) is not None
+    assert found.one(OURS, "step allocations") == 0
     assert targets.launch_line(setting(1, device)).status == "reached"
-
-
-def test_the_reference_is_stock_without_foreach() -> None:
-    entry = REFERENCE.build([[nn.Parameter(torch.ones(1))]], Hyper())
-    assert type(entry.optimizer) is torch.optim.SGD
-    assert entry.optimizer.param_groups[0]["foreach"] is False

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-import json
 import os
-import random
 import struct
 import sys
 import weakref
@@ -17,38 +16,21 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+pytest.importorskip("pandas", reason="compare.py needs pandas: pip install pandas")
 
-import compare
-import memory_contestants as contestants
-import memory_measure
-import memory_suite
-import models
-from contestants import Hyper
-from measure import Budget, no_collector
-from memory_check import Agreement, Journal
-from memory_contestants import MemoryContestant
-from memory_measure import GradientProbe, Span, Timeline, in_child, record
-from memory_report import memory_summary, memory_table, memory_targets, memory_unequal
-from memory_suite import (
-    CASES,
-    CaseOutcome,
-    CaseRow,
-    Figures,
-    FreezeOutcome,
-    FreezeRow,
-    Held,
-    RotationOutcome,
-    RotationRow,
-    Subject,
-    TimeOutcome,
-)
-from suites import Setting
-from tables import targets_table
+import pandas
+from torch_freeze_bench import command, contestants, memory, memory_report, workloads
+from torch_freeze_bench.contestants import SGD, Contestant
+from torch_freeze_bench.equality import Equality, Journal
+from torch_freeze_bench.memory import GradientProbe, Timeline, in_child, record
+from torch_freeze_bench.records import OURS, Measured
+from torch_freeze_bench.suites import memory as suite
+from torch_freeze_bench.suites.memory import CASES, Subject
+from torch_freeze_bench.tables import Reached, targets_table
+from torch_freeze_bench.timing import no_collector
+from torch_freeze_bench.workloads import Hyper
 
-CPU = torch.device("cpu")
-for package in ("tabulate", "tqdm", "matplotlib"):
-    pytest.importorskip(package, reason=f"compare.py needs {package}: pip install {package}")
+from tests.benchmarks.compare_cases import CPU, setting, widest
 
 FIRST, SECOND, LAST = 4 * (16 * 32 + 32), 4 * (32 * 32 + 32), 4 * (32 * 4 + 4)
 """Bytes of the three layers of the model `tiny`."""
@@ -67,11 +49,6 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def setting(steps: int = 2) -> Setting:
-    budget = Budget(seconds=60, least=steps, most=steps)
-    return Setting(CPU, budget, False, random.Random(0), lambda text: None)
-
-
 def bytes_of(size: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8)
 
@@ -81,11 +58,11 @@ class TestTimeline:
         kept: list[torch.Tensor] = []
 
         def run() -> None:
-            with memory_measure.mark("first"):
+            with memory.mark("first"):
                 passing = bytes_of(1000)
                 kept.append(bytes_of(300))
                 del passing
-            with memory_measure.mark("second"):
+            with memory.mark("second"):
                 kept.append(bytes_of(50))
                 kept.pop(0)
 
@@ -104,7 +81,7 @@ class TestTimeline:
 
         def run() -> None:
             kept.append(bytes_of(10_000))
-            with memory_measure.mark("step"):
+            with memory.mark("step"):
                 kept.append(bytes_of(700))
                 passing = bytes_of(1000)
                 del passing
@@ -114,7 +91,7 @@ class TestTimeline:
     def test_what_a_part_frees_is_no_temporary(self) -> None:
         def run() -> None:
             held = [bytes_of(2000)]
-            with memory_measure.mark("step"):
+            with memory.mark("step"):
                 held.append(bytes_of(100))
                 held.clear()
 
@@ -138,26 +115,15 @@ class TestTimeline:
         stock.step()
 
         def run() -> None:
-            with memory_measure.mark("step"):
+            with memory.mark("step"):
                 stock.step()
 
         assert record(run, CPU).temporaries("step") == temporaries
 
     def test_a_part_that_allocates_nothing_stays_where_it_is(self) -> None:
-        found = Timeline([10, 20], [100, 40], {"idle": Span(12, 15), "before": Span(1, 5)})
+        found = Timeline([10, 20], [100, 40], {"idle": (12, 15), "before": (1, 5)})
         assert (found.inside("idle"), found.temporaries("idle")) == ([100], 0)
         assert found.peak("before") == 0
-
-    def test_the_curve_keeps_the_peaks_that_it_thins_out(self) -> None:
-        levels = [i % 7 for i in range(1000)]
-        levels[500] = 99
-        spans = {f"3 {name}": Span(0, 999) for name in ("forward", "backward", "step")}
-        points = memory_suite.curve(Timeline(range(1000), levels, spans), 3)
-        assert len(points) < 500
-        assert max(size for _, size in points) == 99
-        places = [place for place, _ in points]
-        assert places == sorted(places)
-        assert (places[0], places[-1]) == (0, 3)
 
 
 def two_layers() -> nn.Sequential:
@@ -227,13 +193,6 @@ class TestGradients:
         probe.restart()
         assert probe.peak == 800
 
-    def test_a_probe_taken_off_counts_no_more(self) -> None:
-        model = two_layers()
-        probe = GradientProbe(model.parameters())
-        probe.remove()
-        backward(model)
-        assert probe.peak == 0
-
     def test_a_probe_that_comes_too_late_says_so(self) -> None:
         model = two_layers()
         for p in model.parameters():
@@ -260,9 +219,9 @@ class TestGradients:
 
 def resident(megabytes: int) -> tuple[int, int]:
     torch.ones(2**20, dtype=torch.uint8)  # a first operator brings in code and threads of its own
-    before = memory_measure.peak_rss()
+    before = memory.peak_rss()
     block = torch.ones(megabytes * 2**20, dtype=torch.uint8)
-    return before, memory_measure.peak_rss() + 0 * len(block)
+    return before, memory.peak_rss() + 0 * len(block)
 
 
 def raise_error() -> None:
@@ -287,11 +246,11 @@ class TestChildren:
             in_child(os._exit, 3)
 
     def test_more_memory_than_there_is_is_refused_by_name(self) -> None:
-        if memory_measure.available_bytes(CPU) is None:
+        if memory.available_bytes(CPU) is None:
             pytest.skip("this system does not say how much memory is free")
-        with pytest.raises(models.NotEnoughMemoryError, match=r"net needs 1000000\.0 GB"):
-            memory_measure.require_memory(10**15, CPU, "net")
-        memory_measure.require_memory(1, CPU, "net")
+        with pytest.raises(memory.NotEnoughMemoryError, match=r"net needs 1000000\.0 GB"):
+            memory.require_memory(10**15, CPU, "net")
+        memory.require_memory(1, CPU, "net")
 
 
 class TestCases:
@@ -311,7 +270,7 @@ class TestCases:
         layers = [layer for layer in model if isinstance(layer, nn.Linear)]
         place = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters()}
         (chosen,) = (one for one in CASES if one.key == case)
-        given = chosen.prepare(model, models.MODELS["tiny"], "head")
+        given = chosen.prepare(model, workloads.MODELS["tiny"], "head")
         assert sorted({place[id(p)] for p in given}) == handed
         assert [i for i, layer in enumerate(layers) if layer.weight.requires_grad] == trains
 
@@ -321,7 +280,7 @@ class TestCases:
         assert torch.equal(first(), second())
 
     def test_the_size_of_a_model_is_known_without_it(self) -> None:
-        assert memory_suite.size_of_model("tiny") == ALL
+        assert suite.size_of_model("tiny") == ALL
 
 
 HYPER = Hyper(lr=0.1, momentum=0.9, weight_decay=0.01)
@@ -329,18 +288,18 @@ HYPER = Hyper(lr=0.1, momentum=0.9, weight_decay=0.01)
 
 def checked(
     train: Callable[[nn.Sequential], torch.optim.Optimizer],
-    contestant: MemoryContestant = contestants.FUSED,
+    contestant: Contestant = contestants.FUSED,
     *,
     owned: slice = slice(None),
     change: Callable[[nn.Sequential, torch.optim.Optimizer], None] | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Agreement:
+) -> Equality:
     """Three iterations of an optimizer; before the third one the frozen set may change."""
     torch.manual_seed(0)
     model = two_layers().to(dtype)
     start = [p.detach().clone() for p in model.parameters()]
     journal = Journal(model)
-    trainer = contestants.Plain(train(model))
+    trainer = contestants.Trainer(train(model))
     for index in range(3):
         if index == 2 and change is not None:
             assert isinstance(trainer.optimizer, torch.optim.Optimizer)
@@ -366,7 +325,7 @@ def fused_bfloat16_is_right() -> bool:
     return bool((p == -1).all())
 
 
-class TestAgreement:
+class TestEquality:
     """Stock is given a contestant's gradients and has to arrive where it did."""
 
     @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}])
@@ -379,7 +338,7 @@ class TestAgreement:
         assert agreement.holds == right
 
     def test_stock_itself_agrees_to_the_bit(self) -> None:
-        assert checked(lambda model: stock(model, foreach=False)) == Agreement(True, 0.0, 1e-6)
+        assert checked(lambda model: stock(model, foreach=False)) == Equality(0.0, 1e-6)
 
     @pytest.mark.parametrize(
         "options",
@@ -406,14 +365,14 @@ class TestAgreement:
         model = two_layers()
         start = [p.detach().clone() for p in model.parameters()]
         journal = Journal(model, every=2)
-        trainer = contestants.Plain(stock(model, foreach=False))
+        trainer = contestants.Trainer(stock(model, foreach=False))
         journal.begin_iteration()
         backward(model)
         trainer.step()
         arguments = start, list(model.parameters()), trainer, contestants.FUSED, HYPER
-        assert journal.check(*arguments).bit_equal
+        assert journal.check(*arguments).gap == 0
         model[1].weight.data.add_(1)
-        assert journal.check(*arguments).bit_equal
+        assert journal.check(*arguments).gap == 0
         model[0].weight.data.add_(1)
         assert not journal.check(*arguments).holds
 
@@ -429,7 +388,7 @@ class TestAgreement:
         ],
     )
     def test_a_narrow_momentum_may_differ_by_its_rounding(
-        self, contestant: MemoryContestant, tolerance: float
+        self, contestant: Contestant, tolerance: float
     ) -> None:
         found = checked(lambda model: stock(model, momentum=0.9 - tolerance / 8), contestant)
         assert found.tolerance == tolerance
@@ -438,14 +397,12 @@ class TestAgreement:
 
     @pytest.mark.parametrize("after", ["keeps", "restarts", "rebuilds"])
     @pytest.mark.parametrize("truth", ["keeps", "restarts", "rebuilds"])
-    def test_what_becomes_of_a_momentum_is_checked(
-        self, truth: contestants.After, after: contestants.After
-    ) -> None:
+    def test_what_becomes_of_a_momentum_is_checked(self, truth: str, after: str) -> None:
         """The first layer is frozen for an iteration, and there is one more with all."""
         model = two_layers()
         start = [p.detach().clone() for p in model.parameters()]
         journal = Journal(model)
-        trainer = contestants.Plain(stock(model, foreach=False))
+        trainer = contestants.Trainer(stock(model, foreach=False))
         for trains in (True, False, True):
             model[0].requires_grad_(trains)
             if truth == "rebuilds":
@@ -456,14 +413,20 @@ class TestAgreement:
             journal.begin_iteration()
             backward(model)
             trainer.step()
-        said = MemoryContestant("said", "said", contestants.OURS.make, after=after)
+        said = Contestant("said", contestants.FROZEN_AWARE.make, after=after)
         found = journal.check(start, list(model.parameters()), trainer, said, HYPER)
-        assert found.bit_equal is (after == truth)
+        assert (found.gap == 0) is (after == truth)
 
 
-def figures_of(outcome: CaseOutcome, contestant: MemoryContestant) -> Figures:
-    (row,) = (row for row in outcome.rows if row.contestant == contestant)
-    return row.figures
+def case(key: str, share: float | str = "head") -> Measured:
+    subject = Subject("tiny", CPU)
+    (chosen,) = (one for one in CASES if one.key == key)
+    return suite.run_plan(subject, subject.case(chosen, share), setting())
+
+
+def steady(found: Measured, contestant: Contestant, *measures: str) -> tuple[float, ...]:
+    """Figures of the second iteration."""
+    return tuple(found.of(contestant.key, measure)[-1] for measure in measures)
 
 
 class TestCaseOnTiny:
@@ -471,94 +434,88 @@ class TestCaseOnTiny:
 
     @pytest.fixture(scope="class")
     @staticmethod
-    def outcomes() -> dict[str, CaseOutcome]:
-        subject = Subject("tiny", CPU)
-        return {case.key: memory_suite.run_case(subject, case, "head") for case in CASES}
+    def outcomes() -> dict[str, Measured]:
+        return {one.key: case(one.key) for one in CASES}
 
     @pytest.mark.parametrize(
         ("case", "contestant", "gradients", "state", "temporaries"),
         [
-            pytest.param("1", contestants.OURS, ALL, ALL, 0, id="1, ours"),
-            pytest.param(
-                "1", contestants.DEFAULT, ALL, ALL, LARGEST + SCALARS, id="1, stock default"
-            ),
-            pytest.param("1", contestants.FOREACH, ALL, ALL, ALL + SCALARS, id="1, stock foreach"),
-            pytest.param("1", contestants.FUSED, ALL, ALL, 0, id="1, stock fused"),
-            pytest.param("1", contestants.HOOKS, LARGEST, ALL, 0, id="1, one per parameter"),
-            pytest.param(
-                "1", contestants.IN_BACKWARD_AT_ONCE, LARGEST, ALL, 0, id="1, ours without bucket"
-            ),
-            pytest.param("2", contestants.OURS, LAST, LAST, 0, id="2, ours"),
-            pytest.param(
-                "4", contestants.IN_BACKWARD_BF16, LAST, LAST // 2, 0, id="4, ours in bfloat16"
-            ),
-            pytest.param(
-                "2", contestants.FOREACH, LAST, LAST, LAST + SCALARS, id="2, stock foreach"
-            ),
-            pytest.param("3", contestants.OURS, ALL, LAST, 0, id="3, ours"),
-            pytest.param("3", contestants.FUSED, ALL, LAST, 0, id="3, stock fused"),
-            pytest.param("4", contestants.FUSED, LAST, LAST, 0, id="4, stock fused"),
-            pytest.param("1, plain", contestants.OURS, ALL, 0, 0, id="plain, ours"),
-            pytest.param("1, plain", contestants.FUSED, ALL, 0, 0, id="plain, stock fused"),
+            ("1", contestants.FROZEN_AWARE, ALL, ALL, 0),
+            ("1", contestants.DEFAULT, ALL, ALL, LARGEST + SCALARS),
+            ("1", contestants.FOREACH, ALL, ALL, ALL + SCALARS),
+            ("1", contestants.FUSED, ALL, ALL, 0),
+            ("1", contestants.HOOKS, LARGEST, ALL, 0),
+            ("1", contestants.NO_BUCKET, LARGEST, ALL, 0),
+            ("2", contestants.FROZEN_AWARE, LAST, LAST, 0),
+            ("4", contestants.IN_BACKWARD_BF16, LAST, LAST // 2, 0),
+            ("2", contestants.FOREACH, LAST, LAST, LAST + SCALARS),
+            ("3", contestants.FROZEN_AWARE, ALL, LAST, 0),
+            ("3", contestants.FUSED, ALL, LAST, 0),
+            ("4", contestants.FUSED, LAST, LAST, 0),
+            ("1 plain", contestants.FROZEN_AWARE, ALL, 0, 0),
+            ("1 plain", contestants.FUSED, ALL, 0, 0),
         ],
+        ids=lambda value: value.label if isinstance(value, Contestant) else str(value),
     )
     def test_gradients_state_and_temporaries(
         self,
-        outcomes: dict[str, CaseOutcome],
+        outcomes: dict[str, Measured],
         case: str,
-        contestant: MemoryContestant,
+        contestant: Contestant,
         gradients: int,
         state: int,
         temporaries: int,
     ) -> None:
-        found = figures_of(outcomes[case], contestant)
-        assert (found.gradients, found.state) == (gradients, state)
-        assert found.temporaries == temporaries
+        found = steady(outcomes[case], contestant, "gradients", "state", "temporaries")
+        assert found == (gradients, state, temporaries)
 
-    @pytest.mark.parametrize("case", ["1", "2", "4", "1, plain"])
+    @pytest.mark.parametrize("case", ["1", "2", "4", "1 plain"])
     def test_in_backward_a_bucket_and_the_largest_gradient_are_alive(
-        self, outcomes: dict[str, CaseOutcome], case: str
+        self, outcomes: dict[str, Measured], case: str
     ) -> None:
-        outcome = outcomes[case]
-        found = figures_of(outcome, contestants.IN_BACKWARD)
-        assert found.bucket == outcome.trained // 10
-        assert outcome.largest <= found.gradients <= outcome.largest + found.bucket
+        found = outcomes[case]
+        bucket, gradients = steady(found, contestants.IN_BACKWARD, "bucket", "gradients")
+        assert bucket == found.fact("trained") // 10
+        assert found.fact("largest") <= gradients <= found.fact("largest") + bucket
 
     @pytest.mark.parametrize("case", ["1", "2", "4"])
     def test_the_peak_is_of_all_that_is_held_at_once(
-        self, outcomes: dict[str, CaseOutcome], case: str
+        self, outcomes: dict[str, Measured], case: str
     ) -> None:
-        for row in outcomes[case].rows:
-            found = row.figures
-            assert found.peak >= found.state + found.gradients
-            assert found.peak >= max(size for _, size in found.curve)
-        least = figures_of(outcomes[case], contestants.FUSED).peak
-        most = figures_of(outcomes[case], contestants.FOREACH)
-        assert most.peak == max(least, 2 * most.state + most.temporaries)
+        found = outcomes[case]
+        for key in found.contestants:
+            peak, state, gradients = (found.of(key, m)[-1] for m in ("peak", "state", "gradients"))
+            assert peak >= state + gradients
+        (least,) = steady(found, contestants.FUSED, "peak")
+        peak, state, temporaries = steady(
+            found, contestants.FOREACH, "peak", "state", "temporaries"
+        )
+        assert peak == max(least, 2 * state + temporaries)
 
-    def test_everyone_agrees_with_stock(self, outcomes: dict[str, CaseOutcome]) -> None:
-        assert [outcome.unequal for outcome in outcomes.values()] == [{}] * len(CASES)
-        for outcome in outcomes.values():
-            for row in outcome.rows:
-                if row.contestant.ours and row.contestant.precision == "exact":
-                    assert row.agreement.bit_equal, row.contestant.label
+    def test_everyone_agrees_with_stock(self, outcomes: dict[str, Measured]) -> None:
+        for found in outcomes.values():
+            assert not any(map(found.unequal, found.contestants))
+            for key in found.contestants:
+                if key.startswith(OURS) and not key.endswith("bf16"):
+                    assert found.one(key, "difference") == 0, key
 
-    def test_the_sizes_are_those_of_what_trains(self, outcomes: dict[str, CaseOutcome]) -> None:
-        sizes = {key: (o.parameters, o.trained, o.largest) for key, o in outcomes.items()}
+    def test_the_sizes_are_those_of_what_trains(self, outcomes: dict[str, Measured]) -> None:
+        facts = ("parameters", "trained", "largest")
+        sizes = {key: tuple(map(found.fact, facts)) for key, found in outcomes.items()}
         assert sizes["1"] == (ALL, ALL, LARGEST)
         assert sizes["2"] == sizes["3"] == sizes["4"] == (ALL, LAST, 4 * 32 * 4)
 
     @pytest.mark.parametrize(
-        "run",
+        "plan",
         [
-            pytest.param(lambda subject: memory_suite.run_case(subject, CASES[0], 50), id="case 1"),
-            pytest.param(lambda subject: memory_suite.run_case(subject, CASES[-1], 50), id="plain"),
-            pytest.param(lambda subject: memory_suite.run_freeze(subject, 50), id="freezing"),
-            pytest.param(memory_suite.run_rotation, id="turns"),
+            pytest.param(lambda subject: subject.case(CASES[0], 50), id="case 1"),
+            pytest.param(lambda subject: subject.case(CASES[-1], 50), id="plain"),
+            pytest.param(lambda subject: subject.midway(50), id="freezing"),
+            pytest.param(Subject.rotation, id="rotation"),
         ],
     )
     def test_no_contestants_model_outlives_its_turn(
-        self, monkeypatch: pytest.MonkeyPatch, run: Callable[[Subject], object]
+        self, monkeypatch: pytest.MonkeyPatch, plan: Callable[[Subject], suite.Plan]
     ) -> None:
         copies: list[list[weakref.ref[Any]]] = []
         copy = Subject.copy
@@ -572,18 +529,18 @@ class TestCaseOnTiny:
             assert alive() == 1
             return model, loss
 
-        def fail(model: nn.Module, parameters: list[nn.Parameter], hyper: Hyper) -> Any:
+        def fail(*given: object) -> Any:
             raise RuntimeError("not today")
 
-        failing = MemoryContestant("failing", "failing", fail)
-        for name in ("WITH_MOMENTUM", "WITHOUT_MOMENTUM", "CHANGING"):
-            everyone = (failing, *getattr(memory_suite, name))
-            monkeypatch.setattr(memory_suite, name, everyone)
+        failing = Contestant("failing", fail)
+        for name in ("WITH_STATE", "WITHOUT_STATE", "CHANGING"):
+            monkeypatch.setattr(suite, name, (failing, *getattr(suite, name)))
         monkeypatch.setattr(Subject, "copy", count)
         gc.collect()
         gc.disable()
         try:
-            run(Subject("tiny", CPU))
+            subject = Subject("tiny", CPU)
+            suite.run_plan(subject, plan(subject), setting())
         finally:
             gc.enable()
         assert len(copies) > len(CASES)
@@ -599,332 +556,281 @@ class TestCaseOnTiny:
             return model, loss
 
         monkeypatch.setattr(Subject, "copy", note)
-        memory_suite.run_times(Subject("tiny", CPU), CASES[0], 50, setting(1))
+        suite.run_times(Subject("tiny", CPU), CASES[0], 50, setting(1))
         gc.collect()
         assert kept
         assert not any(p() is not None for p in kept)
 
-    def test_a_process_of_its_own_is_measured(self) -> None:
-        outcome = memory_suite.run_case(Subject("tiny", CPU), CASES[0], "head")
-        outcome.rows = [row for row in outcome.rows if row.contestant == contestants.FUSED]
-        memory_suite.add_rss(outcome, "head")
-        found = figures_of(outcome, contestants.FUSED)
-        assert found.rss is not None
-        assert found.rss_before is not None
-        assert 50e6 < found.rss_before <= found.rss
-
-
-def row_of(outcome: FreezeOutcome | RotationOutcome, contestant: MemoryContestant) -> Any:
-    (row,) = (row for row in outcome.rows if row.contestant == contestant)
-    return row
+    def test_a_process_of_its_own_is_measured(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(suite, "WITH_STATE", (contestants.FUSED,))
+        found = case("1")
+        suite.add_rss(found, "head", setting())
+        rss, before = steady(found, contestants.FUSED, "rss", "rss before")
+        assert 50e6 < before <= rss
 
 
 class TestChanges:
-    @pytest.fixture(scope="class")
-    @staticmethod
-    def freeze() -> FreezeOutcome:
-        return memory_suite.run_freeze(Subject("tiny", CPU), "head")
-
-    @pytest.fixture(scope="class")
-    @staticmethod
-    def rotation() -> RotationOutcome:
-        return memory_suite.run_rotation(Subject("tiny", CPU))
-
     FROZEN = FIRST + SECOND
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def freeze() -> Measured:
+        subject = Subject("tiny", CPU)
+        return suite.run_plan(subject, subject.midway("head"), setting())
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def rotation() -> Measured:
+        subject = Subject("tiny", CPU)
+        return suite.run_plan(subject, subject.rotation(), setting())
 
     @pytest.mark.parametrize(
         ("contestant", "before", "after"),
         [
-            pytest.param(
-                contestants.OURS, Held(FROZEN, FROZEN, ALL), Held(0, FROZEN, ALL), id="ours keeps"
-            ),
-            pytest.param(
-                contestants.DROP, Held(FROZEN, FROZEN, ALL), Held(0, 0, LAST), id="ours drops"
-            ),
-            pytest.param(
-                contestants.FUSED, Held(FROZEN, FROZEN, ALL), Held(0, FROZEN, ALL), id="stock keeps"
-            ),
-            pytest.param(
-                contestants.HOOKS,
-                Held(0, FROZEN, ALL),
-                Held(0, FROZEN, ALL),
-                id="one per parameter keeps",
-            ),
-            pytest.param(
-                contestants.REBUILT,
-                Held(FROZEN, FROZEN, ALL),
-                Held(FROZEN, 0, LAST),
-                id="rebuilt leaves gradients behind",
-            ),
-            pytest.param(
-                contestants.REBUILT_CLEARED,
-                Held(FROZEN, FROZEN, ALL),
-                Held(0, 0, LAST),
-                id="rebuilt and cleared leaves none",
-            ),
+            (contestants.FROZEN_AWARE, (FROZEN, FROZEN, ALL), (0, FROZEN, ALL)),
+            (contestants.DROP, (FROZEN, FROZEN, ALL), (0, 0, LAST)),
+            (contestants.FUSED, (FROZEN, FROZEN, ALL), (0, FROZEN, ALL)),
+            (contestants.HOOKS, (0, FROZEN, ALL), (0, FROZEN, ALL)),
+            (contestants.REBUILT, (FROZEN, FROZEN, ALL), (FROZEN, 0, LAST)),
+            (contestants.REBUILT_CLEARED, (FROZEN, FROZEN, ALL), (0, 0, LAST)),
         ],
+        ids=lambda value: value.label if isinstance(value, Contestant) else "",
     )
     def test_what_is_held_for_parameters_frozen_midway(
-        self, freeze: FreezeOutcome, contestant: MemoryContestant, before: Held, after: Held
+        self,
+        freeze: Measured,
+        contestant: Contestant,
+        before: tuple[int, ...],
+        after: tuple[int, ...],
     ) -> None:
-        row = row_of(freeze, contestant)
-        assert (row.before, row.after) == (before, after)
+        held = [
+            freeze.of(contestant.key, measure)
+            for measure in ("frozen gradients", "frozen state", "state")
+        ]
+        assert tuple(each[1] for each in held) == before
+        assert tuple(each[2] for each in held) == after
 
-    def test_everyone_agrees_with_stock_after_a_freeze(self, freeze: FreezeOutcome) -> None:
-        assert freeze.unequal == {}
-        assert row_of(freeze, contestants.OURS).agreement.bit_equal
+    def test_everyone_agrees_with_stock(self, freeze: Measured, rotation: Measured) -> None:
+        for found in (freeze, rotation):
+            assert len(found.contestants) >= len(contestants.CHANGING) - 1
+            assert not any(map(found.unequal, found.contestants))
+        assert freeze.one(OURS, "difference") == 0
+        for contestant in (contestants.FROZEN_AWARE, contestants.RESET, contestants.DROP):
+            assert rotation.one(contestant.key, "difference") == 0
 
     @pytest.mark.parametrize(
         ("contestant", "state"),
         [
-            pytest.param(
-                contestants.OURS, [FIRST, FIRST + SECOND, ALL, ALL], id="ours keeps all it has seen"
-            ),
-            pytest.param(
-                contestants.DROP, [FIRST, SECOND, LAST, FIRST], id="ours drops all but its block"
-            ),
-            pytest.param(
-                contestants.REBUILT,
-                [FIRST, SECOND, LAST, FIRST],
-                id="rebuilt has its block's alone",
-            ),
+            (contestants.FROZEN_AWARE, [FIRST, FIRST + SECOND, ALL, ALL]),
+            (contestants.DROP, [FIRST, SECOND, LAST, FIRST]),
+            (contestants.REBUILT, [FIRST, SECOND, LAST, FIRST]),
+        ],
+        ids=[
+            "ours keeps all it has seen",
+            "ours drops all but its block",
+            "rebuilt has its block's",
         ],
     )
-    def test_the_state_of_blocks_that_train_by_turns(
-        self, rotation: RotationOutcome, contestant: MemoryContestant, state: list[int]
+    def test_the_state_of_blocks_that_train_in_rotation(
+        self, rotation: Measured, contestant: Contestant, state: list[int]
     ) -> None:
-        assert row_of(rotation, contestant).state == state
-
-    def test_everyone_agrees_with_stock_when_the_first_block_is_back(
-        self, rotation: RotationOutcome
-    ) -> None:
-        assert rotation.unequal == {}
-        for contestant in (contestants.OURS, contestants.RESET, contestants.DROP):
-            assert row_of(rotation, contestant).agreement.bit_equal
+        assert rotation.of(contestant.key, "state")[1::2] == state
 
     def test_gradients_are_left_behind_by_a_rebuilt_optimizer_alone(
-        self, rotation: RotationOutcome
+        self, rotation: Measured
     ) -> None:
-        left = {row.contestant.key: max(row.stale) for row in rotation.rows}
-        assert left.pop("rebuilt") == FIRST + SECOND + LAST - LAST
+        left = {
+            key: max(rotation.of(key, "frozen gradients")[1::2]) for key in rotation.contestants
+        }
+        assert left.pop("stock/rebuilt") == FIRST + SECOND
         assert set(left.values()) == {0}
 
     def test_times_have_a_sample_for_each_round(self) -> None:
-        found = memory_suite.run_times(Subject("tiny", CPU), CASES[0], 50, setting(3))
-        assert {len(samples) for samples in found.samples.values()} == {3}
-        assert found.times_ordinary("ours").median == 1
+        found = suite.run_times(Subject("tiny", CPU), CASES[0], 50, setting(3))
+        assert {len(found.of(key, "iteration")) for key in found.contestants} == {3}
+        assert found.contestants == [c.key for c in contestants.timed("cpu")]
 
 
 class TestContestants:
     def test_a_package_that_is_missing_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "lomo_optim", None)
         monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-        outcomes = [
-            memory_suite.run_case(Subject("tiny", CPU), case, 50)
-            for case in CASES
-            if case.key in ("1", "1, plain")
-        ]
-        notes = [outcome.unavailable for outcome in outcomes]
-        assert "pip install bitsandbytes" in notes[0]["bitsandbytes SGD8bit"]
-        assert "pip install lomo-optim" in notes[1]["LOMO"]
-        assert "LOMO: not run: this contestant needs lomo_optim" in memory_table(outcomes[1])
+        with_momentum, plain = case("1", 50), case("1 plain", 50)
+        assert "pip install bitsandbytes" in with_momentum.unavailable["bitsandbytes SGD8bit"]
+        assert "pip install lomo-optim" in plain.unavailable["LOMO"]
+        text = memory_report.table(plain, SGD)
+        assert "LOMO: not run: this contestant needs lomo_optim" in text
 
     def test_one_that_computes_something_else_is_not_measured(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def wrong(
-            model: nn.Module, parameters: list[nn.Parameter], hyper: Hyper
-        ) -> contestants.Plain:
-            return contestants.Plain(torch.optim.SGD(parameters, hyper.lr, 0.5))
+        liar = dataclasses.replace(
+            contestants.FUSED,
+            key="liar",
+            family=SGD,
+            make=lambda family, groups, hyper, _: contestants.Trainer(
+                torch.optim.SGD(groups, hyper.lr, 0.5)
+            ),
+        )
+        monkeypatch.setattr(suite, "WITH_STATE", (contestants.FROZEN_AWARE, liar))
+        found = case("1", 50)
+        assert [key for key in found.contestants if found.of(key, "peak")] == ["ours"]
+        assert found.unequal("liar") and not found.unequal("ours")
+        assert "liar: NOT EQUAL, not measured" in memory_report.table(found, SGD)
 
-        liar = MemoryContestant("liar", "liar", wrong)
-        monkeypatch.setattr(memory_suite, "WITH_MOMENTUM", (contestants.OURS, liar))
-        outcome = memory_suite.run_case(Subject("tiny", CPU), CASES[0], 50)
-        assert [row.contestant.key for row in outcome.rows] == ["ours"]
-        assert memory_unequal([outcome]) == ["liar on three linear layers, case 1: nothing frozen"]
-        assert "liar: NOT EQUAL, not measured" in memory_table(outcome)
+    def test_a_gpus_iterations_are_timed_with_several_buckets_too(self) -> None:
+        on_cpu, on_cuda = contestants.timed("cpu"), contestants.timed("cuda")
+        assert on_cuda[: len(on_cpu)] == on_cpu
+        sizes = []
+        for contestant in on_cuda[len(on_cpu) :]:
+            trainer = contestant.build([[nn.Parameter(torch.ones(3))]], Hyper())
+            assert contestant.label.endswith(f"{trainer.bucket >> 20} MiB")
+            sizes.append(trainer.bucket)
+            trainer.close()
+        assert sizes == sorted(set(sizes)) and len(sizes) >= 3
 
 
-GIGABYTES = 12_345_678_901
-WORST = Agreement(False, 1.2e-3, 1.0)
+GIGABYTES = 12_345_678_901.0
 
 
 def made_up(
-    *, gradients: int = GIGABYTES, peak: Callable[[MemoryContestant], int] = lambda c: GIGABYTES
-) -> list[memory_suite.MemoryOutcome]:
-    """The widest of everything on the model of the longest name."""
-    name = {"model": "decoder_1b", "device": "cuda"}
-    title = f"{models.MODELS['decoder_1b'].title}, "
-    held = Held(GIGABYTES, GIGABYTES, GIGABYTES)
-    cases = [
-        CaseOutcome(
-            **name,
-            title=title + case.title.format("all but the head"),
-            case=case.key,
-            momentum=case.momentum,
-            parameters=GIGABYTES,
-            trained=1000,
-            largest=100,
-            rows=[
-                CaseRow(
-                    c, WORST, Figures(gradients, GIGABYTES, GIGABYTES, peak(c), 100, [], GIGABYTES)
-                )
-                for c in case.contestants
-            ],
-        )
-        for case in CASES
-    ]
-    after = Held(0, 0, GIGABYTES)
-    every = contestants.CHANGING
-    samples = {c.key: [1.1e8, 2.3e8, 1.2e9] for c in contestants.timed("cuda")}
-    return [
-        *cases,
-        FreezeOutcome(
-            **name,
-            title=title + "all but the head frozen in the middle of a run",
-            rows=[FreezeRow(c, WORST, held, after, GIGABYTES, peak(c)) for c in every],
-        ),
-        RotationOutcome(
-            **name,
-            title=title + "one block at a time, 5 periods, the last as the first",
-            rows=[RotationRow(c, WORST, [GIGABYTES] * 5, [GIGABYTES], [peak(c)]) for c in every],
-        ),
-        TimeOutcome(
-            **name,
-            title=title + CASES[1].title.format("all but the head"),
-            samples=samples,
-            labels={c.key: c.label for c in contestants.timed("cuda")},
-            unavailable={"LOMO": "no " * 100},
-        ),
-    ]
+    *, gradients: float = GIGABYTES, peak: Callable[[Contestant], float] = lambda c: GIGABYTES
+) -> dict[str, Measured]:
+    """The widest of everything on the model of the longest name, by key."""
+    title = f"{workloads.MODELS['decoder_1b'].title}, "
+    found = []
+    for case in CASES:
+        text = title + case.title.format("all but the head")
+        details = "; parameters 12346 MB, of which 12346 train, the largest 12346; momentum 0.9"
+        of = Measured("memory", f"decoder_1b/{case.key}", text, details)
+        of.add("workload", parameters=GIGABYTES, trained=1000, largest=100)
+        for c in case.contestants:
+            of.add(c.key, gradients=gradients, state=GIGABYTES, temporaries=GIGABYTES)
+            of.add(c.key, peak=peak(c), bucket=100, rss=GIGABYTES)
+        found.append(of)
+    midway = Measured(
+        "memory", "decoder_1b/midway", f"{title}all but the head frozen in the middle"
+    )
+    rotation = Measured("memory", "decoder_1b/rotation", f"{title}one block at a time, 5 periods")
+    for c in contestants.CHANGING:
+        held = [0.0, GIGABYTES, 0.0, 0.0]
+        midway.add(c.key, frozen_gradients=held, frozen_state=held, state=[GIGABYTES] * 4)
+        midway.add(c.key, peak=[GIGABYTES, GIGABYTES, GIGABYTES, peak(c)])
+        rotation.add(c.key, state=[GIGABYTES] * 10, frozen_gradients=[GIGABYTES] * 10)
+        rotation.add(c.key, peak=[peak(c)] * 10)
+    times = Measured("memory", "decoder_1b/2 time", f"{title}case 2: all but the head", ": time")
+    times.unavailable["LOMO"] = "no " * 100
+    for c in contestants.timed("cuda"):
+        times.add(c.key, iteration=[1.1e8, 2.3e8, 1.2e9])
+    for of in (*found, midway, rotation):
+        for key in of.contestants:
+            of.compare(key, 1.2e-3, 1.0)
+    return {of.key.partition("/")[2]: of for of in (*found, midway, rotation, times)}
 
 
-def test_a_gpus_iterations_are_timed_with_several_buckets_too() -> None:
-    on_cpu, on_cuda = contestants.timed("cpu"), contestants.timed("cuda")
-    assert on_cuda[: len(on_cpu)] == on_cpu
-    parameters = [nn.Parameter(torch.ones(3))]
-    sizes = []
-    for contestant in on_cuda[len(on_cpu) :]:
-        trainer = contestant.make(nn.Module(), parameters, Hyper())
-        assert contestant.label.endswith(f"{trainer.bucket() >> 20} MiB")
-        sizes.append(trainer.bucket())
-        trainer.close()
-    assert sizes == sorted(set(sizes)) and len(sizes) >= 3
+def targets(outcomes: dict[str, Measured]) -> list[Reached]:
+    return list(memory_report.reached([*outcomes.values()], setting()))
 
 
-def status_of(outcomes: list[memory_suite.MemoryOutcome], words: str) -> str:
-    (line,) = (line for line in memory_targets(outcomes) if words in line.case)
+def status_of(outcomes: dict[str, Measured], words: str) -> str:
+    (line,) = (line for line in targets(outcomes) if words in line.case)
     return line.status
 
 
 class TestReport:
     def test_tables_and_targets_fit_80_columns(self) -> None:
         outcomes = made_up()
-        text = "\n".join(map(memory_table, outcomes))
-        text += "\n" + targets_table(memory_targets(outcomes), "memory to reach")
-        assert max(map(len, text.splitlines())) <= 80
+        text = "\n".join(memory_report.table(found, SGD) for found in outcomes.values())
+        assert widest(text + "\n" + targets_table(targets(outcomes), "memory to reach")) <= 80
 
-    @pytest.mark.parametrize(
-        ("gradients", "status"),
-        [pytest.param(200, "reached", id="at"), pytest.param(201, "missed", id="above")],
-    )
+    @pytest.mark.parametrize(("gradients", "status"), [(200, "reached"), (201, "missed")])
     def test_a_bucket_and_the_largest_gradient_are_the_bound(
         self, gradients: int, status: str
     ) -> None:
         assert status_of(made_up(gradients=gradients), "gradients in backward") == status
 
-    @pytest.mark.parametrize(
-        ("ours", "status"),
-        [pytest.param(100, "reached", id="as low"), pytest.param(101, "missed", id="above")],
-    )
+    @pytest.mark.parametrize(("ours", "status"), [(100, "reached"), (101, "missed")])
     def test_the_least_of_all_others_is_the_bound_of_the_peak(self, ours: int, status: str) -> None:
-        def peak(contestant: MemoryContestant) -> int:
-            return ours if contestant.ours else 100
-
-        outcomes = made_up(peak=peak)
+        outcomes = made_up(peak=lambda c: ours if c.ours else 100)
         assert status_of(outcomes, "least peak vs all others") == status
         assert status_of(outcomes, "peak of an ordinary step") == status
         assert status_of(outcomes, "8 bits of state") == status
 
-    def test_an_exact_momentum_is_not_held_against_one_of_8_bits(self) -> None:
+    def test_an_exact_momentum_is_not_compared_with_one_of_8_bits(self) -> None:
         outcomes = made_up(peak=lambda c: 50 if c == contestants.EIGHT_BIT else 100)
         assert status_of(outcomes, "least peak vs all others") == "reached"
         assert status_of(outcomes, "8 bits of state") == "missed"
 
     def test_bytes_left_on_what_is_frozen_miss_the_target(self) -> None:
         outcomes = made_up()
-        freeze = outcomes[len(CASES)]
-        assert isinstance(freeze, FreezeOutcome)
         assert status_of(outcomes, "gradients of it") == "reached"
-        freeze.rows = [
-            FreezeRow(row.contestant, WORST, row.before, Held(1, 1, 1), 1, 1) for row in freeze.rows
-        ]
+        for measure in ("frozen gradients", "frozen state"):
+            outcomes["midway"].samples["ours/drop"][measure][2] = 1
         assert status_of(outcomes, "gradients of it") == "missed"
-        assert status_of(outcomes, "momentum of it") == "missed"
+        assert status_of(outcomes, "state of it") == "missed"
 
-    @pytest.mark.parametrize(
-        ("times", "status"),
-        [pytest.param(1.02, "reached", id="at"), pytest.param(1.03, "missed", id="above")],
-    )
+    @pytest.mark.parametrize(("times", "status"), [(1.02, "reached"), (1.03, "missed")])
     def test_two_percent_are_the_bound_of_the_time(self, times: float, status: str) -> None:
         outcomes = made_up()
-        timed = outcomes[-1]
-        assert isinstance(timed, TimeOutcome)
-        timed.samples = {"ours": [1.0, 1.0], "ours/in backward": [times, times]}
-        assert timed.times_ordinary("ours/in backward").median == times
+        outcomes["2 time"].samples = {
+            OURS: {"iteration": [1.0, 1.0]},
+            "ours/in backward": {"iteration": [times, times]},
+        }
         assert status_of(outcomes, "time in backward") == status
 
     @pytest.mark.parametrize(
-        ("agreement", "told"),
+        ("gap", "tolerance", "named"),
         [
-            pytest.param(Agreement(False, 1e-7, 1e-6), True, id="float32, another bit"),
-            pytest.param(Agreement(True, 0.0, 1e-6), False, id="float32, every bit"),
-            pytest.param(Agreement(False, 4e-3, 2**-6), False, id="bfloat16"),
+            pytest.param(1e-7, 1e-6, True, id="float32, another bit"),
+            pytest.param(0.0, 1e-6, False, id="float32, every bit"),
+            pytest.param(4e-3, 2**-6, False, id="bfloat16"),
         ],
     )
     def test_the_summary_says_where_a_result_is_not_stocks_to_the_bit(
-        self, agreement: Agreement, told: bool
+        self, gap: float, tolerance: float, named: bool
     ) -> None:
         outcomes = made_up()
-        first = outcomes[0]
-        assert isinstance(first, CaseOutcome)
-        first.rows[0].agreement = agreement
-        text = " ".join(memory_summary(outcomes))
-        assert ("Not every bit of stock's result: FrozenAwareSGD on" in text) is told
+        outcomes["1"].samples[OURS]["difference"] = [gap]
+        outcomes["1"].tolerances[OURS] = tolerance
+        text = " ".join(memory_report.summary([*outcomes.values()], setting()))
+        assert ("Not every bit of stock's result: FrozenAwareSGD on" in text) is named
 
 
 class TestCommand:
     ARGUMENTS = ("--device", "cpu", "--suite", "memory", "--models", "tiny", "--steps", "1")
 
-    def test_it_measures_and_writes_everything(self, capsys: pytest.CaptureFixture[str]) -> None:
-        data, picture = Path("run.json"), Path("run.png")
-        files = ["--json", str(data), "--plot", str(picture)]
-        assert compare.main([*self.ARGUMENTS, "--quick", *files]) == 0
+    def test_it_measures_and_writes_everything(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert command.main([*self.ARGUMENTS, "--quick", "--results", "."]) == 0
         printed = capsys.readouterr().out
         assert "memory to reach" in printed
         assert "\nVerdict\n" in printed
-        assert max(map(len, printed.splitlines())) <= 80
-        found = json.loads(data.read_text())["memory"]
-        assert [o.get("case") for o in found[: len(CASES)]] == [case.key for case in CASES]
-        assert "function" not in json.dumps(found)
+        assert widest(printed) <= 80
+        data, _, picture = sorted(tmp_path.iterdir())
+        assert data.stem.endswith("_memory")
+        workloads = dict.fromkeys(pandas.read_csv(data).workload)
+        kinds = [*(case.key for case in CASES), "midway", "rotation", "1 time", "2 time"]
+        assert list(workloads) == [f"tiny/{kind}" for kind in kinds]
         header = picture.read_bytes()[:24]
         assert header[:8] == b"\x89PNG\r\n\x1a\n"
         width, height = struct.unpack(">II", header[16:])
-        assert width > 600
+        assert width > 400
         assert height > 200
 
     def test_a_wrong_result_ends_with_status_1(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(Journal, "check", lambda *given: Agreement(False, 1.0, 0.0))
-        monkeypatch.setattr(compare, "memory_targets", lambda found: [])
-        monkeypatch.setattr(compare, "memory_table", lambda found: "")
-        assert compare.main([*self.ARGUMENTS, "--quick"]) == 1
+        monkeypatch.setattr(Journal, "check", lambda *given: Equality(1.0, 0.0))
+        monkeypatch.setattr(memory_report, "reached", lambda *given: [])
+        monkeypatch.setattr(memory_report, "table", lambda *given: "")
+        monkeypatch.setattr(memory_report, "draw", lambda *given: None)
+        assert command.main([*self.ARGUMENTS, "--quick"]) == 1
 
     def test_a_named_model_that_does_not_fit_is_said_in_one_line(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(memory_measure, "available_bytes", lambda device: 10)
+        monkeypatch.setattr(memory, "available_bytes", lambda device: 10)
         with pytest.raises(SystemExit) as ended:
-            compare.main(list(self.ARGUMENTS))
+            command.main(list(self.ARGUMENTS))
         assert ended.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "tiny needs 2.0 GB of memory and this machine has 0.0 GB to give" in line
@@ -933,10 +839,23 @@ class TestCommand:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_timeline_of_a_gpu_has_its_allocators_own_peak() -> None:
-    outcome = memory_suite.run_case(Subject("tiny", torch.device("cuda")), CASES[0], 50)
-    for row in outcome.rows:
-        drawn = max(size for _, size in row.figures.curve)
-        assert row.figures.rss is None
-        # What another stream still reads is the allocator's for longer than it is the program's.
-        assert drawn <= row.figures.peak
-        assert drawn == row.figures.peak or row.contestant.in_backward
+    device = torch.device("cuda")
+    held: list[torch.Tensor] = []
+
+    def run() -> None:
+        with memory.mark("first"):
+            passing = torch.empty(10_000, device=device)
+            held.append(torch.empty(3_000, device=device))
+            del passing
+
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    found = record(run, device)
+    assert found.peak("first") == torch.cuda.max_memory_allocated(device) - before > 52_000
+    measured = case_on(device)
+    assert all(measured.of(key, "peak") for key in (OURS, "stock/fused", "ours/in backward"))
+
+
+def case_on(device: torch.device) -> Measured:
+    subject = Subject("tiny", device)
+    return suite.run_plan(subject, subject.case(CASES[0], 50), setting(device=device))

@@ -103,11 +103,13 @@ def test_an_sdist_has_all_that_is_needed_to_build_and_test_and_nothing_built(sdi
         source = {
             str(path.relative_to(ROOT))
             for path in (ROOT / folder).rglob("*")
-            if path.suffix in (".py", ".pyi", ".cpp", ".h", ".cu", ".md", ".svg")
+            if path.parent != ROOT / "benchmarks" / "results"
+            and path.suffix in (".py", ".pyi", ".cpp", ".h", ".cu", ".md", ".svg")
         }
         assert source <= names, sorted(source - names)
     assert "src/torch_freeze/py.typed" in names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
+    assert not [name for name in names if name.startswith("benchmarks/results")]
 
 
 def test_a_wheel_has_the_module_its_types_and_its_licence(wheel: Path) -> None:

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from contestants import Groups, Hyper
 from torch import Tensor, nn
 
 HEAD = "head"
 """The frozen share that means: everything but the last layer."""
+Groups = Sequence[Sequence[nn.Parameter]]
+Loss = Callable[[], Tensor]
+MakeLoss = Callable[[nn.Module, torch.device], Loss]
+"""Takes a network and returns a function that runs it on one small batch."""
 
 
-class MissingPackageError(RuntimeError):
-    """A package that is needed is not installed; the message says how to fix that."""
+class RequestError(RuntimeError):
+    """What was asked for cannot be done; the message says why and what to do instead."""
 
 
-class NotEnoughMemoryError(RuntimeError):
-    """The device cannot hold what was asked for; the message says how much that is."""
+class MissingPackageError(RequestError):
+    """A package that is needed is not installed; the message says how to install it."""
 
 
 def require(package: str, pip_name: str, purpose: str) -> Any:
-    """Import ``package``, or say what needs it and the command that installs it.
+    """Import ``package``, or say what needs it and how to install it.
 
     Raises:
-        MissingPackageError: it is not there, or was built for another torch.
+        MissingPackageError: it is not installed, or was built for another torch.
     """
     try:
         return importlib.import_module(package)
@@ -39,21 +42,29 @@ def require(package: str, pip_name: str, purpose: str) -> Any:
 
 
 @dataclass(frozen=True)
+class Hyper:
+    """The hyper-parameters that every contestant gets."""
+
+    lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """How to build one network, which parameters are its head, and how to get a loss out of it."""
+    """How to build one network, what its head is called, and how to compute a loss with it."""
 
     title: str
     head: str
-    needs: str | None
-    """The package it comes from."""
     build: Callable[[], nn.Module]
-    make_loss: Callable[[nn.Module, torch.device], Callable[[], Tensor]]
-    """Takes the network and returns a function that runs it on one small batch."""
+    make_loss: MakeLoss
     batch: str
-    blocks: str = ""
-    """What the names of a block's parameters begin with, as a pattern; for training by turns."""
+    blocks: str
+    """A pattern for the beginning of the names of a block's parameters."""
+    needs: str | None = None
+    """The package it comes from."""
     large: bool = False
-    """Too large for everything a CPU could be asked to do with it."""
+    """Too large for a CPU to do everything with it."""
 
 
 def _vision(name: str) -> Callable[[], nn.Module]:
@@ -83,7 +94,7 @@ def _decoder() -> nn.Module:
         use_cache=False,
     )
     usual = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)  # never to hold it in twice the memory
+    torch.set_default_dtype(torch.bfloat16)  # in float32 it would need twice the memory
     try:
         model: nn.Module = transformers.LlamaForCausalLM(config)
     finally:
@@ -95,10 +106,8 @@ def _tiny() -> nn.Module:
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 4))
 
 
-def _classify(
-    shape: tuple[int, ...], classes: int, on_cpu: int, on_cuda: int
-) -> Callable[[nn.Module, torch.device], Callable[[], Tensor]]:
-    def make(model: nn.Module, device: torch.device) -> Callable[[], Tensor]:
+def _classify(shape: tuple[int, ...], classes: int, on_cpu: int, on_cuda: int) -> MakeLoss:
+    def make(model: nn.Module, device: torch.device) -> Loss:
         count = on_cuda if device.type == "cuda" else on_cpu
         inputs = torch.randn(count, *shape, device=device)
         labels = torch.randint(classes, (count,), device=device)
@@ -107,13 +116,13 @@ def _classify(
     return make
 
 
-def _classify_tokens(
-    on_cpu: tuple[int, int], on_cuda: tuple[int, int]
-) -> Callable[[nn.Module, torch.device], Callable[[], Tensor]]:
-    def make(model: nn.Module, device: torch.device) -> Callable[[], Tensor]:
+def _read(on_cpu: tuple[int, int], on_cuda: tuple[int, int], classes: int | None) -> MakeLoss:
+    """Classify texts, or without ``classes`` predict their tokens."""
+
+    def make(model: nn.Module, device: torch.device) -> Loss:
         shape = on_cuda if device.type == "cuda" else on_cpu
         tokens = torch.randint(1000, 30000, shape, device=device)
-        labels = torch.randint(2, shape[:1], device=device)
+        labels = torch.randint(classes, shape[:1], device=device) if classes else tokens
 
         def loss() -> Tensor:
             value: Tensor = model(input_ids=tokens, labels=labels).loss
@@ -124,98 +133,79 @@ def _classify_tokens(
     return make
 
 
-def _predict_tokens(model: nn.Module, device: torch.device) -> Callable[[], Tensor]:
-    shape = (4, 512) if device.type == "cuda" else (1, 16)
-    tokens = torch.randint(1000, 30000, shape, device=device)
-
-    def loss() -> Tensor:
-        value: Tensor = model(input_ids=tokens, labels=tokens).loss
-        return value
-
-    return loss
+def _image_model(
+    title: str, head: str, name: str, on_cpu: int, on_cuda: int, blocks: str
+) -> ModelSpec:
+    batch = f"{on_cpu} image{'s' if on_cpu > 1 else ''} of 224x224"
+    batch += f" ({on_cuda} on a GPU)" if on_cuda != on_cpu else ""
+    loss = _classify((3, 224, 224), 1000, on_cpu, on_cuda)
+    return ModelSpec(title, head, _vision(name), loss, batch, blocks, "torchvision")
 
 
-_IMAGE = (3, 224, 224)
-
-MODELS: dict[str, ModelSpec] = {
-    "resnet50": ModelSpec(
-        "ResNet-50",
-        "fc.",
-        "torchvision",
-        _vision("resnet50"),
-        _classify(_IMAGE, 1000, 2, 32),
-        "2 images of 224x224 (32 on a GPU)",
-        r"layer\d+\.",
+_BERT_BLOCKS = r"bert\.encoder\.layer\.\d+\."
+MODELS = {
+    "resnet50": _image_model("ResNet-50", "fc.", "resnet50", 2, 32, r"layer\d+\."),
+    "vit_b_16": _image_model(
+        "ViT-B/16", "heads.", "vit_b_16", 1, 32, r"encoder\.layers\.encoder_layer_\d+\."
     ),
-    "vit_b_16": ModelSpec(
-        "ViT-B/16",
-        "heads.",
-        "torchvision",
-        _vision("vit_b_16"),
-        _classify(_IMAGE, 1000, 1, 32),
-        "1 image of 224x224 (32 on a GPU)",
-        r"encoder\.layers\.encoder_layer_\d+\.",
-    ),
-    "mobilenet_v3_small": ModelSpec(
-        "MobileNetV3-small",
-        "classifier.3.",
-        "torchvision",
-        _vision("mobilenet_v3_small"),
-        _classify(_IMAGE, 1000, 4, 32),
-        "4 images of 224x224 (32 on a GPU)",
-        r"features\.\d+\.",
+    "mobilenet_v3_small": _image_model(
+        "MobileNetV3-small", "classifier.3.", "mobilenet_v3_small", 4, 32, r"features\.\d+\."
     ),
     "bert_base": ModelSpec(
         "BERT-base",
         "classifier.",
-        "transformers",
         _bert,
-        _classify_tokens((2, 32), (32, 128)),
+        _read((2, 32), (32, 128), 2),
         "2 texts of 32 tokens (32 of 128 on a GPU)",
-        r"bert\.encoder\.layer\.\d+\.",
+        _BERT_BLOCKS,
+        "transformers",
     ),
     "decoder_1b": ModelSpec(
         "1.07B decoder in bf16",
         "lm_head.",
-        "transformers",
         _decoder,
-        _predict_tokens,
+        _read((1, 16), (4, 512), None),
         "1 text of 16 tokens (4 of 512 on a GPU)",
         r"model\.layers\.\d+\.",
+        "transformers",
         large=True,
     ),
-    "resnet18_batch_8": ModelSpec(
-        "ResNet-18 at batch 8",
-        "fc.",
-        "torchvision",
-        _vision("resnet18"),
-        _classify(_IMAGE, 1000, 8, 8),
-        "8 images of 224x224",
-        r"layer\d+\.",
+    "resnet18_batch_8": _image_model(
+        "ResNet-18 at batch 8", "fc.", "resnet18", 8, 8, r"layer\d+\."
     ),
     "bert_base_batch_4": ModelSpec(
         "BERT-base at batch 4",
         "classifier.",
-        "transformers",
         _bert,
-        _classify_tokens((4, 128), (4, 128)),
+        _read((4, 128), (4, 128), 2),
         "4 texts of 128 tokens",
-        r"bert\.encoder\.layer\.\d+\.",
+        _BERT_BLOCKS,
+        "transformers",
     ),
     "tiny": ModelSpec(
         "three linear layers",
         "3.",
-        None,
         _tiny,
         _classify((16,), 4, 8, 8),
         "8 rows of 16 numbers",
         r"\d+\.",
     ),
 }
-"""Those that are not in ``ALL_MODELS`` are run when named, by a suite or an option. ``tiny`` needs
-no further package: it tries the script itself."""
+"""Those outside ``ALL_MODELS`` run when a suite or an option names them. ``tiny`` needs no other
+package: it is for trying out the benchmark itself."""
 
 ALL_MODELS = ("resnet50", "vit_b_16", "mobilenet_v3_small", "bert_base")
+
+
+def needs_of(key: str) -> None:
+    """Check that the package of a model is there.
+
+    Raises:
+        MissingPackageError: it is not.
+    """
+    package = MODELS[key].needs
+    if package is not None:
+        require(package, package, key)
 
 
 def freeze_share(named: Iterable[tuple[str, nn.Parameter]], share: float | str, head: str) -> float:
@@ -224,11 +214,11 @@ def freeze_share(named: Iterable[tuple[str, nn.Parameter]], share: float | str, 
     Args:
         named: the network's ``named_parameters()``.
         share: percent of the elements to freeze, or ``"head"`` for all but the head.
-        head: what the names of the head's parameters begin with.
+        head: the beginning of the names of the head's parameters.
 
     Returns:
-        The percentage of elements that is frozen now: the closest whole number of parameters.
-        Nothing is frozen beyond the parameter before the last one, so something always trains.
+        The percentage of elements that is frozen now: the closest that whole parameters allow. The
+        last parameter is never frozen, so something always trains.
     """
     items = list(named)
     total = sum(p.numel() for _, p in items)
@@ -250,20 +240,19 @@ def freeze_share(named: Iterable[tuple[str, nn.Parameter]], share: float | str, 
 
 @dataclass
 class Workload:
-    """One set of parameters to step; with a model and a loss, a whole iteration can be run."""
+    """A set of parameters to step; with a loss, a whole iteration can be run."""
 
     key: str
     title: str
     groups: Groups
     hyper: Hyper
     frozen_percent: float = 0.0
-    model: nn.Module | None = None
-    loss: Callable[[], Tensor] | None = None
+    loss: Loss | None = None
     batch: str = ""
     bandwidth: bool = False
-    """Whether it is large enough to be held against what the memory can do."""
+    """Whether it is large enough to compare with the memory's speed."""
     shifted_gradients: bool = False
-    """Whether gradients begin one element after where they would, as in a flat buffer."""
+    """Whether gradients begin one element late, like views into a flat buffer."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -278,13 +267,7 @@ class Workload:
     @property
     def any_frozen(self) -> bool:
         """Whether ``filter`` leaves anything out."""
-        return any(not p.requires_grad for p in self.parameters)
-
-    @property
-    def step_bytes(self) -> int:
-        """Bytes an update must move: reads p, g, m, writes p, m; without momentum no m."""
-        streams = 5 if self.hyper.momentum else 3
-        return sum(streams * p.numel() * p.element_size() for p in self.trainable)
+        return len(self.trainable) < len(self.parameters)
 
     def fill_gradients(self) -> None:
         """Give each trainable parameter a random gradient and each frozen one none."""
@@ -296,19 +279,13 @@ class Workload:
             p.grad.normal_(std=1e-2)
 
 
-@dataclass
 class LoadedModel:
     """A network built once, from which the workloads of all frozen shares are made."""
 
-    key: str
-    device: torch.device
-    spec: ModelSpec = field(init=False)
-    model: nn.Module = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.spec = MODELS[self.key]
+    def __init__(self, key: str, device: torch.device) -> None:
+        self.key, self.device, self.spec = key, device, MODELS[key]
         torch.manual_seed(0)
-        self.model = self.spec.build().to(self.device).train()
+        self.model = self.spec.build().to(device).train()
         self._start = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
     def workload(self, share: float | str) -> Workload:
@@ -320,9 +297,8 @@ class LoadedModel:
             key=f"{self.key}/{share if share == HEAD else f'{float(share):g}'}",
             title=f"{self.spec.title}, {what}",
             groups=[list(self.model.parameters())],
-            hyper=Hyper(momentum=0.9, weight_decay=1e-4),
+            hyper=Hyper(weight_decay=1e-4),
             frozen_percent=reached,
-            model=self.model,
             loss=self.spec.make_loss(self.model, self.device),
             batch=self.spec.batch,
             bandwidth=True,
@@ -334,13 +310,9 @@ def _parameters(count: int, size: int, device: torch.device) -> list[nn.Paramete
 
 
 def tiny_trainable(device: torch.device) -> Workload:
-    """As many tensors as ResNet-50 has, one element each: what is left is the cost of calling."""
-    return Workload(
-        "tiny161",
-        "161 one-element parameters",
-        [_parameters(161, 1, device)],
-        Hyper(momentum=0.9),
-    )
+    """As many tensors as ResNet-50 has, one element each: this leaves the cost of a call."""
+    groups = [_parameters(161, 1, device)]
+    return Workload("tiny161", "161 one-element parameters", groups, Hyper())
 
 
 def mostly_frozen(device: torch.device, frozen: int = 998) -> Workload:
@@ -348,13 +320,9 @@ def mostly_frozen(device: torch.device, frozen: int = 998) -> Workload:
     parameters = _parameters(frozen + 2, 1, device)
     for p in parameters[:frozen]:
         p.requires_grad_(False)
-    return Workload(
-        f"frozen{frozen}",
-        f"{frozen + 2} one-element parameters, {frozen} frozen",
-        [parameters],
-        Hyper(momentum=0.9),
-        frozen_percent=100 * frozen / (frozen + 2),
-    )
+    title = f"{frozen + 2} one-element parameters, {frozen} frozen"
+    percent = 100 * frozen / (frozen + 2)
+    return Workload(f"frozen{frozen}", title, [parameters], Hyper(), frozen_percent=percent)
 
 
 def many_groups(device: torch.device, groups: int = 50, tensors: int = 10) -> Workload:
@@ -363,12 +331,11 @@ def many_groups(device: torch.device, groups: int = 50, tensors: int = 10) -> Wo
         f"groups{groups}",
         f"{groups} param groups of {tensors} tensor{'s' if tensors > 1 else ''} of 64 elements",
         [_parameters(tensors, 64, device) for _ in range(groups)],
-        Hyper(momentum=0.9),
+        Hyper(),
     )
 
 
 def _shifted(like: Tensor) -> Tensor:
-    """Memory of that shape that begins one element after where it would."""
     room = torch.empty(like.numel() + 1, dtype=like.dtype, device=like.device)
     return room[1:].view(like.shape)
 
@@ -386,13 +353,13 @@ def flat_set(
     """Equal tensors with momentum and decay: what a step costs in arithmetic and memory traffic.
 
     Args:
-        device: where they lie.
+        device: where they are.
         elements: of all tensors together.
         tensors: how many.
         dtype: of parameters, gradients and momentum.
-        place: how they lie. Those of odd sizes have one element more; gradients lie one element
-            off where they are views into a flat buffer, as DistributedDataParallel's, and
-            parameters where a library keeps them in one.
+        place: how they lie in memory. Tensors of odd sizes have one element more. Shifted gradients
+            begin one element late, like views into the flat buffer of DistributedDataParallel;
+            shifted parameters likewise, as in libraries that keep them in one buffer.
     """
     size = elements // tensors + (place == "odd sizes")
     parameters = []
@@ -403,12 +370,12 @@ def flat_set(
         parameters.append(nn.Parameter(values.normal_()))
     name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     count = f"{elements / 1e6:g} M" if elements >= 100_000 else f"{elements:,}"
+    title = f"{count} elements in {tensors} {name} tensors"
     return Workload(
         f"flat/{name}/{elements}/{place}",
-        f"{count} elements in {tensors} {name} tensors"
-        + ("" if place == "aligned" else f"; {place}"),
+        title + ("" if place == "aligned" else f"; {place}"),
         [parameters],
-        Hyper(lr=0.1, momentum=0.9, weight_decay=1e-4),  # a rate at which bfloat16 moves
+        Hyper(lr=0.1, weight_decay=1e-4),  # a rate at which bfloat16 moves
         bandwidth=True,
         shifted_gradients=place == "gradients shifted",
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import ctypes
 import multiprocessing
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -18,12 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import profiled
-from models import NotEnoughMemoryError
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .contestants import Trainer, hook_on
+from .timing import one_iteration, wait_for
+from .workloads import RequestError, Workload
+
+# Without this the profiler reports every start and stop on stderr. It is read at the first use.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 _MARK = "compare.py: "
+
+
+class NotEnoughMemoryError(RequestError):
+    """The device cannot hold what was asked for; the message says how much that is."""
 
 
 def mark(name: str) -> AbstractContextManager[object]:
@@ -31,21 +40,18 @@ def mark(name: str) -> AbstractContextManager[object]:
     return torch.profiler.record_function(_MARK + name)
 
 
-@dataclass(frozen=True)
-class Span:
-    """When a marked part began and ended."""
-
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True)
+@dataclass
 class Timeline:
     """What torch's allocator held after each of its events, above what it held at first."""
 
     times: Sequence[int]
     levels: Sequence[int]
-    spans: dict[str, Span]
+    spans: dict[str, tuple[int, int]]
+    """Begin and end of the marked parts."""
+    launches: int = 0
+    """Kernels that were started on a GPU, if they were asked for."""
+    allocations: int = 0
+    """How many blocks the allocator handed out."""
 
     def level(self, time: int) -> int:
         """Bytes held at a time."""
@@ -53,15 +59,14 @@ class Timeline:
         return self.levels[index - 1] if index else 0
 
     def inside(self, name: str) -> Sequence[int]:
-        """The levels that a marked part went through, that at its beginning first."""
-        span = self.spans[name]
-        first = bisect.bisect_left(self.times, span.begin)
-        last = bisect.bisect_right(self.times, span.end)
-        return [self.level(span.begin), *self.levels[first:last]]
+        """The levels during a marked part, beginning with the level that it finds."""
+        begin, end = self.spans[name]
+        first, last = bisect.bisect_left(self.times, begin), bisect.bisect_right(self.times, end)
+        return [self.level(begin), *self.levels[first:last]]
 
     def peak(self, *names: str) -> int:
-        """The most bytes held in any of these parts."""
-        return max(max(self.inside(name)) for name in names)
+        """The most bytes held in any of these parts, or in the whole call."""
+        return max([0, *self.levels] if not names else (max(self.inside(name)) for name in names))
 
     def temporaries(self, name: str) -> int:
         """How far a marked part rose above both what it found and what it left."""
@@ -69,49 +74,111 @@ class Timeline:
         return max(levels) - max(levels[0], levels[-1])
 
 
-def record(run: Callable[[], object], device: torch.device) -> Timeline:
+def record(
+    run: Callable[[], object], device: torch.device, *, count_launches: bool = False
+) -> Timeline:
     """Follow torch's allocator on one device through a call.
 
-    Both devices' allocators report every block to the profiler, temporaries inside an operator
+    Both devices' allocators report every block to the profiler, temporaries inside operators
     included, so their running sum is exact. On a CPU the end of a block is reported only if its
-    beginning was: what the call is to free must be allocated by the call. What libraries take past
-    torch's allocator (oneDNN's scratch space, cuBLAS's handles) is not seen; a process's peak is.
+    beginning was: what the call frees must be allocated by the call. Memory that libraries do not
+    take from torch's allocator (oneDNN's scratch space, cuBLAS's handles) is not seen; the peak of
+    a process includes it.
+
+    Raises:
+        RuntimeError: this torch was built without the profiler.
     """
-    kind = "CUDA" if device.type == "cuda" else "CPU"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if count_launches:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+        if count_launches:
+            wait_for(device)
+    if profile.profiler is None or profile.profiler.kineto_results is None:
+        raise RuntimeError("this torch was built without the kineto profiler")
+    kind = device.type.upper()
     memory: list[tuple[int, int]] = []
-    spans: dict[str, Span] = {}
-    for event in profiled(run, profile_memory=True):
-        name = event.name()
+    found = Timeline([], [], {})
+    for event in profile.profiler.kineto_results.events():
+        name, where = event.name(), event.device_type().name
         if name == "[memory]":
-            if event.device_type().name == kind:
+            if where == kind:
                 memory.append((event.start_ns(), event.nbytes()))
+        elif where == "CUDA":
+            # The profiler also draws named ranges on the GPU's time line.
+            copies = name.startswith(("Memcpy", "Memset"))
+            found.launches += not (copies or event.is_user_annotation())
         elif name.startswith(_MARK):
             begin = event.start_ns()
-            spans[name.removeprefix(_MARK)] = Span(begin, begin + event.duration_ns())
+            found.spans[name.removeprefix(_MARK)] = begin, begin + event.duration_ns()
     memory.sort(key=lambda taken: taken[0])
     level, levels = 0, []
     for _, size in memory:
         level += size
         levels.append(level)
-    return Timeline([time for time, _ in memory], levels, spans)
+    found.times, found.levels = [time for time, _ in memory], levels
+    found.allocations = sum(size > 0 for _, size in memory)
+    return found
+
+
+def held_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the storages behind some tensors, each storage once."""
+    storages = (t.untyped_storage() for t in tensors if t is not None)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def iteration_memory(workload: Workload, trainer: Trainer, device: torch.device) -> dict[str, int]:
+    """What an iteration needs, and what remains after its step.
+
+    ``gradients`` and ``state`` are held after the step. ``peak`` is that of weights and state, plus
+    the most that an iteration takes on top. ``step_allocations`` are those of one steady step. Only
+    the trainer's own state is counted, and its first iteration must be over.
+    """
+    run = one_iteration(workload, trainer)
+    # Freed here, not in the iteration: the profiler misses the end of blocks that began earlier.
+    trainer.zero_grad()
+    held = held_bytes(workload.parameters) + held_bytes(trainer.state())
+    if device.type == "cuda":
+        wait_for(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        wait_for(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        peak = record(run, device).peak()
+    return {
+        "gradients": held_bytes(p.grad for p in workload.parameters),
+        "state": held_bytes(trainer.state()),
+        "peak": held + peak,
+        "step_allocations": step_allocations(trainer, device),
+    }
+
+
+def step_allocations(trainer: Trainer, device: torch.device) -> int:
+    """How many tensors one step allocates."""
+    if device.type != "cuda":
+        return record(trainer.step, device).allocations
+    wait_for(device)
+    before = torch.cuda.memory_stats(device)["allocation.all.allocated"]
+    trainer.step()
+    wait_for(device)
+    return int(torch.cuda.memory_stats(device)["allocation.all.allocated"] - before)
 
 
 class GradientProbe:
     """Sums the bytes of all live gradients whenever one arrives.
 
     A gradient counts until its storage is freed, whoever holds it: ``.grad``, or an optimizer that
-    took it from there. Made before the optimizer, so that its hooks run before the optimizer's.
+    took it from there. Make it before the optimizer, so that its hooks run before the optimizer's.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.peak = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._hooks = []
         for p in parameters:
-            trained = p.requires_grad
-            p.requires_grad_(True)  # a frozen parameter takes no hook; it keeps it when frozen
-            self._hooks.append(p.register_post_accumulate_grad_hook(self._arrived))
-            p.requires_grad_(trained)
+            hook_on(p, self._arrived)
 
     def _arrived(self, param: Tensor) -> None:
         if param.grad is None:  # an optimizer's hook ran before and has taken it
@@ -127,17 +194,12 @@ class GradientProbe:
         return sum(size for _, size in self._live.values())
 
     def restart(self) -> None:
-        """Forget the peak reached so far, not the gradients that are alive."""
+        """Forget the peak reached so far, but not the gradients that are alive."""
         self.peak = self.live()
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for hook in self._hooks:
-            hook.remove()
 
 
 def peak_rss() -> int:
-    """The most memory this process has had resident so far."""
+    """The most memory that this process has had resident so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -145,7 +207,7 @@ def peak_rss() -> int:
 def _answer(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     try:
         answer = (True, function(*arguments))
-    except BaseException as error:  # the parent learns of everything
+    except BaseException as error:  # the parent reports everything
         answer = (False, f"{type(error).__name__}: {error}")
     pipe.send(answer)
 
@@ -153,14 +215,14 @@ def _answer(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any
 def in_child(function: Callable[..., Any], *arguments: Any, imports: Sequence[str] = ()) -> Any:
     """What a function returns in a process of its own.
 
-    The process is forked off one that has imported torch and ``imports`` and done nothing else. So
-    its peak is its own: a child of this process would begin with this one's memory, and one that
-    begins with ``exec`` would still be charged this one's peak.
+    The process is forked off one that has imported torch and ``imports`` and done nothing else, so
+    its peak is its own. A child of this process would begin with this one's memory, and even after
+    ``exec`` it would still be charged this one's peak.
 
     Args:
         function: found by its module and name in the child.
-        arguments: what it is called with; picklable, as its result must be.
-        imports: modules that all children may share, as far as they are installed.
+        arguments: what it is called with; they and the result must be picklable.
+        imports: modules that all children may share, if they are installed.
 
     Raises:
         RuntimeError: the function raised, with its message, or the process died.
@@ -176,7 +238,7 @@ def in_child(function: Callable[..., Any], *arguments: Any, imports: Sequence[st
     except EOFError:
         process.join()  # for its status
         raise RuntimeError(f"a child process ended with status {process.exitcode}") from None
-    except BaseException:  # Ctrl-C among them
+    except BaseException:  # including Ctrl-C
         process.kill()
         raise
     finally:
@@ -187,7 +249,7 @@ def in_child(function: Callable[..., Any], *arguments: Any, imports: Sequence[st
 
 
 def trim() -> None:
-    """Hand back to the system what malloc keeps; glibc's keeps tens of megabytes in each gap."""
+    """Return to the system what malloc keeps; glibc keeps tens of megabytes in each gap."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
@@ -204,7 +266,7 @@ def available_bytes(device: torch.device) -> int | None:
     group = Path("/sys/fs/cgroup")
     limit, used = group / "memory.max", group / "memory.current"
     if limit.is_file() and limit.read_text().strip() != "max":
-        # What is used counts cached files, which give way.
+        # Cached files count as used, but they give way.
         cached = _fields(group / "memory.stat")["inactive_file"]
         bounds.append(int(limit.read_text()) - int(used.read_text()) + cached)
     return min(bounds)
@@ -218,7 +280,7 @@ def require_memory(wanted: int, device: torch.device, purpose: str) -> None:
     """Check that a device can hold so many bytes.
 
     Raises:
-        models.NotEnoughMemoryError: it cannot; the message says what needs how much.
+        NotEnoughMemoryError: it cannot; the message says what needs how much.
     """
     found = available_bytes(device)
     if found is not None and found < wanted:
