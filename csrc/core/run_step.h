@@ -1,9 +1,10 @@
 // One step of an optimizer over its live param_groups and state.
 //
 // An Optimizer is a class with
-//   kClass, kStep  the names of the Python class and of its method, for error messages
-//   Formula        see kernels/tile_formula.h; Formula::Group holds a group's hyper-parameters
-//   kLr            the index of the learning rate in group_keys()
+//   kClass, kStep, kZeroGrad   the names of the Python class and of two of its methods, for error messages
+//   kBuffersName               what its state holds, likewise
+//   Formula                    see kernels/tile_formula.h; Formula::Group holds a group's hyper-parameters
+//   kLr                        the index of the learning rate in group_keys()
 //   group_keys(), state_keys()
 //   read(reader)               a group's hyper-parameters, short of learning rate and rounding seed
 //   buffers(group)             how many buffers the state holds for each of its parameters
@@ -12,7 +13,7 @@
 //   step_cpu(batch), step_cuda(batch)
 #pragma once
 
-#include <ATen/ops/scalar_tensor.h>
+#include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
