@@ -32,9 +32,9 @@ using torch::autograd::PostAccumulateGradHook;
 
 namespace {
 
-// Without a size from the user, a bucket is this part of the trainable bytes, and no more than so many: gradients
-// that are still in the cache when they are applied need not come from memory again. On the CPU 1 to 4 MiB
-// measured best (benchmarks/NOTES.md); a GPU has the larger cache, and launches that cost more.
+// The default size of a bucket: this fraction of the trainable bytes, up to a limit. Gradients that are applied
+// while they are still in the cache are not read from memory again. On the CPU 1 to 4 MiB measured best
+// (benchmarks/NOTES.md); a GPU has a larger cache, and its launches cost more.
 constexpr int64_t kBucketsAtLeast = 10;
 constexpr int64_t kLargestBucketCpu = int64_t{4} << 20;
 constexpr int64_t kLargestBucket = int64_t{32} << 20;
@@ -58,7 +58,7 @@ uint32_t version_of(const at::Tensor& tensor) { return version_of(tensor.unsafeG
 
 int64_t bytes_of(const at::Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); }
 
-// Whether the backward of a Python function is on the stack, as where reentrant checkpoints run theirs.
+// Whether the backward of a Python function is on the stack. Reentrant checkpoints run a backward inside one.
 bool is_within_python_backward() {
   const py::gil_scoped_acquire gil;
   static const auto* const apply = new py::object(
@@ -116,7 +116,7 @@ PyObject* param_at(const py::list& param_groups, int32_t group, Py_ssize_t posit
 
 }  // namespace
 
-// Sits in the one place that a tensor has for such hooks, and runs first what sat there before.
+// A tensor has one place for such hooks. This one takes it and first runs the hook that was there before.
 class GradientHook : public PostAccumulateGradHook {
  public:
   GradientHook(
@@ -131,13 +131,13 @@ class GradientHook : public PostAccumulateGradHook {
   ~GradientHook() override { owner_->forget(this); }
 
   void operator()(const at::Tensor& param) override {
-    const auto owner = owner_;  // outlives this hook, which close() may take off meanwhile
+    const auto owner = owner_;  // keeps the owner alive if close() removes this hook meanwhile
     struct Running {
       explicit Running(BackwardStep& owner) : owner(owner) { ++owner.running_; }
       ~Running() { --owner.running_; }
       BackwardStep& owner;
     } const running(*owner);
-    // Users' hooks are entries of a Python dict; where it is empty nothing need wait for the GIL.
+    // Users' hooks are entries of a Python dict. If it is empty, there is no need to wait for the GIL.
     if (inner_ != nullptr && (dict_ == nullptr || PyDict_GET_SIZE(dict_) != 0)) {
       (*inner_)(param);
     }
@@ -164,10 +164,10 @@ class GradientHook : public PostAccumulateGradHook {
   const std::shared_ptr<BackwardStep> owner_;
   TensorImpl* const param_;  // owns this hook
   std::unique_ptr<PostAccumulateGradHook> inner_;
-  PyObject* const dict_;  // the users' hooks, owned by `inner_`; null where they are none of Python's
+  PyObject* const dict_;  // the users' hooks, owned by `inner_`; null if they are not Python's
 
-  // Of the owner's mutex.
-  uint64_t found_ = 0;    // the iteration for which the place below was found
+  // Guarded by the owner's mutex_.
+  uint64_t found_ = 0;    // the iteration in which the place below was found
   uint64_t fired_ = 0;    // the last iteration in which a gradient arrived,
   uint64_t applied_ = 0;  // and in which it was applied
   int32_t group_ = 0;
@@ -192,7 +192,7 @@ std::string BackwardStep::method(const std::string& name) const { return c10::st
 std::string BackwardStep::constructor() const { return c10::str(steps_->name(), "(step_in_backward=True)"); }
 
 BackwardStep::~BackwardStep() {
-  // The last hook may go on any thread.
+  // Any thread may destroy the last hook.
   if (Py_IsInitialized() != 0) {
     const py::gil_scoped_acquire gil;
     optimizer_ = py::object();
@@ -212,7 +212,7 @@ void BackwardStep::attach(const py::list& param_groups) {
   if (closed_) {
     return;
   }
-  // All are looked at before the first is touched.
+  // Check all parameters before the first one is changed.
   std::vector<PyObject*> wanting;
   for_each_param(param_groups, [&](PyObject* object, int32_t group, Py_ssize_t position) {
     const auto& param = THPVariable_Unpack(object);
@@ -241,10 +241,9 @@ void BackwardStep::attach(const py::list& param_groups) {
       const auto old = std::move(slot);
       slot = std::move(static_cast<GradientHook&>(*old).inner_);
     } else if (closed != nullptr) {
-      continue;  // twice in the lists
+      continue;  // it is listed twice
     }
-    // The dict in which users' hooks will be entered, before there are any: the first to be registered would
-    // otherwise take the place of this one.
+    // Make the dict for users' hooks now: otherwise the first hook that is registered would replace this one.
     py::object dict = py::handle(object).attr(name);
     const auto* const meta = meta_of(param);
     if (dict.is_none() && (meta == nullptr || meta->post_acc_grad_hooks_ == nullptr)) {
@@ -259,7 +258,7 @@ void BackwardStep::attach(const py::list& param_groups) {
 }
 
 void BackwardStep::close() {
-  // Whoever asks holds the GIL and a reference to this.
+  // Requires: the caller holds the GIL and a reference to this.
   closed_ = true;
   numbers_.clear();
   std::vector<std::unique_ptr<PostAccumulateGradHook>> taken;
@@ -269,9 +268,9 @@ void BackwardStep::close() {
     dropped = take_placeholder();
     begin_iteration();
     if (running_ != 0) {
-      return;  // backward is under way: hooks that do nothing stay
+      return;  // backward is running: its hooks stay, and do nothing
     }
-    // The hooks go once the mutex is free, for each then strikes itself off the list.
+    // The hooks are destroyed after the mutex is released, because each removes itself from the list.
     taken.reserve(hooks_.size());
     for (auto* const hook : hooks_) {
       auto* const meta = static_cast<AutogradMeta*>(hook->param_->autograd_meta());
@@ -329,8 +328,8 @@ void BackwardStep::find_all_places() {
   }
 }
 
-// Requires: the GIL and mutex_ are held. Finds every parameter's place, once for each iteration and while nothing
-// of it has been applied.
+// Requires: the GIL and mutex_ are held. Finds the place of every parameter, once per iteration, before anything
+// is applied.
 void BackwardStep::find_places(const py::list& param_groups) {
   struct Extent {
     Memory memory;
@@ -347,7 +346,7 @@ void BackwardStep::find_places(const py::list& param_groups) {
       return;
     }
     if (hook->found_ == iteration_) {
-      hook->deferred_ = true;  // listed twice, and stepped so, one after the other
+      hook->deferred_ = true;  // listed twice: step() updates both, one after the other
       return;
     }
     hook->found_ = iteration_;
@@ -364,7 +363,7 @@ void BackwardStep::find_places(const py::list& param_groups) {
       extents.push_back({memory, param.storage().unsafeGetStorageImpl(), hook});
     }
   });
-  // Parameters that share memory are stepped one after the other too, in the order of the lists.
+  // Parameters that share memory are also updated one after the other, in the order of the lists.
   std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.memory < b.memory; });
   size_t furthest = 0;
   for (size_t i = 1; i < extents.size(); ++i) {
@@ -385,7 +384,8 @@ void BackwardStep::find_places(const py::list& param_groups) {
   begun_ = true;
 }
 
-// Requires: mutex_ is held, within a backward that has not been noted yet. Only one that ends well calls back.
+// Requires: mutex_ is held, within a backward that has not been noted yet. The callback runs only if backward
+// succeeds.
 void BackwardStep::note_backward() {
   ++unfinished_;
   torch::autograd::Engine::get_default_engine().queue_callback([step = weak_from_this(), iteration = iteration_] {
@@ -398,7 +398,7 @@ void BackwardStep::note_backward() {
   });
 }
 
-// Requires: mutex_ is held. Whether the last backward ended by an error, this or somebody else's.
+// Requires: mutex_ is held. Whether the last backward ended with an error, ours or another one.
 bool BackwardStep::has_failed() const {
   return unfinished_ != 0 && torch::autograd::get_current_graph_task_id() == -1;
 }
@@ -407,7 +407,7 @@ void BackwardStep::arrive(GradientHook& hook, const at::Tensor& param) {
   AutogradMeta* const meta = meta_of(param);
   const at::Tensor& grad = meta->grad_;
   if (!grad.defined()) {
-    return;  // a user's hook has taken it
+    return;  // a user's hook has removed it
   }
   std::unique_lock lock(mutex_);
   if (!begun_) {
@@ -434,8 +434,8 @@ void BackwardStep::arrive(GradientHook& hook, const at::Tensor& param) {
         "reentrant checkpointing of a module that is used twice. Use step_in_backward=False for these." +
         taken_over);
   }
-  // Backwards are numbered as they begin, so one of a higher number is another, or a part of the one that is under
-  // way. Another's forward pass may have read parameters between the two: with what has been applied, or without.
+  // Backward passes are numbered as they begin, so a higher number is another pass, or a part of the running one.
+  // Between two passes a forward pass may have read parameters, some of them updated and some not.
   const int task = torch::autograd::get_current_graph_task_id();
   if (fired_ && task > task_) {
     lock.unlock();
@@ -489,8 +489,8 @@ void BackwardStep::arrive(GradientHook& hook, const at::Tensor& param) {
   if (pending_bytes_ <= bucket_) {
     return;
   }
-  // The smallest stays where it fits, so that step() can see whether somebody has changed the gradients that he
-  // thought were all there.
+  // The smallest gradient stays in the bucket if it fits, so that step() can notice that the user has changed
+  // gradients, believing that all of them are there.
   std::vector<Arrived> due;
   due.swap(pending_);
   const auto smallest = std::min_element(
@@ -538,7 +538,7 @@ void BackwardStep::apply_in(const py::object& optimizer, std::vector<Arrived>& d
     const bool same = param != nullptr && THPVariable_Unpack(param).unsafeGetTensorImpl() == arrived.param;
     AutogradMeta* const meta = same ? meta_of(THPVariable_Unpack(param)) : nullptr;
     if (meta == nullptr || !arrived.is(meta->grad_)) {
-      // Somebody has edited the lists, or the gradients, within backward: step() sees to it.
+      // The lists or the gradients were edited during backward: step() reports it.
       const std::lock_guard lock(mutex_);
       pending_.push_back(arrived);
       pending_bytes_ += arrived.bytes;
@@ -573,8 +573,8 @@ void BackwardStep::apply_in(const py::object& optimizer, std::vector<Arrived>& d
   }
   clip(metas);
   std::unique_ptr<UsedOptions> used;
-  // Tensors made of views of one tensor count their versions together, whatever memory they have by now: what this
-  // update adds to the versions of others is no write of a user's.
+  // Views of one tensor share a version counter, even if they no longer share memory. So what this update adds to
+  // the versions of other parameters must not count as a write by the user.
   const auto for_each_applied = [&](auto&& visit) {
     for (auto* const hook : hooks_) {
       if (hook->applied_ == iteration_) {
@@ -596,19 +596,19 @@ void BackwardStep::apply_in(const py::object& optimizer, std::vector<Arrived>& d
     const std::lock_guard lock(mutex_);
     for_each_applied([](GradientHook& hook, uint32_t version) { hook.version_ += version - hook.before_; });
   }
-  // The memory of a gradient goes back to the stream it came from, which must not use it before it has been read;
-  // and the next forward pass waits for that stream alone.
+  // The memory of a gradient returns to the stream it came from. That stream must not reuse it before the update
+  // has read it, and the next forward pass waits for that stream only.
   for (const auto& [came, goes] : streams) {
     wait(came, goes);
   }
-  // Gradients go, and what stands for them comes, while the mutex is free: both can run a user's code.
+  // Gradients are freed and the placeholder is made without the mutex, because both can run user code.
   std::vector<at::Tensor> gone;
   gone.reserve(metas.size() + 1);
   const size_t none = metas.size();
   size_t stands = none;
   for (size_t i = 0; i < metas.size(); ++i) {
     gone.push_back(std::move(metas[i]->grad_));
-    // One that was frozen meanwhile has not been applied.
+    // A gradient whose parameter was frozen meanwhile has not been applied.
     stands = gone[i].defined() && metas[i]->requires_grad_ ? i : stands;
   }
   {
@@ -642,7 +642,7 @@ void BackwardStep::apply_in(const py::object& optimizer, std::vector<Arrived>& d
 at::Tensor BackwardStep::take_placeholder() {
   at::Tensor taken;
   if (placeholder_) {
-    // The parameter is there, or forget() would have been called; but it may be about to go.
+    // The parameter exists, otherwise forget() would have been called; but its destruction may have begun.
     auto* const meta = static_cast<AutogradMeta*>(placeholder_->param->autograd_meta());
     if (meta != nullptr && placeholder_->is(meta->grad_)) {
       taken = std::move(meta->grad_);
@@ -652,11 +652,11 @@ at::Tensor BackwardStep::take_placeholder() {
   return taken;
 }
 
-// Requires: the GIL is held. Stands for a gradient that is gone: holds one number, and no norm of it passes for
-// one.
+// Requires: the GIL is held. A placeholder for a gradient that has been freed. It holds one NaN, so a norm of it
+// cannot be taken for a real one.
 at::Tensor BackwardStep::make_placeholder(const at::Tensor& gone) {
-  // The number is kept, for on a GPU it takes an allocation and a kernel to make. Torch refuses to write to one
-  // number as many elements, except where it is a single one; what writes to it all the same raises its version.
+  // The number is kept, because on a GPU making it takes an allocation and a kernel. Torch refuses to write to one
+  // number expanded to several elements; with one element it is written to, and its version shows that.
   const bool writable = gone.numel() == 1;
   for (const auto& [number, version] : numbers_) {
     if (!writable && number.device() == gone.device() && number.scalar_type() == gone.scalar_type() &&
@@ -666,7 +666,7 @@ at::Tensor BackwardStep::make_placeholder(const at::Tensor& gone) {
   }
   constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
   const auto number = at::full({}, kNaN, gone.options().requires_grad(false));
-  // Made in a capture it holds nothing until the graph is replayed; made under a mode it can be the mode's own.
+  // One made during a capture holds nothing until the graph is replayed; one made under a mode can be the mode's.
   if (!writable && !number.key_set().has(c10::DispatchKey::Python) && !is_capturing(number.device())) {
     const auto is_written = [](const auto& kept) { return version_of(kept.first) != kept.second; };
     numbers_.erase(std::remove_if(numbers_.begin(), numbers_.end(), is_written), numbers_.end());
@@ -675,7 +675,7 @@ at::Tensor BackwardStep::make_placeholder(const at::Tensor& gone) {
   return number.expand(gone.sizes());
 }
 
-// Requires: the GIL and mutex_ are held. What has been applied has to be what step() would apply.
+// Requires: the GIL and mutex_ are held. Checks that backward has applied what step() would apply.
 void BackwardStep::check_applied(const py::list& param_groups) const {
   int64_t found = 0;
   for_each_param(param_groups, [&](PyObject* object, int32_t group, Py_ssize_t position) {
@@ -717,7 +717,7 @@ void BackwardStep::check_step(
   std::unique_ptr<UsedOptions> used;
   {
     const std::lock_guard lock(mutex_);
-    may_discard_ = true;  // whatever is thrown from here on, zero_grad() is the way out
+    may_discard_ = true;  // after any error below, zero_grad() gives the iteration up
     TORCH_CHECK(
         grad_scale.is_none() && found_inf.is_none(), constructor(),
         ": a GradScaler scales the gradients that backward applies, and asks too late whether they are finite. ",
@@ -732,7 +732,7 @@ void BackwardStep::check_step(
     const auto check = [&](const Arrived& arrived) {
       PyObject* const object = param_at(param_groups, arrived.group, arrived.position);
       if (object == nullptr || THPVariable_Unpack(object).unsafeGetTensorImpl() != arrived.param) {
-        return;  // no longer the optimizer's
+        return;  // not the optimizer's any more
       }
       const auto& grad = meta_of(THPVariable_Unpack(object))->grad_;
       const bool taken = !grad.defined();
@@ -818,7 +818,7 @@ void BackwardStep::check_between_steps(const std::string& function) {
       may_discard_ || has_failed() ? ", or zero_grad() to give the step up." : ".");
 }
 
-// Bounds the gradients' elements; NaN stays.
+// Clamps the elements of the gradients; NaN stays NaN.
 void BackwardStep::clip(const std::vector<AutogradMeta*>& metas) const {
   if (!clip_value_) {
     return;

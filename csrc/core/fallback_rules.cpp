@@ -1,5 +1,4 @@
-// What no kernel takes, and what nothing takes: errors, copies into another layout, and what is left to stock's
-// form.
+// What the kernels do not take: it is copied into a layout that they take, left to torch's own form, or refused.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_strided.h>
@@ -21,22 +20,22 @@ namespace {
 namespace py = pybind11;
 using c10::TensorImpl;
 
-// Of an element that a gradient repeats, stock on the CPU rounds the product with a scalar before it adds it, in
-// some places and not in others.
+// Whether a gradient repeats elements. On the CPU torch then rounds some of the products with a scalar before it
+// adds them, and others not.
 inline bool is_rounded_otherwise(const TensorImpl* grad) {
   const auto type = type_of(grad);
   return (type == c10::kFloat || type == c10::kDouble) && device_of_plain(grad).is_cpu() &&
          at::has_internal_overlap(const_cast<TensorImpl*>(grad)) == at::MemOverlap::Yes;
 }
 
-// A subclass that leaves operators alone is a tensor like any other.
+// A subclass that does not override operators is treated like a plain tensor.
 bool overrides_operators(PyObject* tensor) {
   static const auto* plain = new py::object(py::module_::import("torch._C").attr("_disabled_torch_function_impl"));
   const auto type = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
   return type.attr("__torch_function__").ptr() != plain->ptr();
 }
 
-// torch.distributed.tensor.DTensor; null while nobody has imported it, for then there is none.
+// torch.distributed.tensor.DTensor; null if it has not been imported, because then no tensor is one.
 PyTypeObject* dtensor_type() {
   static PyObject* type = nullptr;
   if (type == nullptr) {
@@ -48,12 +47,12 @@ PyTypeObject* dtensor_type() {
   return reinterpret_cast<PyTypeObject*>(type);
 }
 
-// Whether each element of one lies where the same element of the other does.
+// Whether the same element of both lies in the same place.
 bool same_placement(py::handle a, py::handle b) {
   return a.is(b) || (a.attr("placements").equal(b.attr("placements")) && a.attr("mesh").equal(b.attr("mesh")));
 }
 
-// Whether the local tensors are terms of a sum that is still to be taken.
+// Whether the local tensors are terms of a sum that has not been computed yet.
 bool is_partial(py::handle spec) {
   for (const auto placement : spec.attr("placements")) {
     if (py::cast<bool>(placement.attr("is_partial")())) {
@@ -94,7 +93,7 @@ void ParamWalk<kBuffers>::leave_what_overlaps() {
       others.emplace_back(&batch, i);
     }
   }
-  // What joins the rest can share memory with others again.
+  // A parameter that joins the rest can in turn share memory with others.
   for (size_t before = 0; before != rest_.size();) {
     before = rest_.size();
     merge(left);
@@ -160,8 +159,8 @@ void ParamWalk<kBuffers>::raise_no_memory(const Slot& slot, const TensorImpl* gr
       "the step.");
 }
 
-// A step is by element, so each process steps what it holds of a DTensor; the buffers in the state are DTensors
-// too.
+// A step works element by element, so each process updates its part of a DTensor. The buffers in the state are
+// DTensors too.
 template <int kBuffers>
 bool ParamWalk<kBuffers>::emit_local(const Slot& slot, const GroupUse& use) {
   if (slot.exact || Py_TYPE(slot.object) != dtensor_type()) {
@@ -265,8 +264,8 @@ void ParamWalk<kBuffers>::emit_unusual(const Slot& slot, const GroupUse& use) {
   }
   TensorImpl* const param = slot.param;
   TensorImpl* const grad = slot.grad;
-  // Bad input is found here, before anything is written, whatever takes the tensor later. Only opaque ones are
-  // left to say for themselves what fits them.
+  // Bad input is refused here, before anything is written. Only opaque tensors are not checked, because only their
+  // own operators know what fits them.
   if (!is_opaque(param) && !is_opaque(grad)) {
     check_fit("the gradient", grad, "Set .grad to None and run backward again.", slot, use);
   }
@@ -294,7 +293,7 @@ void ParamWalk<kBuffers>::emit_unusual(const Slot& slot, const GroupUse& use) {
   const auto type = type_of(param);
   if (!has_kernel(param->device().type()) || !has_kernel(param->device().type(), type, type_of(grad)) ||
       !param->is_non_overlapping_and_dense() || !fitting_buffers ||
-      // Stock starts the buffer in the gradient's layout, so such a buffer is stock's to make.
+      // Torch gives a new buffer the gradient's layout, so torch's form makes it.
       (use.buffers != 0 && slot.buffer[0] == nullptr && !same_layout(param, grad)) || is_rounded_otherwise(grad)) {
     leave(slot, use);
     return;
@@ -311,7 +310,7 @@ void ParamWalk<kBuffers>::emit_unusual(const Slot& slot, const GroupUse& use) {
   copied_.push_back({slot.meta, std::move(copy)});
 }
 
-// Stock has no form with such buffers: what the kernels cannot take is refused.
+// Torch has no form with buffers of another dtype, so what the kernels do not take is refused.
 template <int kBuffers>
 void ParamWalk<kBuffers>::emit_with_own_buffer(const Slot& slot, const GroupUse& use) {
   TensorImpl* const param = slot.param;
@@ -369,7 +368,7 @@ void ParamWalk<kBuffers>::emit_with_own_buffer(const Slot& slot, const GroupUse&
   }
 }
 
-// The walk is instantiated where it is defined; here, what it calls.
+// param_walk.cpp instantiates the class; these are the members that it does not define.
 template void ParamWalk<1>::leave(const Slot&, const GroupUse&);
 template void ParamWalk<1>::emit_unusual(const Slot&, const GroupUse&);
 template void ParamWalk<1>::raise_no_memory(const Slot&, TensorImpl const*, const GroupUse&) const;

@@ -16,7 +16,7 @@ namespace {
 
 namespace py = pybind11;
 
-// One whose every sum and conversion is exact.
+// An int so small that all sums and conversions of it are exact.
 bool is_small_int(PyObject* value) {
   int overflow = 0;
   return PyLong_CheckExact(value) && std::abs(PyLong_AsLongAndOverflow(value, &overflow)) < (1L << 30) &&
@@ -40,7 +40,7 @@ GroupReader::GroupReader(PyObject* group, int32_t index, const GroupKeys& keys) 
         c10::str(
             keys.function, ": param_groups[", index, "] is a ", Py_TYPE(group)->tp_name, "; it has to be a dict"));
   }
-  // The dict in its own order is the keys in theirs, with others between: one pass, no look-ups.
+  // As a rule the dict has the keys in this order, with others between them: one pass without look-ups.
   PyObject* key = nullptr;
   PyObject* value = nullptr;
   Py_ssize_t position = 0;
@@ -169,7 +169,7 @@ uint64_t GroupReader::rounding_seed() const {
 }
 
 void GroupReader::note_extra(PyObject* key, PyObject* value) {
-  // Of two interned strings, or a string and itself, the pointers tell.
+  // Two interned strings are equal if their pointers are.
   for (size_t i = 0; i < extras_.size(); ++i) {
     PyObject* const wanted = keys_.extra_keys[i];
     if (key == wanted ||
@@ -179,7 +179,7 @@ void GroupReader::note_extra(PyObject* key, PyObject* value) {
   }
 }
 
-// Reading anything but a plain number can run a user's code, and that can take the values out of the group.
+// Reading anything but a plain number can run user code, which can remove the values from the group.
 void GroupReader::keep() const {
   if (!kept_) {
     kept_ = true;

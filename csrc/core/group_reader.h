@@ -81,7 +81,8 @@ class GroupReader {
   mutable bool kept_ = false;
 };
 
-// Whether a tensor's bytes are its value: a wrapper or a zero tensor may have none, and a negation may be pending.
+// Whether a tensor's bytes are its value. A wrapper or a zero tensor may have no bytes, and a negation may be
+// pending.
 bool holds_its_value(const at::Tensor& tensor);
 
 // A GradScaler's scalar as one float on `device`, whatever it came as.

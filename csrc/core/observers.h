@@ -5,13 +5,13 @@
 
 namespace torch_freeze {
 
-// Whether a profiler or another observer wants to hear of each step.
+// Whether a profiler or another observer records each step.
 bool is_observed();
 
-// A mode or a function transform wants to see every operator, and may give back tensors of its own.
+// Whether a mode or a function transform intercepts every operator, and may return tensors of its own.
 bool is_intercepted();
 
-// Whether what is launched on the device's current stream is recorded for a CUDA graph. Makes a context on a
+// Whether launches on the device's current stream are being captured in a CUDA graph. Makes a CUDA context on a
 // device that has none.
 bool is_capturing(c10::Device device);
 

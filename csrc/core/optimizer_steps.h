@@ -1,4 +1,4 @@
-// What steps in backward know of an optimizer: how to make a part of its step.
+// What stepping in backward has to know of an optimizer: how to make a part of its step.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>
@@ -19,7 +19,7 @@ struct Selection {
   std::vector<Part> parts;
 };
 
-// The hyper-parameters that the parts of one step were made with, for each group.
+// The hyper-parameters, for each group, with which the parts of one step were made.
 class UsedOptions {
  public:
   virtual ~UsedOptions() = default;
@@ -34,12 +34,12 @@ class OptimizerSteps {
   // The Python class, for error messages.
   virtual const char* name() const = 0;
   virtual std::unique_ptr<UsedOptions> nothing_used() const = 0;
-  // A step for a selection. Notes in `used` what it used, and throws where an earlier part of the step has used
-  // something else. Returns what run_step() does.
+  // Makes the step for a selection and records in `used` with which options. Throws if an earlier part of the step
+  // was made with others. Returns what StepRunner::run() does.
   virtual pybind11::object step_part(
       const pybind11::list& param_groups, const pybind11::dict& state, const Selection& selection,
       UsedOptions& used, const std::optional<pybind11::list>& done) const = 0;
-  // Throws where a group's hyper-parameters are not those of `used` any more.
+  // Throws if a group's options have changed since.
   virtual void check_unchanged(const pybind11::list& param_groups, const UsedOptions& used) const = 0;
 };
 

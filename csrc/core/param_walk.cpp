@@ -19,9 +19,9 @@ namespace py = pybind11;
 using c10::TensorImpl;
 using torch::autograd::AutogradMeta;
 
-// Parameters looked at together. With caches cold a step is nothing but misses on the tensors' own objects, so
-// each stage below touches the objects of a whole run before the next stage follows their pointers: the misses
-// of a run overlap, where walking parameter by parameter would wait for every one in turn.
+// How many parameters are walked together. With cold caches, the time of a step is cache misses on the tensors'
+// own objects. Each stage below touches the objects of a whole run before the next stage follows their pointers,
+// so the misses of a run overlap; walking parameter by parameter would wait for each of them in turn.
 constexpr Py_ssize_t kRun = 64;
 constexpr int kLine = 64;
 
@@ -31,7 +31,7 @@ inline void prefetch(const void* object, int bytes) {
   }
 }
 
-// Reading the version counter brings its line in, ahead of the atomic increment that would have to wait for it.
+// Reads the version counter, so that its cache line is there when it is incremented.
 inline void touch_version(const TensorImpl* tensor) {
   if (tensor->version_counter().enabled()) {
     asm volatile("" : : "r"(tensor->version_counter().current_version()));
@@ -63,8 +63,8 @@ inline void prefetch_data(const TensorImpl* tensor) {
   }
 }
 
-// The value under `key`: as a rule that of the next entry, and reading it is cheaper than looking it up. Borrowed;
-// null where it is missing.
+// The value of `key`. As a rule it is the next entry, and reading that is cheaper than a look-up. Borrowed; null
+// if it is missing.
 inline PyObject* next_or_lookup(PyObject* dict, Py_ssize_t& position, PyObject* key) {
   PyObject* next = nullptr;
   PyObject* value = nullptr;
@@ -109,7 +109,7 @@ template <int kBuffers>
 C10_ALWAYS_INLINE WalkBatch<kBuffers>& ParamWalk<kBuffers>::batch_for(
     c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type, const GroupUse& use) {
   const bool stochastic = has_own_buffer_type(use);
-  // One batch is the rule, a few the exception.
+  // As a rule there is one batch.
   for (auto& batch : batches_) {
     const BatchKind& kind = batch.kind;
     if (kind.device == device && kind.param_type == param_type && kind.grad_type == grad_type &&
@@ -132,11 +132,11 @@ void ParamWalk<kBuffers>::skip(const py::list& rest) {
   }
 }
 
-// Borrowed; null where it is missing.
+// Borrowed; null if it is missing.
 template <int kBuffers>
 C10_ALWAYS_INLINE PyObject* ParamWalk<kBuffers>::state_of(PyObject* param, bool exact) {
-  // Parameters mostly have their state in their own order: the next entry is then the one wanted, and it is next
-  // in memory too. Where the orders differ, the guess is soon given up.
+  // As a rule the state has the parameters in the same order, so the next entry is the right one, and it is next
+  // in memory too. If the orders differ, the guessing soon stops.
   constexpr int kMisses = 4;
   if (state_misses_ < kMisses) {
     Py_ssize_t position = state_position_;
@@ -181,7 +181,7 @@ void ParamWalk<kBuffers>::hold_from_here_on() {
     held_objects_.push_back(py::reinterpret_borrow<py::object>(fresh.param));
     held_objects_.push_back(py::reinterpret_borrow<py::object>(fresh.state));
   }
-  // A tensor's memory can be exchanged while the tensor lives on.
+  // A tensor can be given another storage while it lives.
   held_storages_ = hold_storages();
 }
 
@@ -207,13 +207,14 @@ C10_ALWAYS_INLINE void ParamWalk<kBuffers>::push(
     if ((buffer->key_set().raw_repr() & cuda_keys) == 0) {
       prefetch(data[k], 1);
     }
-    // A buffer that nothing else refers to cannot be another parameter's too.
+    // A buffer with one reference cannot belong to another parameter too.
     const auto& storage = buffer->unsafe_storage();
     if (Py_REFCNT(slot.buffer_object[k]) != 1 || Py_REFCNT(slot.state) != 1 || storage.use_count() != 1 ||
         !storage.unsafeGetStorageImpl()->resizable()) {
       shared_buffers_ = true;
       if (overlap(buffer, slot.param) || overlap(buffer, grad)) {
-        // Its own parameter's memory: what is read and written first then matters, and stock's form says.
+        // It shares memory with its own parameter or gradient. The order of reads and writes then matters, and
+        // torch's form defines it.
         leave(slot, use);
         return;
       }
@@ -222,7 +223,7 @@ C10_ALWAYS_INLINE void ParamWalk<kBuffers>::push(
   if (C10_UNLIKELY(!has_memory)) {
     raise_no_memory(slot, grad, use);
   }
-  // Memory from elsewhere (a file's, another library's) can start anywhere; the kernels read whole elements.
+  // Memory of a file or of another library can begin at any address; the kernels read whole elements.
   const auto misalignment = [](const char* data, int64_t size) {
     return reinterpret_cast<uintptr_t>(data) & static_cast<uintptr_t>(size - 1);
   };
@@ -349,7 +350,7 @@ void ParamWalk<kBuffers>::add_group(PyObject* params, const GroupUse& use) {
                   function_, ": ", place(use, start + i), " is a ", type->tp_name,
                   "; an optimizer takes tensors"));
         }
-        // Subclasses are hashed and asked for attributes: their own code, or a garbage collection, may run.
+        // Hashing a subclass or reading its attributes can run its code, or a garbage collection.
         hold_from_here_on();
         if (PyList_Check(params)) {
           params = held_objects_.emplace_back(py::tuple(py::reinterpret_borrow<py::list>(params))).ptr();
@@ -367,7 +368,7 @@ void ParamWalk<kBuffers>::add_group(PyObject* params, const GroupUse& use) {
       metas[i] = autograd_meta_of(tensors[i]);
       prefetch(metas[i] != nullptr ? &metas[i]->grad_ : nullptr, 1);
     }
-    // From here on only what has a gradient. Without one, nothing but the three lines above is ever read.
+    // From here on only parameters that have a gradient. Of the others, only the three lines above are read.
     Py_ssize_t live = 0;
     for (Py_ssize_t i = 0; i < count; ++i) {
       AutogradMeta* const meta = metas[i];
@@ -486,9 +487,9 @@ void ParamWalk<kBuffers>::add_group(PyObject* params, const GroupUse& use) {
 
 template <int kBuffers>
 bool ParamWalk<kBuffers>::has_overlap() const {
-  // Two parameters share memory only if they share a storage, or if memory from elsewhere (NumPy, another process)
-  // was wrapped more than once. So a set of storages settles the common case, and only otherwise are the
-  // intervals themselves compared.
+  // Two parameters share memory only if they share a storage, or if foreign memory (of NumPy, of another process)
+  // was wrapped more than once. So a set of storages decides the common case, and the intervals are compared
+  // otherwise.
   thread_local std::vector<const c10::StorageImpl*> seen;
   size_t count = 0;
   for (const auto& batch : batches_) {
@@ -572,7 +573,7 @@ void ParamWalk<kBuffers>::make_fresh_buffers(bool overlap) {
       update.buffer[k] = data_of(own);
     }
   }
-  // Entering them can fail half-way only for want of memory; then what was entered is taken out again.
+  // Entering them fails half-way only if memory runs out. Then the entries made so far are removed.
   size_t entered = 0;
   try {
     for (; entered < fresh_.size(); ++entered) {
@@ -695,7 +696,7 @@ void ParamWalk<kBuffers>::bump_versions() {
 
 template <int kBuffers>
 void ParamWalk<kBuffers>::drop_frozen_grads() {
-  // Letting go of a gradient can run a user's code, so all are detached before the first is let go.
+  // Freeing a gradient can run user code, so all are detached before the first one is freed.
   std::vector<at::Tensor> dropped;
   dropped.reserve(frozen_.size());
   for (auto* param : frozen_) {
@@ -704,7 +705,7 @@ void ParamWalk<kBuffers>::drop_frozen_grads() {
   frozen_.clear();
 }
 
-// By how many buffers an optimizer's state holds.
+// One instance for each number of buffers.
 template class ParamWalk<1>;
 
 }  // namespace torch_freeze

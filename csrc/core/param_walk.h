@@ -20,24 +20,24 @@
 
 namespace torch_freeze {
 
-// How the parameters of one group are to be taken.
+// How the walk treats the parameters of one group.
 struct GroupUse {
   int32_t index = 0;        // of the group in param_groups
-  int buffers = 0;          // that the state keeps for each parameter: the first so many of the optimizer's
+  int buffers = 0;          // how many of the optimizer's buffers the state holds for each parameter
   bool stock_form = false;  // every trainable parameter goes to the rest
-  // Of the buffers; Undefined: each parameter's own. bfloat16 is rounded stochastically where it is asked for.
+  // The dtype of the buffers; Undefined: each parameter's own. An explicit bfloat16 is rounded stochastically.
   c10::ScalarType buffer_type = c10::ScalarType::Undefined;
-  // Where the parameters given are not all of the group's: their positions in its list.
+  // The positions of the parameters in the group's list, if they are only some of its parameters.
   const Py_ssize_t* positions = nullptr;
 };
 
-// What lies behind the pointers of one TensorUpdate.
+// The tensors behind the pointers of one TensorUpdate.
 template <int kBuffers>
 struct UpdateTensors {
   PyObject* object;  // the parameter, owned by the group's list
   c10::TensorImpl* param;
   c10::TensorImpl* grad;
-  std::array<c10::TensorImpl*, kBuffers> buffer;  // null: none in the state yet, or none wanted
+  std::array<c10::TensorImpl*, kBuffers> buffer;  // null: not in the state yet, or not needed
 };
 
 // What one launch covers.
@@ -49,7 +49,7 @@ struct WalkBatch {
   int64_t numel = 0;
 };
 
-// kBuffers: how many buffers of a parameter's shape the optimizer's state holds for it at most.
+// kBuffers: the largest number of buffers that the optimizer's state holds for a parameter.
 template <int kBuffers>
 class ParamWalk {
  public:
@@ -58,16 +58,16 @@ class ParamWalk {
   // `function` names the caller in error messages.
   ParamWalk(const char* function, const StateKeys& keys) : function_(function), keys_(keys) {}
 
-  // Collects the parameters of one group. Throws on what no kernel and no fallback can take.
+  // Collects the parameters of one group. Throws if neither a kernel nor torch's form can take one.
   void add_group(PyObject* params, const GroupUse& use);
-  // Leaves out what an earlier walk returned as its rest.
+  // Skips what an earlier walk returned by rest().
   void skip(const pybind11::list& rest);
 
   // What the kernels do not cover and what shares memory with it, as [(group index, [parameter, …]), …]: tensors
   // that share memory are updated in the order of the list, so either all of them by the kernels or none.
   pybind11::object rest();
   bool has_rest() const { return !rest_.empty(); }
-  // Buffers that do not hold the past of their parameter: none yet, or stale.
+  // Whether a buffer has to start from zero, because it is missing or stale.
   bool has_fresh() const { return !fresh_.empty(); }
   bool has_fresh(const Batch& batch) const {
     return std::any_of(
@@ -80,11 +80,11 @@ class ParamWalk {
   // Makes the buffers that are missing or of another type than asked for, and enters them into the state; all of
   // them or none. `overlap` is what has_overlap() says.
   void make_fresh_buffers(bool overlap);
-  // After the update: what started from zero is no longer marked as stale.
+  // After the update: removes the marks of stale buffers.
   void unmark_fresh();
   // Whether the state may hold anything for parameters that this walk did not step.
   bool has_idle_state() const;
-  // Where gradients were copied into another layout and then changed, brings them back.
+  // Copies changed gradients back, if they had been copied into another layout.
   void return_copied_grads();
   // Keeps the memory behind every update alive for as long as the result lives.
   std::vector<c10::Storage> hold_storages() const;
@@ -168,9 +168,9 @@ class ParamWalk {
   Py_ssize_t state_position_ = 0;                    // of the entry guessed to come next
   int state_misses_ = 0;
   Py_ssize_t states_found_ = 0;
-  bool shared_buffers_ = false;  // somebody else holds a buffer too
-  // Pointers alone are kept while nothing but this code runs. A user's code may let go of anything, so before it
-  // can run, all that was found is held, and what follows as it is found.
+  bool shared_buffers_ = false;  // a buffer has other references too
+  // Plain pointers are enough while only this code runs. User code may free anything, so before it can run, the
+  // walk takes references to all that it has found, and from then on to all that it finds.
   bool holding_ = false;
   std::vector<at::Tensor> held_tensors_;
   std::vector<c10::Storage> held_storages_;

@@ -1,9 +1,10 @@
 // One step of an optimizer over its live param_groups and state.
 //
 // An Optimizer is a class with
-//   kClass, kStep  the names of the Python class and of its method, for error messages
-//   Formula        see kernels/tile_formula.h; Formula::Group holds a group's hyper-parameters
-//   kLr            the index of the learning rate in group_keys()
+//   kClass, kStep, kZeroGrad   the names of the Python class and of two of its methods, for error messages
+//   kBuffersName               what its state holds, likewise
+//   Formula                    see kernels/tile_formula.h; Formula::Group holds a group's hyper-parameters
+//   kLr                        the index of the learning rate in group_keys()
 //   group_keys(), state_keys()
 //   read(reader)               a group's hyper-parameters, short of learning rate and rounding seed
 //   buffers(group)             how many buffers the state holds for each of its parameters
@@ -12,7 +13,7 @@
 //   step_cpu(batch), step_cuda(batch)
 #pragma once
 
-#include <ATen/ops/scalar_tensor.h>
+#include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -81,7 +82,7 @@ class StepRunner {
     static thread_local StepRunner shared;
     static thread_local bool busy = false;
     if (busy) {
-      // A step within a step, from code that letting go of a gradient ran.
+      // A step within a step: freeing a gradient ran user code that steps.
       StepRunner own;
       return own.step(param_groups, state, grad_scale, found_inf, done, selection, used);
     }
@@ -144,7 +145,7 @@ class StepRunner {
     if (walk_.has_rest()) {
       return walk_.rest();
     }
-    // Before anything is read from a device, which a capture does not allow either.
+    // This comes before anything is read from a device, which a capture does not allow either.
     if (walk_.has_fresh()) {
       refuse_capture(
           [&](const auto& batch) { return walk_.has_fresh(batch); }, Optimizer::kBuffersName,
@@ -157,8 +158,8 @@ class StepRunner {
           "every replay would round momentum with the same random bits. Use ",
           Optimizer::state_keys().dtype_option, "=None.");
     }
-    // An overflow must leave no trace, a new buffer included. On a GPU asking costs a synchronisation, so it is
-    // asked only where there are buffers to be made: never in a steady state.
+    // An overflow must leave no trace, not even a new buffer. On a GPU, reading found_inf costs a synchronization,
+    // so it is read only if there are buffers to make: never in a steady state.
     const bool overlap = walk_.has_overlap();
     if (!found_inf.is_none() && walk_.has_fresh() &&
         scaler_on_device(Optimizer::kStep, found_inf, c10::kCPU).item().toFloat() != 0) {
@@ -172,7 +173,8 @@ class StepRunner {
     return py::none();
   }
 
-  // All hyper-parameters first: reading one can run a user's code, which must not change what has been walked.
+  // Reads all hyper-parameters before the walk, because reading one can run user code, which must not change what
+  // has been walked.
   void read_groups(const pybind11::list& param_groups, const Selection* selection, Used* used) {
     namespace py = pybind11;
     const bool intercepted = is_intercepted();
@@ -235,7 +237,7 @@ class StepRunner {
     device_lrs_.resize(groups_.size());
   }
 
-  // What a group's kernels take. `device_lr` is the learning rate where it stays on its device, else null.
+  // `device_lr` is the learning rate if it stays on its device, else null.
   static Group read_group(const GroupReader& reader, size_t index, const at::Tensor*& device_lr) {
     LearningRate rate;
     const at::Tensor* lr = reader.tensor(Optimizer::kLr);
@@ -251,7 +253,7 @@ class StepRunner {
     Group group = Optimizer::read(reader);
     group.lr = rate;
     if (reader.buffer_type() != c10::ScalarType::Undefined) {
-      // Groups may have been given the same seed, and their parameters the same places.
+      // Two groups may have the same seed, and parameters at the same positions.
       group.rounding_seed = reader.rounding_seed() + (static_cast<uint64_t>(index) << 48);
     }
     return group;
@@ -280,8 +282,8 @@ class StepRunner {
         "step.");
   }
 
-  // A captured step is replayed as it was recorded, with what the host decided then. Only the devices that
-  // `concerns` picks are asked, for asking makes a CUDA context on a device that has none.
+  // A captured step is replayed with the decisions that the host made when it was recorded. Only the devices of
+  // the batches that `concerns` picks are queried, because a query makes a CUDA context on a device that has none.
   template <class Concerns, class... Why>
   void refuse_capture(const Concerns& concerns, const Why&... why) {
     for (const auto& batch : walk_.batches()) {
@@ -295,7 +297,7 @@ class StepRunner {
     batch.kind.device.is_cuda() ? Optimizer::step_cuda(batch) : Optimizer::step_cpu(batch);
   }
 
-  // Tensors that share memory are updated one after the other, as stock does.
+  // Updates tensors that share memory one after the other, as torch does.
   static void launch_in_order(const Batch& batch) {
     Batch one = batch;
     one.count = 1;
@@ -330,7 +332,7 @@ class StepRunner {
       }
       std::vector<Group> host_groups;
       if (has_device_lr_) {
-        // A learning rate on another device is fetched, as stock fetches it.
+        // A learning rate on another device is copied to the host, as torch does it.
         host_groups = groups_;
         for (size_t i = 0; i < host_groups.size(); ++i) {
           const auto& lr = device_lrs_[i];
@@ -365,8 +367,8 @@ class StepRunner {
     walk_.drop_frozen_grads();
   }
 
-  // What is left to do after a step, one that an overflow withheld included: a GPU does not tell the host of
-  // those. `overlap` is what has_overlap() said: a parameter that is listed twice counts as two that have a state.
+  // What follows every step, also one that an overflow skipped, because the host does not know about overflows on
+  // a GPU. `overlap` is what has_overlap() returned: a parameter that is listed twice counts as two with a state.
   void settle(const pybind11::dict& state, bool overlap) {
     namespace py = pybind11;
     if (!policies_.empty() && (overlap || walk_.has_idle_state())) {
@@ -386,7 +388,7 @@ class StepRunner {
     }
   }
 
-  // Kept from step to step for its capacity alone.
+  // Kept from step to step only for the capacity of its vectors.
   ParamWalk<kBuffers> walk_{Optimizer::kStep, Optimizer::state_keys()};
   std::vector<Group> groups_;
   std::vector<std::pair<pybind11::object, GroupUse>> params_;  // per group

@@ -9,8 +9,8 @@ namespace {
 
 namespace py = pybind11;
 
-// A tensor's hash is its id, so the dict need not call back into Python for it. CPython exports the look-up for
-// known hashes without promising it; without it the ordinary one serves.
+// The hash of a tensor is its id, so the dict does not have to call Python for it. CPython exports the look-up
+// with a known hash, but does not promise it; if it is missing, the ordinary look-up is used.
 using KnownHashLookup = PyObject* (*)(PyObject*, PyObject*, Py_hash_t);
 const auto lookup_known_hash = reinterpret_cast<KnownHashLookup>(dlsym(RTLD_DEFAULT, "_PyDict_GetItem_KnownHash"));
 
@@ -75,7 +75,7 @@ void mark_frozen(PyObject* state, PyObject* params, const StateKeys& keys) {
 }
 
 void drop_frozen(PyObject* state, PyObject* params, const StateKeys& keys) {
-  // Letting go of a buffer can run a user's code, so all are taken out of the state first.
+  // Freeing a buffer can run user code, so all are removed from the state first.
   std::vector<py::object> dropped;
   std::vector<py::object> emptied;
   const auto drop = [&](PyObject* entry, PyObject* key) {

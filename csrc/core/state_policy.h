@@ -1,4 +1,4 @@
-// What an optimizer's state holds for a parameter, and what becomes of it while the parameter is frozen.
+// What an optimizer's state holds for a parameter, and what happens to it while the parameter is frozen.
 #pragma once
 
 #include <c10/core/TensorImpl.h>
@@ -20,8 +20,8 @@ PyObject* intern(const char* text);
 // The keys of one parameter's state.
 class StateKeys {
  public:
-  // `stale` marks buffers of the past, which start from zero at the next step. `dtype_option` is the param group's
-  // option for the buffers' dtype, for error messages.
+  // `stale` is the key that marks old buffers, which start from zero at the next step. `dtype_option` is the param
+  // group's option for the buffers' dtype, for error messages.
   template <size_t kBuffers>
   StateKeys(const std::array<const char*, kBuffers>& buffers, const char* stale, const char* dtype_option)
       : count(kBuffers), stale(intern(stale)), dtype_option(dtype_option) {
@@ -54,7 +54,7 @@ inline torch::autograd::AutogradMeta* autograd_meta_of(const c10::TensorImpl* te
   return static_cast<torch::autograd::AutogradMeta*>((tensor->*autograd_meta_member()).get());
 }
 
-// Tensor or Parameter, no subclass: hashing it runs nobody's code.
+// Whether it is a Tensor or a Parameter and no subclass: hashing it then runs no user code.
 inline bool is_exact(PyObject* tensor) {
   const PyTypeObject* const type = Py_TYPE(tensor);
   return type == reinterpret_cast<PyTypeObject*>(ParameterClass) ||
@@ -67,10 +67,10 @@ PyObject* find_state(PyObject* state, PyObject* param, bool exact);
 // Whether the buffers in a parameter's state are marked as stale.
 bool is_stale(PyObject* entry, const StateKeys& keys);
 
-// Marks the buffers of the frozen parameters among `params` as stale, so that they start from zero when it is
-// their turn again.
+// Marks the buffers of the frozen parameters among `params` as stale, so that they start from zero after
+// unfreezing.
 void mark_frozen(PyObject* state, PyObject* params, const StateKeys& keys);
-// Takes them out of the state.
+// Removes those buffers from the state.
 void drop_frozen(PyObject* state, PyObject* params, const StateKeys& keys);
 
 }  // namespace torch_freeze

@@ -21,12 +21,12 @@ inline bool is_plain(const c10::TensorImpl* tensor) { return (tensor->key_set().
 inline const uint64_t cuda_keys = c10::DispatchKeySet(c10::BackendComponent::CUDABit).raw_repr();
 inline const uint64_t beyond_host_keys = ~plain_keys | cuda_keys;
 
-// There is one CPU; which GPU has to be asked.
+// There is only one CPU, so the keys alone say that a tensor is there.
 inline c10::Device device_of_plain(const c10::TensorImpl* tensor) {
   return (tensor->key_set().raw_repr() & cuda_keys) == 0 ? c10::Device(c10::kCPU) : tensor->device();
 }
 
-// What is_inference() asks of one tensor.
+// The key that is_inference() looks for.
 inline const uint64_t tracked_keys = c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView).raw_repr();
 
 C10_ALWAYS_INLINE bool same_sizes(const c10::TensorImpl* a, const c10::TensorImpl* b) {
@@ -43,8 +43,8 @@ C10_ALWAYS_INLINE bool same_sizes(const c10::TensorImpl* a, const c10::TensorImp
   return true;
 }
 
-// The common case: nothing to convert, nothing to complain of. Both are plain, so none has sizes of its own
-// making.
+// The common case, in which nothing has to be converted or refused. Both tensors are plain, so their sizes are the
+// default ones.
 C10_ALWAYS_INLINE bool fits(const c10::TensorImpl* param, const c10::TensorImpl* tensor, caffe2::TypeMeta dtype) {
   return tensor->dtype() == dtype && tensor->is_contiguous_default(c10::MemoryFormat::Contiguous) &&
          same_sizes(param, tensor);
@@ -54,7 +54,7 @@ inline c10::ScalarType type_of(const c10::TensorImpl* tensor) {
   return c10::typeMetaToScalarType(tensor->dtype());
 }
 
-// Where both are dense, their elements then lie in the same order. Strides of dimensions of size 1 say nothing.
+// Whether the elements of two dense tensors lie in the same order. Strides of dimensions of size 1 do not matter.
 inline bool same_layout(const c10::TensorImpl* a, const c10::TensorImpl* b) {
   if (a->is_contiguous() && b->is_contiguous()) {
     return true;
@@ -68,9 +68,9 @@ inline bool same_layout(const c10::TensorImpl* a, const c10::TensorImpl* b) {
   return true;
 }
 
-// Null where there are no elements. Memory can be given back under a tensor, as sharding does between uses, and
-// would be written all the same: `has_memory` becomes false then. In a dense tensor the elements follow each
-// other, so their number says where the last one is.
+// Null if there are no elements. The memory of a tensor can be freed while the tensor lives, as sharding does
+// between uses; then `has_memory` becomes false. The elements of a dense tensor are contiguous in memory, so their
+// number says where the last one is.
 C10_ALWAYS_INLINE char* data_of(const c10::TensorImpl* tensor, int64_t itemsize, bool& has_memory) {
   const int64_t numel = tensor->numel_default();
   if (numel == 0) {

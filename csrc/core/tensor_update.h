@@ -1,4 +1,4 @@
-// What passes from the walk over Python's objects to the kernels: plain memory, no Python, no tensors.
+// What the walk over Python's objects passes to the kernels: plain memory, neither Python objects nor tensors.
 #pragma once
 
 #include <c10/core/Device.h>
@@ -8,7 +8,7 @@
 
 namespace torch_freeze {
 
-// One parameter's share of a step. The arrays hold `numel` elements each in the same order: dense, no gaps.
+// The update of one parameter. The arrays hold `numel` elements each in the same order: dense, no gaps.
 template <int kBuffers>
 struct TensorUpdate {
   void* param;

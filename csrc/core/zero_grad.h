@@ -7,8 +7,8 @@
 
 namespace torch_freeze {
 
-// `.grad = None`, or zero where `set_to_none` is false, for every parameter. Where a group drops the state of what
-// is frozen, lets go of that too: before a forward pass, rather than after the backward that follows.
+// Sets `.grad` of every parameter to None, or to zero if `set_to_none` is false. If a group drops the state of
+// frozen parameters, that is freed here too, so that it is gone during the next forward pass.
 void zero_grad(
     const char* function, const GroupKeys& group_keys, const StateKeys& state_keys,
     const pybind11::list& param_groups, const pybind11::dict& state, bool set_to_none);

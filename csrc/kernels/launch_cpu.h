@@ -69,8 +69,8 @@ struct NearestRounding {
   }
 };
 
-// So many elements at most are rounded at a time, beginning at a multiple of it: the upper half of their places is
-// then the same.
+// At most this many elements are rounded at a time, beginning at a multiple of it, so that the upper halves of
+// their positions are the same.
 constexpr int64_t kRunNumel = 64;
 static_assert(kSplitNumel % kRunNumel == 0, "a thread's share begins with a run");
 
@@ -352,7 +352,7 @@ void step(const UpdateBatch<typename Formula::Group, Formula::kBuffers>& batch) 
   using Buffer = typename Types::Buffer;
   using Rounding = std::conditional_t<Types::kStochastic, StochasticRounding, NearestRounding>;
   for_each_span(batch.updates, batch.count, batch.numel, [&batch] {
-    // What the last span used, for most spans take the same: neighbours share their group.
+    // What the last span used. Most spans use the same, because neighbours share their group.
     using Run = void (*)(const Span<Formula, Types>&, Rounding);
     return [&batch, run = Run{}, scalars = AllScalars<Formula, typename Types::Value>{}, group = int32_t{-1},
             fresh = false](const auto& update, int64_t begin, int64_t end) mutable {

@@ -13,11 +13,11 @@
 
 namespace torch_freeze {
 
-// Below this many elements in all, waking other threads costs more than it saves.
+// Below this many elements, waking other threads costs more than it saves.
 constexpr int64_t kParallelNumel = 32768;
-// What a thread takes at a time shrinks with what is left, so that a thread the system delays does not hold up the
-// others at the end; but it is long enough for the memory system to stream: in DRAM 8192 elements cost a quarter
-// of the bandwidth, 32768 a tenth, 262144 nothing.
+// A thread takes a chunk at a time. Chunks shrink with what is left, so that a delayed thread does not hold up the
+// others at the end, but they stay long enough for the memory system to stream: in DRAM, chunks of 8192 elements
+// cost a quarter of the bandwidth, 32768 a tenth, 262144 nothing.
 constexpr int64_t kMinChunkNumel = 16384;
 constexpr int64_t kMaxChunkNumel = 262144;
 // Tensors are split between threads at multiples of this, so that no two threads share a cache line and
@@ -26,13 +26,13 @@ constexpr int64_t kSplitNumel = 64;
 
 // How many of the next steps of about this many elements are done by one thread.
 //
-// A parallel region ends when its last thread does, and on a busy machine that can be one which the system has not
-// run yet. After a region that took more than twice as long as its caller would have taken alone, kAlone steps do
-// without it; then the others get another chance. A delay that is long for a small step is short for a large one,
-// so there is a count for each power of two.
+// A parallel region ends when its last thread does, and on a busy machine the system may not have run that thread
+// yet. After a region that took more than twice as long as its caller would have taken alone, the next kAlone
+// steps use one thread; then the others get another chance. A delay that is long for a small step is short for a
+// large one, so there is a count for each power of two.
 //
-// Steps of several threads may use one count; what they then miss of each other costs a step or two in the slower
-// form.
+// Steps in several Python threads may use one count without synchronization; that costs at most a few slower
+// steps.
 constexpr uint32_t kAlone = 32;
 
 inline std::atomic<uint32_t>& steps_alone(int64_t numel) {
@@ -48,7 +48,7 @@ inline bool is_alone(std::atomic<uint32_t>& steps) {
   return left != 0;
 }
 
-// The time that the calling thread has run, without the time in which others had its processor.
+// The processor time of the calling thread.
 inline double thread_seconds() {
   timespec now;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
@@ -112,7 +112,7 @@ void for_each_span(const Update* updates, int64_t count, int64_t numel, const Ma
     }
   });
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin_step;
-  // The caller may have had nothing, for want of a processor.
+  // The caller may have done nothing, if it did not get a processor.
   if (share == 0 || took.count() > 2 * busy * static_cast<double>(numel) / static_cast<double>(share)) {
     steps_alone(numel).store(kAlone, std::memory_order_relaxed);
   }

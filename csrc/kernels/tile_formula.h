@@ -1,4 +1,16 @@
 // An optimizer's formula as one of the tiles. Host and device: the CUDA launch and its run on the CPU share it.
+//
+// A Formula is a class with
+//   kName, kBuffers            for error messages; how many arrays there are beside parameter and gradient
+//   Group                      the hyper-parameters of one param group, `lr` and `rounding_seed` among them
+//   Scalars<T>, scalars<T>(group)           what it multiplies by, formed once for each group
+//   TensorScalars<T>, tensor_scalars(scalars, fresh), set_lr(tensor_scalars, lr)
+//                              those that differ from one tensor to another; `fresh`: the buffers count as zero
+//   variant_bits(group), buffers_used(bits), with_variant(bits, run)
+//                              its branches, the same for a whole tensor
+//   element<Variant, Arith>(param, grad, buffers, scalars, tensor_scalars)
+//                              the update of one element
+// kernels/launch_cpu.h takes the same.
 #pragma once
 
 #include <cmath>

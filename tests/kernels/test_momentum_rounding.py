@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_body import (
+from tests.helpers.kernels import (
     BF16,
     F16,
     F32,
@@ -33,13 +33,13 @@ from tests.kernels.test_body import (
     accesses,
     assert_same,
     assert_stepped,
+    kernel_on_host,
     make,
     needs_fma,
     round_stochastically,
     rounding_bits,
     step,
 )
-from torch_freeze import _kernel_on_host
 
 ROUNDED = {name: triple for name, triple in TRIPLES.items() if triple.stochastic}
 FULL = TRIPLES["fp32 with stochastic bf16 momentum"]
@@ -59,7 +59,7 @@ def cpu_step(
     found_inf: Tensor | None = None,
 ) -> None:
     """Run the CPU's own kernel."""
-    _kernel_on_host.cpu_step(
+    kernel_on_host.cpu_step(
         [update.packed() for update in updates],
         [group.packed() for group in groups],
         triple.names,
@@ -382,7 +382,7 @@ def test_elements_beyond_2_to_the_32(triple: Triple) -> None:
     value = between(3, 30000)
     grad[begin:] = value
     packed = (param.data_ptr(), grad.data_ptr(), momentum.data_ptr(), numel, 0, 9, True)
-    _kernel_on_host.step(
+    kernel_on_host.step(
         [packed], [ONLY_ROUNDED.packed()], triple.names, blocks, stochastic=True, chosen=chosen
     )
     seed = ONLY_ROUNDED.rounding_seed
@@ -403,7 +403,7 @@ def stationary(triple: Triple, grad: float) -> float:
     for seed in range(steps):
         update = (pointers[0], pointers[1], pointers[2], numel, 0, 0, seed == 0)
         group = Group(lr=0.0, rounding_seed=seed).packed()
-        _kernel_on_host.cpu_step([update], [group], triple.names, stochastic=triple.stochastic)
+        kernel_on_host.cpu_step([update], [group], triple.names, stochastic=triple.stochastic)
         if seed >= steps - 100:
             total += float(arrays[2].double().mean()) / 100
     return total
@@ -431,7 +431,7 @@ def test_a_parameter_drifts_as_far_as_in_fp32() -> None:
         momentum = torch.zeros(numel, dtype=triple.momentum)
         pointers = (param.data_ptr(), gradient.data_ptr(), momentum.data_ptr())
         for seed in range(steps):
-            _kernel_on_host.cpu_step(
+            kernel_on_host.cpu_step(
                 [(*pointers, numel, 0, 0, seed == 0)],
                 [Group(lr=lr, rounding_seed=seed).packed()],
                 triple.names,
@@ -465,7 +465,7 @@ def test_there_is_no_kernel_for(triple: Triple) -> None:
 def test_a_row_of_the_table_holds_its_key() -> None:
     """Rows of other triples are as long as they were: as many tensors fit a launch."""
     plain, keyed = (
-        _kernel_on_host.capacities(triple.names, 1, stochastic=triple.stochastic)
+        kernel_on_host.capacities(triple.names, 1, stochastic=triple.stochastic)
         for triple in (TRIPLES["bf16"], HALF)
     )
     for (size, tensors), (same_size, fewer) in zip(plain, keyed, strict=True):

@@ -22,9 +22,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tests.helpers import kernels as body
 from tests.helpers import ptx as ptx_to_cpp
-from tests.kernels import test_body as body
-from torch_freeze import _kernel_on_host
 
 ROOT = Path(__file__).resolve().parents[2]
 # By torch's own packages: the toolkit's headers of another minor version come with the wheels.
@@ -178,7 +177,7 @@ def random_step(
     dtype, place = rng.choice([torch.float32, torch.float64]), rng.randrange(len(groups))
     groups[place] = replace(groups[place], device_lr=torch.tensor(0.3, dtype=dtype))
     count = len(groups)
-    tiers = _kernel_on_host.capacities(triple.names, count, stochastic=triple.stochastic)
+    tiers = body.kernel_on_host.capacities(triple.names, count, stochastic=triple.stochastic)
     fits = dict(tiers)[table]
     fewest = max((tensors + 1 for size, tensors in tiers if size < table), default=1)
     updates = []
