@@ -21,4 +21,5 @@ PYBIND11_MODULE(_C, module) {
       module, "OptimizerSteps", "How an optimizer makes a part of its step, for BackwardStep.");
   torch_freeze::bind_backward_step(module);
   torch_freeze::bind_sgd(module);
+  torch_freeze::bind_adam(module);
 }

@@ -69,19 +69,19 @@ at::Tensor local_of(py::handle dtensor) {
   return THPVariable_Unpack(dtensor.attr(name).ptr());
 }
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::leave(const Slot& slot, const GroupUse& use) {
+template <class Layout>
+void ParamWalk<Layout>::leave(const Slot& slot, const GroupUse& use) {
   rest_.push_back({use.index, slot.index, py::reinterpret_borrow<py::object>(slot.object)});
 }
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::leave_what_overlaps() {
+template <class Layout>
+void ParamWalk<Layout>::leave_what_overlaps() {
   std::vector<Memory> left;
   for (const auto& [group, index, param] : rest_) {
     left.push_back(memory_of(THPVariable_Unpack(param.ptr()).unsafeGetTensorImpl()));
     PyObject* const entry = state_of(param.ptr(), THPVariable_CheckExact(param.ptr()));
-    for (int k = 0; entry != nullptr && PyDict_Check(entry) && k < kBuffers; ++k) {
-      PyObject* const buffer = PyDict_GetItemWithError(entry, keys_.buffer[k]);
+    for (int k = 0; entry != nullptr && PyDict_Check(entry) && k < kSlots; ++k) {
+      PyObject* const buffer = PyDict_GetItemWithError(entry, keys_.slot[k]);
       if (buffer != nullptr && THPVariable_Check(buffer)) {
         left.push_back(memory_of(THPVariable_Unpack(buffer).unsafeGetTensorImpl()));
       }
@@ -102,7 +102,7 @@ void ParamWalk<kBuffers>::leave_what_overlaps() {
       const auto& [batch, i] = other;
       const auto& tensors = batch->tensors[i];
       std::vector<Memory> written = {memory_of(tensors.param)};
-      for (const auto* buffer : tensors.buffer) {
+      for (const auto* buffer : tensors.slot) {
         if (buffer != nullptr) {
           written.push_back(memory_of(buffer));
         }
@@ -128,8 +128,8 @@ void ParamWalk<kBuffers>::leave_what_overlaps() {
   });
 }
 
-template <int kBuffers>
-py::object ParamWalk<kBuffers>::rest() {
+template <class Layout>
+py::object ParamWalk<Layout>::rest() {
   leave_what_overlaps();
   py::list groups;
   int32_t current = -1;
@@ -145,11 +145,11 @@ py::object ParamWalk<kBuffers>::rest() {
   return groups;
 }
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::raise_no_memory(const Slot& slot, const TensorImpl* grad, const GroupUse& use) const {
+template <class Layout>
+void ParamWalk<Layout>::raise_no_memory(const Slot& slot, const TensorImpl* grad, const GroupUse& use) const {
   std::string what = !has_memory(slot.param) ? "" : "the gradient of ";
   for (int k = 0; k < kBuffers && has_memory(slot.param) && has_memory(grad); ++k) {
-    if (slot.buffer[k] != nullptr && !has_memory(slot.buffer[k])) {
+    if (slot.held[k] != nullptr && !has_memory(slot.held[k])) {
       what = c10::str(keys_.names[k], " of ");
     }
   }
@@ -161,8 +161,8 @@ void ParamWalk<kBuffers>::raise_no_memory(const Slot& slot, const TensorImpl* gr
 
 // A step works element by element, so each process updates its part of a DTensor. The buffers in the state are
 // DTensors too.
-template <int kBuffers>
-bool ParamWalk<kBuffers>::emit_local(const Slot& slot, const GroupUse& use) {
+template <class Layout>
+bool ParamWalk<Layout>::emit_local(const Slot& slot, const GroupUse& use) {
   if (slot.exact || Py_TYPE(slot.object) != dtensor_type()) {
     return false;
   }
@@ -171,9 +171,9 @@ bool ParamWalk<kBuffers>::emit_local(const Slot& slot, const GroupUse& use) {
   if (is_partial(spec)) {
     return false;
   }
-  std::array<at::Tensor, 2 + kBuffers> locals;
-  std::array<PyObject*, 2 + kBuffers> wholes = {slot.object, grad.ptr()};
-  std::copy(slot.buffer_object.begin(), slot.buffer_object.end(), wholes.begin() + 2);
+  std::array<at::Tensor, 2 + kSlots> locals;
+  std::array<PyObject*, 2 + kSlots> wholes = {slot.object, grad.ptr()};
+  std::copy(slot.held_object.begin(), slot.held_object.end(), wholes.begin() + 2);
   for (size_t i = 0; i < wholes.size(); ++i) {
     if (wholes[i] == nullptr) {
       continue;
@@ -186,8 +186,8 @@ bool ParamWalk<kBuffers>::emit_local(const Slot& slot, const GroupUse& use) {
   Slot local = slot;
   local.param = locals[0].unsafeGetTensorImpl();
   local.grad = locals[1].unsafeGetTensorImpl();
-  for (int k = 0; k < kBuffers; ++k) {
-    local.buffer[k] = locals[2 + k].defined() ? locals[2 + k].unsafeGetTensorImpl() : nullptr;
+  for (int k = 0; k < kSlots; ++k) {
+    local.held[k] = locals[2 + k].defined() ? locals[2 + k].unsafeGetTensorImpl() : nullptr;
   }
   if (!is_usual(local, use)) {
     return false;
@@ -199,7 +199,7 @@ bool ParamWalk<kBuffers>::emit_local(const Slot& slot, const GroupUse& use) {
     }
   }
   wrappers_.push_back(slot.param);
-  for (auto* buffer : slot.buffer) {
+  for (auto* buffer : slot.held) {
     if (buffer != nullptr) {
       wrappers_.push_back(buffer);
     }
@@ -207,8 +207,8 @@ bool ParamWalk<kBuffers>::emit_local(const Slot& slot, const GroupUse& use) {
   return true;
 }
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::check_fit(
+template <class Layout>
+void ParamWalk<Layout>::check_fit(
     const char* what, const TensorImpl* tensor, const char* fix, const Slot& slot, const GroupUse& use) const {
   const auto* const param = slot.param;
   TORCH_CHECK_VALUE(
@@ -223,8 +223,8 @@ void ParamWalk<kBuffers>::check_fit(
       ". ", fix);
 }
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::check_written(
+template <class Layout>
+void ParamWalk<Layout>::check_written(
     TensorImpl* tensor, const std::string& of, const Slot& slot, const GroupUse& use) const {
   if (!is_opaque(slot.param) && !is_opaque(tensor) && tensor->layout() == c10::kStrided) {
     TORCH_CHECK(
@@ -237,9 +237,9 @@ void ParamWalk<kBuffers>::check_written(
       "clone it first.");
 }
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::check_buffer(int k, const Slot& slot, const GroupUse& use) const {
-  TensorImpl* const buffer = slot.buffer[k];
+template <class Layout>
+void ParamWalk<Layout>::check_buffer(int k, const Slot& slot, const GroupUse& use) const {
+  TensorImpl* const buffer = slot.held[k];
   const char* const name = keys_.names[k];
   if (!is_opaque(slot.param)) {
     if (!is_opaque(buffer)) {
@@ -257,8 +257,8 @@ void ParamWalk<kBuffers>::check_buffer(int k, const Slot& slot, const GroupUse& 
   check_written(buffer, c10::str(name, " of "), slot, use);
 }
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::emit_unusual(const Slot& slot, const GroupUse& use) {
+template <class Layout>
+void ParamWalk<Layout>::emit_unusual(const Slot& slot, const GroupUse& use) {
   if (emit_local(slot, use)) {
     return;
   }
@@ -273,12 +273,12 @@ void ParamWalk<kBuffers>::emit_unusual(const Slot& slot, const GroupUse& use) {
   bool plain_buffers = true;
   bool fitting_buffers = true;
   for (int k = 0; k < kBuffers; ++k) {
-    TensorImpl* const buffer = slot.buffer[k];
+    TensorImpl* const buffer = slot.held[k];
     if (buffer == nullptr) {
       continue;
     }
     check_buffer(k, slot, use);
-    plain_buffers &= is_plain(buffer) && !buffer->is_inference() && THPVariable_CheckExact(slot.buffer_object[k]);
+    plain_buffers &= is_plain(buffer) && !buffer->is_inference() && THPVariable_CheckExact(slot.held_object[k]);
     fitting_buffers &= type_of(buffer) == type_of(param) && same_layout(param, buffer);
   }
   if (has_own_buffer_type(use) && use.buffers != 0) {
@@ -294,7 +294,7 @@ void ParamWalk<kBuffers>::emit_unusual(const Slot& slot, const GroupUse& use) {
   if (!has_kernel(param->device().type()) || !has_kernel(param->device().type(), type, type_of(grad)) ||
       !param->is_non_overlapping_and_dense() || !fitting_buffers ||
       // Torch gives a new buffer the gradient's layout, so torch's form makes it.
-      (use.buffers != 0 && slot.buffer[0] == nullptr && !same_layout(param, grad)) || is_rounded_otherwise(grad)) {
+      (use.buffers != 0 && slot.held[0] == nullptr && !same_layout(param, grad)) || is_rounded_otherwise(grad)) {
     leave(slot, use);
     return;
   }
@@ -311,8 +311,8 @@ void ParamWalk<kBuffers>::emit_unusual(const Slot& slot, const GroupUse& use) {
 }
 
 // Torch has no form with buffers of another dtype, so what the kernels do not take is refused.
-template <int kBuffers>
-void ParamWalk<kBuffers>::emit_with_own_buffer(const Slot& slot, const GroupUse& use) {
+template <class Layout>
+void ParamWalk<Layout>::emit_with_own_buffer(const Slot& slot, const GroupUse& use) {
   TensorImpl* const param = slot.param;
   const auto type = type_of(param);
   const char* const option = keys_.dtype_option;
@@ -327,17 +327,17 @@ void ParamWalk<kBuffers>::emit_with_own_buffer(const Slot& slot, const GroupUse&
   Slot fitting = slot;
   std::array<at::Tensor, kBuffers> converted;
   for (int k = 0; k < kBuffers; ++k) {
-    TensorImpl* const buffer = slot.buffer[k];
+    TensorImpl* const buffer = slot.held[k];
     if (buffer == nullptr || (type_of(buffer) == use.buffer_type && same_layout(param, buffer) &&
                               is_plain(buffer) && !buffer->is_inference())) {
       continue;
     }
     converted[k] = at::empty_strided(
         param->sizes(), param->strides(), at::TensorOptions().dtype(use.buffer_type).device(param->device()));
-    converted[k].copy_(THPVariable_Unpack(slot.buffer_object[k]));
+    converted[k].copy_(THPVariable_Unpack(slot.held_object[k]));
     held_objects_.push_back(py::reinterpret_steal<py::object>(THPVariable_Wrap(converted[k])));
-    fitting.buffer_object[k] = held_objects_.back().ptr();
-    fitting.buffer[k] = converted[k].unsafeGetTensorImpl();
+    fitting.held_object[k] = held_objects_.back().ptr();
+    fitting.held[k] = converted[k].unsafeGetTensorImpl();
   }
   const auto& grad = slot.meta->grad_;
   at::Tensor copy;
@@ -358,7 +358,7 @@ void ParamWalk<kBuffers>::emit_with_own_buffer(const Slot& slot, const GroupUse&
       const auto batch_index = static_cast<size_t>(&batch - batches_.data());
       fresh_.push_back({slot.object, slot.state, batch_index, batch.updates.size() - 1, use.buffers});
       for (int k = 0; k < use.buffers; ++k) {
-        fresh_.back().buffer[k] = THPVariable_Unpack(fitting.buffer_object[k]);
+        fresh_.back().held[k] = THPVariable_Unpack(fitting.held_object[k]);
       }
     }
     fresh_.back().enter = true;
@@ -369,9 +369,13 @@ void ParamWalk<kBuffers>::emit_with_own_buffer(const Slot& slot, const GroupUse&
 }
 
 // param_walk.cpp instantiates the class; these are the members that it does not define.
-template void ParamWalk<1>::leave(const Slot&, const GroupUse&);
-template void ParamWalk<1>::emit_unusual(const Slot&, const GroupUse&);
-template void ParamWalk<1>::raise_no_memory(const Slot&, TensorImpl const*, const GroupUse&) const;
-template py::object ParamWalk<1>::rest();
+template void ParamWalk<StateLayout<1, false>>::leave(const Slot&, const GroupUse&);
+template void ParamWalk<StateLayout<1, false>>::emit_unusual(const Slot&, const GroupUse&);
+template void ParamWalk<StateLayout<1, false>>::raise_no_memory(const Slot&, TensorImpl const*, const GroupUse&) const;
+template py::object ParamWalk<StateLayout<1, false>>::rest();
+template void ParamWalk<StateLayout<3, true>>::leave(const Slot&, const GroupUse&);
+template void ParamWalk<StateLayout<3, true>>::emit_unusual(const Slot&, const GroupUse&);
+template void ParamWalk<StateLayout<3, true>>::raise_no_memory(const Slot&, TensorImpl const*, const GroupUse&) const;
+template py::object ParamWalk<StateLayout<3, true>>::rest();
 
 }  // namespace torch_freeze

@@ -127,6 +127,27 @@ double GroupReader::one_minus_behind(size_t key) const {
   return py::cast<double>(py::float_(py::int_(1) - py::reinterpret_borrow<py::object>(value)));
 }
 
+std::array<double, 2> GroupReader::pair(size_t key) const {
+  PyObject* const value = item(key);
+  std::array<double, 2> numbers{};
+  if (!(PyTuple_Check(value) || PyList_Check(value)) || PySequence_Fast_GET_SIZE(value) != 2) {
+    throw py::type_error(
+        c10::str(
+            keys_.function, ": ", keys_.names[key], " of param_groups[", index_, "] is ",
+            py::cast<std::string>(py::repr(value)), "; it has to be two numbers"));
+  }
+  for (Py_ssize_t i = 0; i < 2; ++i) {
+    PyObject* const each = PySequence_Fast_GET_ITEM(value, i);
+    if (PyFloat_CheckExact(each)) {
+      numbers[i] = PyFloat_AS_DOUBLE(each);
+    } else {
+      keep();
+      numbers[i] = py::cast<double>(py::float_(py::reinterpret_borrow<py::object>(each)));
+    }
+  }
+  return numbers;
+}
+
 bool GroupReader::wants_gradient(size_t key) const {
   const auto* found = tensor(key);
   return found != nullptr && found->requires_grad();

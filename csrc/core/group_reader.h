@@ -60,6 +60,8 @@ class GroupReader {
     return PyFloat_CheckExact(item(key)) ? 1.0 - PyFloat_AS_DOUBLE(item(key)) : one_minus_behind(key);
   }
   bool wants_gradient(size_t key) const;
+  // Two numbers, as a tuple or a list.
+  std::array<double, 2> pair(size_t key) const;
 
   FrozenState frozen_state() const;
   // Of the optimizer's buffers; Undefined: the parameter's own.

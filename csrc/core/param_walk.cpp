@@ -2,6 +2,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -44,6 +45,12 @@ inline caffe2::TypeMeta buffer_type_of(const TensorImpl* param, const GroupUse& 
   return C10_LIKELY(!has_own_buffer_type(use)) ? param->dtype() : c10::scalarTypeToTypeMeta(use.buffer_type);
 }
 
+// A count that the kernels take: torch keeps it on the host or on the parameter's device.
+inline bool is_count(const TensorImpl* count, const TensorImpl* param) {
+  return is_plain(count) && (count->key_set().raw_repr() & tracked_keys) != 0 && type_of(count) == c10::kFloat && count->numel() == 1 &&
+         (device_of_plain(count).is_cpu() || count->device() == param->device());
+}
+
 // Of dense tensors.
 bool overlap(const TensorImpl* a, const TensorImpl* b) {
   const char* const begin_a = data_of(a);
@@ -80,8 +87,8 @@ inline PyObject* next_or_lookup(PyObject* dict, Py_ssize_t& position, PyObject* 
 
 }  // namespace
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::reset(PyObject* state) {
+template <class Layout>
+void ParamWalk<Layout>::reset(PyObject* state) {
   state_ = state;
   for (auto& batch : batches_) {
     batch.updates.clear();
@@ -105,8 +112,8 @@ void ParamWalk<kBuffers>::reset(PyObject* state) {
   states_found_ = 0;
 }
 
-template <int kBuffers>
-C10_ALWAYS_INLINE WalkBatch<kBuffers>& ParamWalk<kBuffers>::batch_for(
+template <class Layout>
+C10_ALWAYS_INLINE WalkBatch<Layout>& ParamWalk<Layout>::batch_for(
     c10::Device device, c10::ScalarType param_type, c10::ScalarType grad_type, const GroupUse& use) {
   const bool stochastic = has_own_buffer_type(use);
   // As a rule there is one batch.
@@ -122,8 +129,8 @@ C10_ALWAYS_INLINE WalkBatch<kBuffers>& ParamWalk<kBuffers>::batch_for(
   return batch;
 }
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::skip(const py::list& rest) {
+template <class Layout>
+void ParamWalk<Layout>::skip(const py::list& rest) {
   for (const auto entry : rest) {
     const auto group = py::cast<py::tuple>(entry);
     for (const auto param : py::cast<py::list>(group[1])) {
@@ -133,8 +140,8 @@ void ParamWalk<kBuffers>::skip(const py::list& rest) {
 }
 
 // Borrowed; null if it is missing.
-template <int kBuffers>
-C10_ALWAYS_INLINE PyObject* ParamWalk<kBuffers>::state_of(PyObject* param, bool exact) {
+template <class Layout>
+C10_ALWAYS_INLINE PyObject* ParamWalk<Layout>::state_of(PyObject* param, bool exact) {
   // As a rule the state has the parameters in the same order, so the next entry is the right one, and it is next
   // in memory too. If the orders differ, the guessing soon stops.
   constexpr int kMisses = 4;
@@ -152,15 +159,15 @@ C10_ALWAYS_INLINE PyObject* ParamWalk<kBuffers>::state_of(PyObject* param, bool 
   return find_state(state_, param, exact);
 }
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::hold(TensorImpl* tensor) {
+template <class Layout>
+void ParamWalk<Layout>::hold(TensorImpl* tensor) {
   if (tensor != nullptr) {
     held_tensors_.emplace_back(c10::intrusive_ptr<TensorImpl>::reclaim_copy(tensor));
   }
 }
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::hold_from_here_on() {
+template <class Layout>
+void ParamWalk<Layout>::hold_from_here_on() {
   if (holding_) {
     return;
   }
@@ -169,8 +176,8 @@ void ParamWalk<kBuffers>::hold_from_here_on() {
     for (const auto& tensors : batch.tensors) {
       hold(tensors.param);
       hold(tensors.grad);
-      for (auto* buffer : tensors.buffer) {
-        hold(buffer);
+      for (auto* held : tensors.slot) {
+        hold(held);
       }
     }
   }
@@ -185,8 +192,8 @@ void ParamWalk<kBuffers>::hold_from_here_on() {
   held_storages_ = hold_storages();
 }
 
-template <int kBuffers>
-C10_ALWAYS_INLINE void ParamWalk<kBuffers>::push(
+template <class Layout>
+C10_ALWAYS_INLINE void ParamWalk<Layout>::push(
     const Slot& slot, TensorImpl* grad, const GroupUse& use, c10::ScalarType param_type,
     c10::ScalarType grad_type) {
   const auto itemsize = static_cast<int64_t>(c10::elementSize(param_type));
@@ -199,7 +206,7 @@ C10_ALWAYS_INLINE void ParamWalk<kBuffers>::push(
   char* const grad_data = data_of(grad, grad_itemsize, has_memory);
   std::array<char*, kBuffers> data{};
   for (int k = 0; k < kBuffers; ++k) {
-    const TensorImpl* const buffer = slot.buffer[k];
+    const TensorImpl* const buffer = slot.held[k];
     if (buffer == nullptr) {
       continue;
     }
@@ -209,7 +216,7 @@ C10_ALWAYS_INLINE void ParamWalk<kBuffers>::push(
     }
     // A buffer with one reference cannot belong to another parameter too.
     const auto& storage = buffer->unsafe_storage();
-    if (Py_REFCNT(slot.buffer_object[k]) != 1 || Py_REFCNT(slot.state) != 1 || storage.use_count() != 1 ||
+    if (Py_REFCNT(slot.held_object[k]) != 1 || Py_REFCNT(slot.state) != 1 || storage.use_count() != 1 ||
         !storage.unsafeGetStorageImpl()->resizable()) {
       shared_buffers_ = true;
       if (overlap(buffer, slot.param) || overlap(buffer, grad)) {
@@ -237,55 +244,70 @@ C10_ALWAYS_INLINE void ParamWalk<kBuffers>::push(
   }
   auto& batch = batch_for(device_of_plain(slot.param), param_type, grad_type, use);
   // A state that holds the buffers alone has no mark.
-  const bool stale = use.buffers != 0 && slot.state != nullptr && PyDict_GET_SIZE(slot.state) > use.buffers &&
+  const bool stale = use.buffers != 0 && slot.state != nullptr && PyDict_GET_SIZE(slot.state) > use.buffers + (kCounts ? 1 : 0) &&
                      is_stale(slot.state, keys_);
-  const bool fresh = use.buffers != 0 && (slot.buffer[0] == nullptr || stale);
+  const bool fresh = use.buffers != 0 && (slot.held[0] == nullptr || stale);
   if (fresh) {
     const auto batch_index = static_cast<size_t>(&batch - batches_.data());
     Fresh& made = fresh_.emplace_back();
     made = {slot.object, slot.state, batch_index, batch.updates.size(), use.buffers};
     made.marked = stale;
-    for (int k = 0; slot.buffer[0] != nullptr && k < use.buffers; ++k) {
-      made.buffer[k] = THPVariable_Unpack(slot.buffer_object[k]);
-      made.enter = false;
+    made.count_on_device = use.count_on_device;
+    for (int k = 0; slot.held[0] != nullptr && k < kSlots; ++k) {
+      if (is_used(k, use)) {
+        made.held[k] = THPVariable_Unpack(slot.held_object[k]);
+        made.enter = false;
+      }
     }
   }
   const int64_t numel = slot.param->numel();
-  TensorUpdate<kBuffers> update{
-      param_data, grad_data, {}, numel, use.index, static_cast<uint32_t>(slot.index) & kIndexMask, fresh};
+  TensorUpdate<Layout> update{
+      {}, param_data, grad_data, {}, numel, use.index, static_cast<uint32_t>(slot.index) & kIndexMask, fresh};
   std::copy(data.begin(), data.end(), update.buffer);
+  if constexpr (kCounts) {
+    if (const TensorImpl* const count = slot.held[kBuffers]; count != nullptr) {
+      update.count = reinterpret_cast<float*>(data_of(count));
+      update.count_on_host = device_of_plain(count).is_cpu();
+      shared_buffers_ |= Py_REFCNT(slot.held_object[kBuffers]) != 1 || count->unsafe_storage().use_count() != 1;
+    }
+  }
   batch.updates.push_back(update);
-  batch.tensors.push_back({slot.object, slot.param, grad, slot.buffer});
+  batch.tensors.push_back({slot.object, slot.param, grad, slot.held});
   if (C10_UNLIKELY(holding_)) {
     held_storages_.push_back(slot.param->unsafe_storage());
     held_storages_.push_back(grad->unsafe_storage());
-    for (const auto* buffer : slot.buffer) {
-      if (buffer != nullptr) {
-        held_storages_.push_back(buffer->unsafe_storage());
+    for (const auto* held : slot.held) {
+      if (held != nullptr) {
+        held_storages_.push_back(held->unsafe_storage());
       }
     }
   }
   batch.numel += numel;
 }
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::push_unusual(
+template <class Layout>
+void ParamWalk<Layout>::push_unusual(
     const Slot& slot, TensorImpl* grad, const GroupUse& use, c10::ScalarType param_type,
     c10::ScalarType grad_type) {
   push(slot, grad, use, param_type, grad_type);
 }
 
 // The common case: plain, contiguous, of one type and on one device.
-template <int kBuffers>
-C10_ALWAYS_INLINE bool ParamWalk<kBuffers>::is_usual(const Slot& slot, const GroupUse& use) {
+template <class Layout>
+C10_ALWAYS_INLINE bool ParamWalk<Layout>::is_usual(const Slot& slot, const GroupUse& use) {
   const auto* const param = slot.param;
   const auto* const grad = slot.grad;
   uint64_t any = param->key_set().raw_repr() | grad->key_set().raw_repr();
   uint64_t all = param->key_set().raw_repr() & grad->key_set().raw_repr();
-  for (const auto* buffer : slot.buffer) {
-    if (buffer != nullptr) {
+  for (int k = 0; k < kBuffers; ++k) {
+    if (const auto* const buffer = slot.held[k]; buffer != nullptr) {
       any |= buffer->key_set().raw_repr();
       all &= buffer->key_set().raw_repr();
+    }
+  }
+  if constexpr (kCounts) {
+    if (slot.has_part(use) || (slot.held[kBuffers] != nullptr && !is_count(slot.held[kBuffers], param))) {
+      return false;
     }
   }
   if ((any & ~plain_keys) != 0 || (all & tracked_keys) == 0 ||
@@ -297,20 +319,21 @@ C10_ALWAYS_INLINE bool ParamWalk<kBuffers>::is_usual(const Slot& slot, const Gro
   if (!on_cpu && (!has_kernel(c10::kCUDA) || grad->device() != param->device())) {
     return false;
   }
-  for (const auto* buffer : slot.buffer) {
-    if (buffer != nullptr &&
-        (!fits(param, buffer, buffer_type_of(param, use)) || (!on_cpu && buffer->device() != param->device()))) {
+  for (int k = 0; k < kBuffers; ++k) {
+    const auto* const buffer = slot.held[k];
+    if (buffer != nullptr && (!fits(param, buffer, buffer_type_of(param, use)) ||
+                              (!on_cpu && buffer->device() != param->device()))) {
       return false;
     }
   }
   return true;
 }
 
-template <int kBuffers>
-C10_ALWAYS_INLINE void ParamWalk<kBuffers>::emit(const Slot& slot, const GroupUse& use) {
+template <class Layout>
+C10_ALWAYS_INLINE void ParamWalk<Layout>::emit(const Slot& slot, const GroupUse& use) {
   bool exact = slot.exact;
-  for (int k = 0; k < kBuffers; ++k) {
-    exact &= slot.buffer[k] == nullptr || THPVariable_CheckExact(slot.buffer_object[k]);
+  for (int k = 0; k < kSlots; ++k) {
+    exact &= slot.held[k] == nullptr || THPVariable_CheckExact(slot.held_object[k]);
   }
   if (C10_LIKELY(exact && is_usual(slot, use))) {
     push(slot, slot.grad, use, type_of(slot.param), type_of(slot.param));
@@ -319,8 +342,8 @@ C10_ALWAYS_INLINE void ParamWalk<kBuffers>::emit(const Slot& slot, const GroupUs
   }
 }
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::add_group(PyObject* params, const GroupUse& use) {
+template <class Layout>
+void ParamWalk<Layout>::add_group(PyObject* params, const GroupUse& use) {
   if (!PyList_Check(params) && !PyTuple_Check(params)) {
     throw py::type_error(
         c10::str(
@@ -433,22 +456,28 @@ void ParamWalk<kBuffers>::add_group(PyObject* params, const GroupUse& use) {
       auto& slot = slots[i];
       if (slot.state != nullptr) {
         Py_ssize_t position = 0;
-        for (int k = 0; k < (kBuffers == 1 ? 1 : use.buffers); ++k) {
-          PyObject* const buffer = next_or_lookup(slot.state, position, keys_.buffer[k]);
-          if (buffer != nullptr && buffer != Py_None) {
+        const auto read = [&](int k) {
+          PyObject* const held = next_or_lookup(slot.state, position, keys_.slot[k]);
+          if (held != nullptr && held != Py_None) {
             if (C10_UNLIKELY(holding_)) {
-              held_objects_.push_back(py::reinterpret_borrow<py::object>(buffer));
+              held_objects_.push_back(py::reinterpret_borrow<py::object>(held));
             }
-            slot.buffer_object[k] = buffer;
-            prefetch(buffer, 1);
+            slot.held_object[k] = held;
+            prefetch(held, 1);
           }
+        };
+        if constexpr (kCounts) {
+          read(kBuffers);  // torch enters it first
+        }
+        for (int k = 0; k < (kBuffers == 1 ? 1 : use.buffers); ++k) {
+          read(k);
         }
       }
     }
     for (Py_ssize_t i = 0; i < live; ++i) {
       auto& slot = slots[i];
-      for (int k = 0; k < kBuffers; ++k) {
-        PyObject* const object = slot.buffer_object[k];
+      for (int k = 0; k < kSlots; ++k) {
+        PyObject* const object = slot.held_object[k];
         if (object == nullptr) {
           continue;
         }
@@ -458,17 +487,17 @@ void ParamWalk<kBuffers>::add_group(PyObject* params, const GroupUse& use) {
                   function_, ": ", keys_.names[k], " of ", place(use, slot.index), " is a ",
                   Py_TYPE(object)->tp_name, "; it has to be a tensor or None"));
         }
-        slot.buffer[k] = THPVariable_Unpack(object).unsafeGetTensorImpl();
-        prefetch(slot.buffer[k], sizeof(TensorImpl));
+        slot.held[k] = THPVariable_Unpack(object).unsafeGetTensorImpl();
+        prefetch(slot.held[k], sizeof(TensorImpl));
       }
       prefetch_data(slot.param);
       prefetch_data(slot.grad);
     }
     for (Py_ssize_t i = 0; i < live; ++i) {
-      for (const auto* buffer : slots[i].buffer) {
-        if (buffer != nullptr) {
-          prefetch_storage(buffer);
-          touch_version(buffer);
+      for (const auto* held : slots[i].held) {
+        if (held != nullptr) {
+          prefetch_storage(held);
+          touch_version(held);
         }
       }
     }
@@ -485,8 +514,8 @@ void ParamWalk<kBuffers>::add_group(PyObject* params, const GroupUse& use) {
   }
 }
 
-template <int kBuffers>
-bool ParamWalk<kBuffers>::has_overlap() const {
+template <class Layout>
+bool ParamWalk<Layout>::has_overlap() const {
   // Two parameters share memory only if they share a storage, or if foreign memory (of NumPy, of another process)
   // was wrapped more than once. So a set of storages decides the common case, and the intervals are compared
   // otherwise.
@@ -518,7 +547,7 @@ bool ParamWalk<kBuffers>::has_overlap() const {
     return false;
   }
   std::vector<Memory> written;
-  written.reserve((1 + kBuffers) * count);
+  written.reserve((1 + kSlots) * count);
   for (const auto& batch : batches_) {
     const auto note = [&](const void* data, int64_t numel, c10::ScalarType type) {
       if (data != nullptr) {
@@ -531,6 +560,9 @@ bool ParamWalk<kBuffers>::has_overlap() const {
       for (const void* const buffer : update.buffer) {
         note(buffer, update.numel, batch.kind.buffer_type);
       }
+      if constexpr (kCounts) {
+        note(update.count, 1, c10::kFloat);
+      }
     }
   }
   const size_t before = written.size();
@@ -538,8 +570,8 @@ bool ParamWalk<kBuffers>::has_overlap() const {
   return written.size() < before;
 }
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::make_fresh_buffers(bool overlap) {
+template <class Layout>
+void ParamWalk<Layout>::make_fresh_buffers(bool overlap) {
   if (fresh_.empty()) {
     return;
   }
@@ -553,13 +585,22 @@ void ParamWalk<kBuffers>::make_fresh_buffers(bool overlap) {
     for (size_t j = overlap ? i : 0; j-- > 0;) {
       const auto& earlier = fresh_[j];
       if (earlier.param == fresh.param && batches_[earlier.batch].updates[earlier.update].group != update.group) {
-        fresh.buffer = earlier.buffer;
+        fresh.held = earlier.held;
         update.fresh = false;
         break;
       }
     }
-    for (int k = 0; k < fresh.count; ++k) {
-      at::Tensor& buffer = fresh.buffer[k];
+    if constexpr (kCounts) {
+      at::Tensor& count = fresh.held[kBuffers];
+      if (!count.defined()) {
+        const auto device = fresh.count_on_device ? batches_[fresh.batch].kind.device : c10::Device(c10::kCPU);
+        count = at::zeros({}, at::TensorOptions().dtype(at::kFloat).device(device));
+      }
+      update.count = count.mutable_data_ptr<float>();
+      update.count_on_host = count.is_cpu();
+    }
+    for (int k = 0; k < fresh.buffers; ++k) {
+      at::Tensor& buffer = fresh.held[k];
       if (!buffer.defined()) {
         const auto& kind = batches_[fresh.batch].kind;
         const auto options = kind.stochastic ? at::TensorOptions().dtype(kind.buffer_type) : at::TensorOptions();
@@ -585,12 +626,18 @@ void ParamWalk<kBuffers>::make_fresh_buffers(bool overlap) {
       const auto entry = fresh.state != nullptr ? py::reinterpret_borrow<py::object>(fresh.state)
                                                 : py::reinterpret_steal<py::object>(PyDict_New());
       bool made = static_cast<bool>(entry);
-      for (int k = 0; fresh.state != nullptr && k < fresh.count; ++k) {
-        fresh.replaced[k] = py::reinterpret_borrow<py::object>(PyDict_GetItem(fresh.state, keys_.buffer[k]));
+      const auto enter = [&](int k) {
+        const auto held = py::reinterpret_steal<py::object>(THPVariable_Wrap(fresh.held[k]));
+        made = made && held && PyDict_SetItem(entry.ptr(), keys_.slot[k], held.ptr()) == 0;
+      };
+      for (int k = 0; fresh.state != nullptr && k < kSlots; ++k) {
+        fresh.replaced[k] = py::reinterpret_borrow<py::object>(PyDict_GetItem(fresh.state, keys_.slot[k]));
       }
-      for (int k = 0; made && k < fresh.count; ++k) {
-        const auto buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(fresh.buffer[k]));
-        made = buffer && PyDict_SetItem(entry.ptr(), keys_.buffer[k], buffer.ptr()) == 0;
+      if constexpr (kCounts) {
+        enter(kBuffers);  // in torch's order
+      }
+      for (int k = 0; k < fresh.buffers; ++k) {
+        enter(k);
       }
       if (!made || (fresh.state == nullptr && PyDict_SetItem(state_, fresh.param, entry.ptr()) != 0)) {
         throw py::error_already_set();
@@ -612,19 +659,19 @@ void ParamWalk<kBuffers>::make_fresh_buffers(bool overlap) {
         check(PyDict_DelItem(state_, fresh.param));
         continue;
       }
-      for (int k = 0; k < fresh.count; ++k) {
+      for (int k = 0; k < kSlots; ++k) {
         PyObject* const replaced = fresh.replaced[k].ptr();
         check(
-            replaced != nullptr ? PyDict_SetItem(fresh.state, keys_.buffer[k], replaced)
-                                : PyDict_DelItem(fresh.state, keys_.buffer[k]));
+            replaced != nullptr ? PyDict_SetItem(fresh.state, keys_.slot[k], replaced)
+                                : PyDict_DelItem(fresh.state, keys_.slot[k]));
       }
     }
     throw;
   }
 }
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::unmark_fresh() {
+template <class Layout>
+void ParamWalk<Layout>::unmark_fresh() {
   for (const auto& fresh : fresh_) {
     if (fresh.marked && PyDict_DelItem(fresh.state, keys_.stale) != 0) {
       PyErr_Clear();  // a parameter that is listed twice: gone already
@@ -632,13 +679,13 @@ void ParamWalk<kBuffers>::unmark_fresh() {
   }
 }
 
-template <int kBuffers>
-bool ParamWalk<kBuffers>::has_idle_state() const {
+template <class Layout>
+bool ParamWalk<Layout>::has_idle_state() const {
   return PyDict_Size(state_) != states_found_;
 }
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::return_copied_grads() {
+template <class Layout>
+void ParamWalk<Layout>::return_copied_grads() {
   at::NoGradGuard no_grad;
   for (auto& grad : copied_) {
     if (at::has_internal_overlap(grad.meta->grad_) == at::MemOverlap::Yes) {
@@ -649,25 +696,25 @@ void ParamWalk<kBuffers>::return_copied_grads() {
   }
 }
 
-template <int kBuffers>
-std::vector<c10::Storage> ParamWalk<kBuffers>::hold_storages() const {
+template <class Layout>
+std::vector<c10::Storage> ParamWalk<Layout>::hold_storages() const {
   std::vector<c10::Storage> held;
   for (const auto& batch : batches_) {
-    held.reserve(held.size() + (2 + kBuffers) * batch.tensors.size());
+    held.reserve(held.size() + (2 + kSlots) * batch.tensors.size());
     for (const auto& tensors : batch.tensors) {
       held.push_back(tensors.param->unsafe_storage());
       held.push_back(tensors.grad->unsafe_storage());
-      for (const auto* buffer : tensors.buffer) {
-        if (buffer != nullptr) {
-          held.push_back(buffer->unsafe_storage());
+      for (const auto* slot : tensors.slot) {
+        if (slot != nullptr) {
+          held.push_back(slot->unsafe_storage());
         }
       }
     }
   }
   for (const auto& fresh : fresh_) {
-    for (const auto& buffer : fresh.buffer) {
-      if (buffer.defined()) {
-        held.push_back(buffer.storage());
+    for (const auto& slot : fresh.held) {
+      if (slot.defined()) {
+        held.push_back(slot.storage());
       }
     }
   }
@@ -677,14 +724,14 @@ std::vector<c10::Storage> ParamWalk<kBuffers>::hold_storages() const {
   return held;
 }
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::bump_versions() {
+template <class Layout>
+void ParamWalk<Layout>::bump_versions() {
   for (const auto& batch : batches_) {
     for (const auto& tensors : batch.tensors) {
       tensors.param->bump_version();
-      for (auto* buffer : tensors.buffer) {
-        if (buffer != nullptr) {
-          buffer->bump_version();
+      for (auto* slot : tensors.slot) {
+        if (slot != nullptr) {
+          slot->bump_version();
         }
       }
     }
@@ -694,8 +741,8 @@ void ParamWalk<kBuffers>::bump_versions() {
   }
 }
 
-template <int kBuffers>
-void ParamWalk<kBuffers>::drop_frozen_grads() {
+template <class Layout>
+void ParamWalk<Layout>::drop_frozen_grads() {
   // Freeing a gradient can run user code, so all are detached before the first one is freed.
   std::vector<at::Tensor> dropped;
   dropped.reserve(frozen_.size());
@@ -706,6 +753,7 @@ void ParamWalk<kBuffers>::drop_frozen_grads() {
 }
 
 // One instance for each number of buffers.
-template class ParamWalk<1>;
+template class ParamWalk<StateLayout<1, false>>;
+template class ParamWalk<StateLayout<3, true>>;
 
 }  // namespace torch_freeze

@@ -25,6 +25,7 @@ struct GroupUse {
   int32_t index = 0;        // of the group in param_groups
   int buffers = 0;          // how many of the optimizer's buffers the state holds for each parameter
   bool stock_form = false;  // every trainable parameter goes to the rest
+  bool count_on_device = false;  // where a new count is put: on the parameter's device, or the host
   // The dtype of the buffers; Undefined: each parameter's own. An explicit bfloat16 is rounded stochastically.
   c10::ScalarType buffer_type = c10::ScalarType::Undefined;
   // The positions of the parameters in the group's list, if they are only some of its parameters.
@@ -32,28 +33,31 @@ struct GroupUse {
 };
 
 // The tensors behind the pointers of one TensorUpdate.
-template <int kBuffers>
+template <class Layout>
 struct UpdateTensors {
   PyObject* object;  // the parameter, owned by the group's list
   c10::TensorImpl* param;
   c10::TensorImpl* grad;
-  std::array<c10::TensorImpl*, kBuffers> buffer;  // null: not in the state yet, or not needed
+  // The buffers, then the count; null: not in the state yet, or not needed.
+  std::array<c10::TensorImpl*, Layout::kSlots> slot;
 };
 
 // What one launch covers.
-template <int kBuffers>
+template <class Layout>
 struct WalkBatch {
   BatchKind kind;
-  std::vector<TensorUpdate<kBuffers>> updates;
-  std::vector<UpdateTensors<kBuffers>> tensors;
+  std::vector<TensorUpdate<Layout>> updates;
+  std::vector<UpdateTensors<Layout>> tensors;
   int64_t numel = 0;
 };
 
-// kBuffers: the largest number of buffers that the optimizer's state holds for a parameter.
-template <int kBuffers>
+template <class Layout>
 class ParamWalk {
  public:
-  using Batch = WalkBatch<kBuffers>;
+  using Batch = WalkBatch<Layout>;
+  static constexpr int kBuffers = Layout::kBuffers;
+  static constexpr bool kCounts = Layout::kCounts;
+  static constexpr int kSlots = Layout::kSlots;
 
   // `function` names the caller in error messages.
   ParamWalk(const char* function, const StateKeys& keys) : function_(function), keys_(keys) {}
@@ -104,21 +108,33 @@ class ParamWalk {
     c10::TensorImpl* param;
     torch::autograd::AutogradMeta* meta;
     c10::TensorImpl* grad;
-    PyObject* state;                                // null: none
-    std::array<PyObject*, kBuffers> buffer_object;  // null: none, or None
-    std::array<c10::TensorImpl*, kBuffers> buffer;
+    PyObject* state;  // null: none
+    // The buffers, then the count.
+    std::array<PyObject*, kSlots> held_object;  // null: none, or None
+    std::array<c10::TensorImpl*, kSlots> held;
+
+    // What a step of this group reads and writes: all there, or none.
+    bool has_part(const GroupUse& use) const {
+      int found = 0;
+      for (int k = 0; k < kSlots; ++k) {
+        found += is_used(k, use) && held[k] != nullptr ? 1 : 0;
+      }
+      return kSlots > 1 && found != 0 && found != use.buffers + (kCounts ? 1 : 0);
+    }
   };
+  static bool is_used(int k, const GroupUse& use) { return k < use.buffers || (kCounts && k == kBuffers); }
   struct Fresh {
     PyObject* param;  // owned by the group's list
     PyObject* state;  // its entry in the state, or null
     size_t batch;
     size_t update;
-    int count;  // of its buffers
-    std::array<at::Tensor, kBuffers> buffer = {};
+    int buffers;
+    bool count_on_device = false;
+    std::array<at::Tensor, kSlots> held = {};
     bool enter = true;    // into the state
     bool marked = false;  // as stale, in the state
     // What its entry named before: None, or buffers of another type.
-    std::array<pybind11::object, kBuffers> replaced = {};
+    std::array<pybind11::object, kSlots> replaced = {};
   };
   struct Rest {
     int32_t group;

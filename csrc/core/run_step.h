@@ -68,8 +68,8 @@ class StepRunner {
  public:
   using Formula = typename Optimizer::Formula;
   using Group = typename Formula::Group;
-  static constexpr int kBuffers = Formula::kBuffers;
-  using Batch = UpdateBatch<Group, kBuffers>;
+  using State = typename Formula::State;
+  using Batch = UpdateBatch<Formula>;
   using Used = UsedGroups<Group>;
 
   // Updates every trainable parameter, or those of `selection`, and drops the gradients of the frozen ones;
@@ -209,6 +209,9 @@ class StepRunner {
           all_used[i] = now;
         }
         use.buffers = Optimizer::buffers(group);
+        if constexpr (State::kCounts) {
+          use.count_on_device = Optimizer::count_on_device(reader);
+        }
       }
       if (use.buffers != 0 || use.stock_form) {
         use.buffer_type = reader.buffer_type();
@@ -295,6 +298,15 @@ class StepRunner {
 
   static void launch(const Batch& batch) {
     batch.kind.device.is_cuda() ? Optimizer::step_cuda(batch) : Optimizer::step_cpu(batch);
+    if constexpr (State::kCounts) {
+      const bool overflow = batch.kind.device.is_cpu() && batch.found_inf != nullptr && *batch.found_inf != 0;
+      for (int64_t i = 0; i < batch.count && !overflow; ++i) {
+        const auto& update = batch.updates[i];
+        if (update.count_on_host) {
+          *update.count = update.fresh ? 1 : *update.count + 1;
+        }
+      }
+    }
   }
 
   // Updates tensors that share memory one after the other, as torch does.
@@ -389,7 +401,7 @@ class StepRunner {
   }
 
   // Kept from step to step only for the capacity of its vectors.
-  ParamWalk<kBuffers> walk_{Optimizer::kStep, Optimizer::state_keys()};
+  ParamWalk<State> walk_{Optimizer::kStep, Optimizer::state_keys()};
   std::vector<Group> groups_;
   std::vector<std::pair<pybind11::object, GroupUse>> params_;  // per group
   // Of the groups that do not keep the state of what is frozen, by index into `params_`.

@@ -65,7 +65,7 @@ void mark_frozen(PyObject* state, PyObject* params, const StateKeys& keys) {
   for_each_frozen(state, params, [&](PyObject*, PyObject* entry) {
     bool any = false;
     for (size_t k = 0; k < keys.count; ++k) {
-      PyObject* const buffer = PyDict_GetItemWithError(entry, keys.buffer[k]);
+      PyObject* const buffer = PyDict_GetItemWithError(entry, keys.slot[k]);
       any |= buffer != nullptr && buffer != Py_None;
     }
     if (any && !is_stale(entry, keys) && PyDict_SetItem(entry, keys.stale, Py_True) != 0) {
@@ -88,7 +88,7 @@ void drop_frozen(PyObject* state, PyObject* params, const StateKeys& keys) {
   };
   for_each_frozen(state, params, [&](PyObject* param, PyObject* entry) {
     for (size_t k = 0; k < keys.count; ++k) {
-      drop(entry, keys.buffer[k]);
+      drop(entry, keys.slot[k]);
     }
     drop(entry, keys.stale);
     if (PyDict_GET_SIZE(entry) == 0) {

@@ -12,29 +12,29 @@
 
 namespace torch_freeze {
 
-constexpr size_t kMaxBuffers = 3;
+constexpr size_t kMostSlots = 4;
 
 // Interned, since a look-up then compares pointers.
 PyObject* intern(const char* text);
 
-// The keys of one parameter's state.
+// The keys of one parameter's state: the buffers, then the count.
 class StateKeys {
  public:
   // `stale` is the key that marks old buffers, which start from zero at the next step. `dtype_option` is the param
   // group's option for the buffers' dtype, for error messages.
-  template <size_t kBuffers>
-  StateKeys(const std::array<const char*, kBuffers>& buffers, const char* stale, const char* dtype_option)
-      : count(kBuffers), stale(intern(stale)), dtype_option(dtype_option) {
-    static_assert(kBuffers <= kMaxBuffers);
-    for (size_t k = 0; k < kBuffers; ++k) {
-      names[k] = buffers[k];
-      buffer[k] = intern(buffers[k]);
+  template <size_t kSlots>
+  StateKeys(const std::array<const char*, kSlots>& slots, const char* stale, const char* dtype_option)
+      : count(kSlots), stale(intern(stale)), dtype_option(dtype_option) {
+    static_assert(kSlots <= kMostSlots);
+    for (size_t k = 0; k < kSlots; ++k) {
+      names[k] = slots[k];
+      slot[k] = intern(slots[k]);
     }
   }
 
-  size_t count;
-  std::array<const char*, kMaxBuffers> names{};
-  std::array<PyObject*, kMaxBuffers> buffer{};
+  size_t count;  // of the keys
+  std::array<const char*, kMostSlots> names{};
+  std::array<PyObject*, kMostSlots> slot{};
   PyObject* stale;
   const char* dtype_option;
 };

@@ -8,18 +8,37 @@
 
 namespace torch_freeze {
 
+// What an optimizer's state holds for one parameter: at most kBuffers buffers of the parameter's shape, and a count
+// of its updates or none.
+template <int kBuffers_, bool kCounts_>
+struct StateLayout {
+  static constexpr int kBuffers = kBuffers_;
+  static constexpr bool kCounts = kCounts_;
+  static constexpr int kSlots = kBuffers + (kCounts ? 1 : 0);  // the count comes last
+};
+
+namespace detail {
+template <bool kCounts>
+struct Count {};
+template <>
+struct Count<true> {
+  float* count;  // of the updates before this one
+  bool count_on_host;
+};
+}  // namespace detail
+
 // The update of one parameter. The arrays hold `numel` elements each in the same order: dense, no gaps.
-template <int kBuffers>
-struct TensorUpdate {
+template <class Layout>
+struct TensorUpdate : detail::Count<Layout::kCounts> {
   void* param;
   void* grad;
-  void* buffer[kBuffers];  // of the optimizer's state; null where the group has none
+  void* buffer[Layout::kBuffers];  // of the optimizer's state; null where the group has none
   int64_t numel;
   int32_t group;        // index into UpdateBatch::groups
   uint32_t index : 31;  // of the parameter in its group's list
-  uint32_t fresh : 1;   // the buffers hold nothing yet, and count as zero
+  uint32_t fresh : 1;   // buffers and count hold nothing yet, and count as zero
 };
-static_assert(sizeof(TensorUpdate<1>) == 40, "the walk writes one per parameter");
+static_assert(sizeof(TensorUpdate<StateLayout<1, false>>) == 40, "the walk writes one per parameter");
 
 // What all tensors of one launch have in common.
 struct BatchKind {
@@ -31,10 +50,13 @@ struct BatchKind {
 };
 
 // Everything one launch covers: any number of param groups. No two tensors that it writes overlap.
-template <class Group, int kBuffers>
+template <class Formula>
 struct UpdateBatch {
+  using Group = typename Formula::Group;
+  using Update = TensorUpdate<typename Formula::State>;
+
   BatchKind kind;
-  const TensorUpdate<kBuffers>* updates = nullptr;
+  const Update* updates = nullptr;
   int64_t count = 0;
   int64_t numel = 0;  // of all updates together
   const Group* groups = nullptr;

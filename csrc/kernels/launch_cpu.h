@@ -18,6 +18,7 @@
 #include "kernels/host_device.h"
 #include "kernels/spans_cpu.h"
 #include "kernels/stochastic_rounding.h"
+#include "kernels/torch_sqrt.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define TORCH_FREEZE_X86 1
@@ -95,6 +96,9 @@ struct StochasticRounding {
   }
 };
 
+// Narrow types pass through this many fp32 elements at a time, and gradients are unscaled so: all in L1.
+constexpr int64_t kBlockNumel = 512;
+
 // The arrays of one tensor, or of a part of it.
 template <class T, class Grad, class Buffer, int kBuffers>
 struct Arrays {
@@ -167,6 +171,43 @@ TORCH_FREEZE_INLINE void update_block(
     }
   }
   update_run<Variant, Arith, Formula>(arrays, n, s, rounding);
+}
+
+// For a formula with a square root, of a block of kBlockNumel elements at most: what comes before the roots, all of
+// these at once, and what comes after.
+template <class Variant, class Arith, class Formula, class T, class Buffer, class Rounding>
+TORCH_FREEZE_INLINE void update_block_with_roots(
+    const Arrays<T, const T, Buffer, Formula::kBuffers>& arrays, int64_t n, const AllScalars<Formula, T>& scalars,
+    Rounding rounding) {
+  constexpr int kBuffers = Formula::kBuffers;
+  constexpr int kUsed = Formula::buffers_used(Variant::kBits);
+  const AllScalars<Formula, T> s = scalars;
+  T* const param = arrays.param;
+  const T* const grad = arrays.grad;
+  const std::array<Buffer*, kBuffers> buffers = arrays.buffers;
+  alignas(64) T roots[kBlockNumel];
+  alignas(64) T first[kBlockNumel];  // of the buffers, before it is rounded
+  TORCH_FREEZE_NO_OVERLAP
+  for (int64_t i = 0; i < n; ++i) {
+    T p = param[i];
+    T values[kBuffers];
+    for (int k = 0; k < kBuffers; ++k) {
+      values[k] = k < kUsed ? rounding.load(buffers[k][i]) : T(0);
+    }
+    roots[i] = Formula::template before_root<Variant, Arith>(p, grad[i], values, s.group, s.tensor);
+    for (int k = 0; k < kUsed; ++k) {
+      buffers[k][i] = rounding.store(values[k], i);
+    }
+    first[i] = values[0];
+    param[i] = p;
+  }
+  torch_sqrt(roots, n);
+  TORCH_FREEZE_NO_OVERLAP
+  for (int64_t i = 0; i < n; ++i) {
+    T p = param[i];
+    Formula::after_root(p, first[i], roots[i], s.group, s.tensor);
+    param[i] = p;
+  }
 }
 
 using Bits32 [[gnu::may_alias]] = uint32_t;
@@ -243,9 +284,6 @@ TORCH_FREEZE_INLINE void narrow(const float* from, c10::Half* to, int64_t n) {
   Convert::narrow(from, to, n);
 }
 
-// Narrow types pass through this many fp32 elements at a time, and gradients are unscaled so: all in L1.
-constexpr int64_t kBlockNumel = 512;
-
 // One tensor, or a part of it that one thread updates.
 template <class Formula, class Types>
 struct Span {
@@ -264,7 +302,14 @@ TORCH_FREEZE_INLINE void update_span(const Span<Formula, Types>& span, Rounding 
   constexpr int kUsed = Formula::buffers_used(Variant::kBits);
   constexpr bool kNarrow = !std::is_same_v<T, Value>;
   constexpr bool kNarrowBuffers = kNarrow && !Types::kStochastic;
-  if constexpr (!kNarrow) {
+  const auto update = [&](const auto& block, int64_t size, Rounding place) {
+    if constexpr (Formula::kRoots) {
+      update_block_with_roots<Variant, Arith, Formula>(block, size, scalars, place);
+    } else {
+      update_block<Variant, Arith, Formula>(block, size, scalars, place);
+    }
+  };
+  if constexpr (!kNarrow && !Formula::kRoots) {
     if (grad_scale == nullptr) {
       update_block<Variant, Arith, Formula>(
           Arrays<T, const T, typename Types::Buffer, kBuffers>{arrays.param, arrays.grad, arrays.buffers}, n,
@@ -296,22 +341,21 @@ TORCH_FREEZE_INLINE void update_span(const Span<Formula, Types>& span, Rounding 
         for (int k = 0; k < kBuffers; ++k) {
           wide.buffers[k] = b[k];
         }
-        update_block<Variant, Arith, Formula>(wide, size, scalars, rounding);
+        update(wide, size, rounding);
       } else {
-        update_block<Variant, Arith, Formula>(
-            Arrays<Value, const Value, typename Types::Buffer, kBuffers>{p, g, part.buffers}, size, scalars,
-            rounding.at(i));
+        update(
+            Arrays<Value, const Value, typename Types::Buffer, kBuffers>{p, g, part.buffers}, size, rounding.at(i));
       }
       narrow<Convert>(p, part.param, size);
       for (int k = 0; kNarrowBuffers && k < kUsed; ++k) {
         narrow<Convert>(b[k], part.buffers[k], size);
       }
     } else {
-      for (int64_t j = 0; j < size; ++j) {
+      for (int64_t j = 0; grad_scale != nullptr && j < size; ++j) {
         part.grad[j] = part.grad[j] / scale;
       }
-      update_block<Variant, Arith, Formula>(
-          Arrays<T, const T, typename Types::Buffer, kBuffers>{part.param, part.grad, part.buffers}, size, scalars,
+      update(
+          Arrays<T, const T, typename Types::Buffer, kBuffers>{part.param, part.grad, part.buffers}, size,
           rounding.at(i));
     }
   }
@@ -347,7 +391,7 @@ struct Avx512Target {
 #endif
 
 template <class Target, class Formula, class Types>
-void step(const UpdateBatch<typename Formula::Group, Formula::kBuffers>& batch) {
+void step(const UpdateBatch<Formula>& batch) {
   using T = typename Types::Param;
   using Buffer = typename Types::Buffer;
   using Rounding = std::conditional_t<Types::kStochastic, StochasticRounding, NearestRounding>;
@@ -355,16 +399,26 @@ void step(const UpdateBatch<typename Formula::Group, Formula::kBuffers>& batch) 
     // What the last span used. Most spans use the same, because neighbours share their group.
     using Run = void (*)(const Span<Formula, Types>&, Rounding);
     return [&batch, run = Run{}, scalars = AllScalars<Formula, typename Types::Value>{}, group = int32_t{-1},
-            fresh = false](const auto& update, int64_t begin, int64_t end) mutable {
+            fresh = false, count = 0.0](const auto& update, int64_t begin, int64_t end) mutable {
       const auto& hyper = batch.groups[update.group];
       if (update.group != group || update.fresh != fresh) {
         group = update.group;
         fresh = update.fresh;
         scalars.group = Formula::template scalars<typename Types::Value>(hyper);
-        scalars.tensor = Formula::tensor_scalars(scalars.group, fresh);
+        if constexpr (!Formula::State::kCounts) {
+          scalars.tensor = Formula::tensor_scalars(scalars.group, fresh);
+        }
+        count = 0;
         Formula::with_variant(Formula::variant_bits(hyper), [&](auto variant) {
           run = &Target::template run<decltype(variant), Formula, Types, Rounding>;
         });
+      }
+      if constexpr (Formula::State::kCounts) {
+        const double now = fresh ? 1 : 1 + static_cast<double>(*update.count);
+        if (now != count) {
+          count = now;
+          scalars.tensor = Formula::template tensor_scalars<typename Types::Value>(hyper, count);
+        }
       }
       Span<Formula, Types> span{
           {static_cast<T*>(update.param), static_cast<T*>(update.grad), {}},
@@ -386,7 +440,7 @@ void step(const UpdateBatch<typename Formula::Group, Formula::kBuffers>& batch) 
 }
 
 template <class Formula, class Types>
-void step_on_this_machine(const UpdateBatch<typename Formula::Group, Formula::kBuffers>& batch) {
+void step_on_this_machine(const UpdateBatch<Formula>& batch) {
 #ifdef TORCH_FREEZE_X86
   // Torch's own choice, not the processor's: with ATEN_CPU_CAPABILITY=default stock has no fused multiply-add.
   static const std::string capability = at::get_cpu_capability();
@@ -403,7 +457,7 @@ void step_on_this_machine(const UpdateBatch<typename Formula::Group, Formula::kB
 }  // namespace cpu
 
 template <class Formula>
-void launch_cpu(const UpdateBatch<typename Formula::Group, Formula::kBuffers>& batch) {
+void launch_cpu(const UpdateBatch<Formula>& batch) {
   if (batch.found_inf != nullptr && *batch.found_inf != 0) {
     return;
   }

@@ -80,7 +80,7 @@ uint32_t resident_blocks(c10::DeviceIndex device) {
 }
 
 template <class Formula>
-void launch_cuda(const UpdateBatch<typename Formula::Group, Formula::kBuffers>& batch) {
+void launch_cuda(const UpdateBatch<Formula>& batch) {
   const c10::cuda::CUDAGuard guard(batch.kind.device);
   const c10::DeviceIndex device = guard.current_device().index();
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device).stream();

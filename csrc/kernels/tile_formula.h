@@ -215,7 +215,7 @@ template <class Formula, class Types>
 class BatchSource {
  public:
   using Tiled = TileFormula<Formula, Types>;
-  using Batch = UpdateBatch<typename Formula::Group, Formula::kBuffers>;
+  using Batch = UpdateBatch<Formula>;
 
   explicit BatchSource(const Batch& batch) : batch_(batch) {}
 
@@ -249,7 +249,7 @@ class BatchSource {
 
 // Calls `run(table)` for each launch that a batch takes; false where there is no kernel for its dtypes.
 template <class Formula, class Run>
-bool for_each_table(const UpdateBatch<typename Formula::Group, Formula::kBuffers>& batch, Run&& run) {
+bool for_each_table(const UpdateBatch<Formula>& batch, Run&& run) {
   return with_dtypes(batch.kind, [&](auto types) {
     using Types = decltype(types);
     multi_tensor::for_each_table<TileFormula<Formula, Types>>(BatchSource<Formula, Types>(batch), run);

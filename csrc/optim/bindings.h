@@ -6,5 +6,6 @@
 namespace torch_freeze {
 
 void bind_sgd(pybind11::module_& module);
+void bind_adam(pybind11::module_& module);
 
 }  // namespace torch_freeze

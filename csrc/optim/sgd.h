@@ -30,7 +30,9 @@ struct SgdVariant {
 
 struct SgdFormula {
   static constexpr const char* kName = "sgd step";
-  static constexpr int kBuffers = 1;  // the momentum buffer
+  using State = StateLayout<1, false>;  // the momentum buffer
+  static constexpr int kBuffers = State::kBuffers;
+  static constexpr bool kRoots = false;
   using Group = SgdGroup;
 
   // What the formula multiplies by: formed in double, rounded once to the type of the arithmetic.
@@ -111,7 +113,7 @@ struct SgdFormula {
   }
 };
 
-using SgdBatch = UpdateBatch<SgdGroup, SgdFormula::kBuffers>;
+using SgdBatch = UpdateBatch<SgdFormula>;
 
 void sgd_step_cpu(const SgdBatch& batch);
 void sgd_step_cuda(const SgdBatch& batch);

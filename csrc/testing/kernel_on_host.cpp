@@ -103,7 +103,7 @@ class Batch {
   }
 
  private:
-  std::vector<TensorUpdate<SgdFormula::kBuffers>> updates_;
+  std::vector<SgdBatch::Update> updates_;
   std::vector<SgdGroup> groups_;
   SgdBatch batch_;
 };

@@ -1,0 +1,101 @@
+// What the core has to know of Adam and AdamW, and their bindings.
+#include "optim/adam.h"
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <array>
+
+#include "core/run_step.h"
+#include "optim/bind_optimizer.h"
+#include "optim/bindings.h"
+
+namespace torch_freeze {
+namespace {
+
+namespace py = pybind11;
+
+template <bool kDecoupled>
+struct Adam {
+  static constexpr const char* kClass = kDecoupled ? "FrozenAwareAdamW" : "FrozenAwareAdam";
+  static constexpr const char* kStep = kDecoupled ? "FrozenAwareAdamW.step" : "FrozenAwareAdam.step";
+  static constexpr const char* kZeroGrad = kDecoupled ? "FrozenAwareAdamW.zero_grad" : "FrozenAwareAdam.zero_grad";
+  static constexpr const char* kBuffersName = "moments";
+  using Formula = AdamFormula;
+
+  // In the order in which torch.optim.Adam enters them.
+  enum Key : size_t {
+    kParams,
+    kLr,
+    kBetas,
+    kEps,
+    kWeightDecay,
+    kAmsgrad,
+    kMaximize,
+    kForeach,
+    kCapturable,
+    kDifferentiable,
+    kFused,
+    kDecoupledDecay
+  };
+  static const GroupKeys& group_keys() {
+    static const GroupKeys keys(
+        kStep,
+        {"params", "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "capturable",
+         "differentiable", "fused", "decoupled_weight_decay"},
+        "frozen_state", "moment_dtype", "moment_seed");
+    return keys;
+  }
+  static const StateKeys& state_keys() {
+    static const StateKeys keys(
+        std::array{"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"}, "state_stale", "moment_dtype");
+    return keys;
+  }
+
+  static AdamGroup read(const GroupReader& reader) {
+    AdamGroup group;
+    const auto betas = reader.pair(kBetas);
+    group.beta1 = betas[0];
+    group.beta2 = betas[1];
+    group.eps = reader.number(kEps);
+    group.weight_decay = reader.number(kWeightDecay);
+    group.amsgrad = reader.flag(kAmsgrad);
+    group.maximize = reader.flag(kMaximize);
+    group.decoupled = reader.flag(kDecoupledDecay);
+    return group;
+  }
+  static int buffers(const AdamGroup& group) { return group.amsgrad ? 3 : 2; }
+  static bool count_on_device(const GroupReader& reader) {
+    return reader.flag(kCapturable) || reader.flag(kFused);
+  }
+
+  // Stock's own implementation is asked for, or a derivative that only its separate operators have.
+  static bool wants_stock_form(const GroupReader& reader) {
+    const bool kernels = reader.item(kFused) == Py_None ? reader.item(kForeach) == Py_None : reader.flag(kFused);
+    return !kernels || reader.flag(kDifferentiable) || reader.wants_gradient(kLr) ||
+           reader.wants_gradient(kWeightDecay);
+  }
+
+  static const char* difference(const AdamGroup& a, const AdamGroup& b) {
+    return !same_number(a.beta1, b.beta1) || !same_number(a.beta2, b.beta2) ? "betas"
+           : !same_number(a.eps, b.eps)                                     ? "eps"
+           : !same_number(a.weight_decay, b.weight_decay)                   ? "weight_decay"
+           : a.amsgrad != b.amsgrad                                         ? "amsgrad"
+           : a.maximize != b.maximize                                       ? "maximize"
+           : a.decoupled != b.decoupled                                     ? "decoupled_weight_decay"
+                                                                            : nullptr;
+  }
+
+  static void step_cpu(const AdamBatch& batch) { adam_step_cpu(batch); }
+  static void step_cuda([[maybe_unused]] const AdamBatch& batch) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, kStep, " has no kernel on CUDA yet");
+  }
+};
+
+}  // namespace
+
+void bind_adam(py::module_& module) {
+  bind_optimizer<Adam<false>>(module, "adam");
+  bind_optimizer<Adam<true>>(module, "adamw");
+}
+
+}  // namespace torch_freeze

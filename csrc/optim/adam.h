@@ -1,0 +1,142 @@
+// Adam and AdamW: their hyper-parameters, and the update of one element.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/tensor_update.h"
+#include "kernels/host_device.h"
+
+namespace torch_freeze {
+
+// The hyper-parameters of one param group, as the user wrote them.
+struct AdamGroup {
+  LearningRate lr;
+  double beta1 = 0.9;
+  double beta2 = 0.999;
+  double eps = 1e-8;
+  double weight_decay = 0;
+  bool amsgrad = false;
+  bool maximize = false;
+  bool decoupled = false;      // AdamW's weight decay
+  uint64_t rounding_seed = 0;  // another one for every group and step; where the moments are rounded stochastically
+};
+
+// A branch of the formula, fixed for a whole tensor and so hoisted out of every loop.
+template <uint8_t kBits_>
+struct AdamVariant {
+  static constexpr uint8_t kBits = kBits_;
+  static constexpr bool kDecay = (kBits & 1) != 0;
+  static constexpr bool kDecoupled = (kBits & 2) != 0;
+  static constexpr bool kAmsgrad = (kBits & 4) != 0;
+};
+
+struct AdamFormula {
+  static constexpr const char* kName = "adam step";
+  using State = StateLayout<3, true>;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+  static constexpr int kBuffers = State::kBuffers;
+  static constexpr bool kRoots = true;
+  using Group = AdamGroup;
+
+  // What the formula multiplies by: formed in double, rounded once to the type of the arithmetic.
+  template <class T>
+  struct Scalars {
+    T weight1;   // of the gradient in exp_avg: 1 - beta1, or -beta1 where that is the smaller
+    bool large1;  // it is -beta1
+    T beta2;
+    T weight2;  // of the squared gradient in exp_avg_sq: 1 - beta2
+    T eps;
+    T weight_decay;
+    T sign;  // -1 to maximize, else 1: an exact product
+  };
+  template <class T>
+  static Scalars<T> scalars(const Group& group) {
+    const T weight1 = static_cast<T>(1 - group.beta1);
+    const bool large = !(std::abs(weight1) < T(0.5));
+    return {
+        large ? weight1 - T(1) : weight1,
+        large,
+        static_cast<T>(group.beta2),
+        static_cast<T>(1 - group.beta2),
+        static_cast<T>(group.eps),
+        static_cast<T>(group.weight_decay),
+        static_cast<T>(group.maximize ? -1.0 : 1.0)};
+  }
+
+  // Those that depend on how many updates the parameter has had, and on the learning rate.
+  template <class T>
+  struct TensorScalars {
+    T neg_step;   // -lr / bias correction of exp_avg
+    T root_bias;  // root of the bias correction of exp_avg_sq
+    T kept;       // of the parameter, by decoupled decay
+  };
+  // `count`: of this update, from 1 on.
+  template <class T>
+  static TensorScalars<T> tensor_scalars(const Group& group, double count) {
+    const double bias1 = 1 - std::pow(group.beta1, count);
+    const double bias2 = 1 - std::pow(group.beta2, count);
+    const double lr = group.lr.number;
+    return {
+        static_cast<T>(-(lr / bias1)), static_cast<T>(std::pow(bias2, 0.5)),
+        static_cast<T>(1 - lr * group.weight_decay)};
+  }
+
+  static uint8_t variant_bits(const Group& group) {
+    const bool decay = group.weight_decay != 0;
+    return static_cast<uint8_t>(
+        (decay ? 1 : 0) | (decay && group.decoupled ? 2 : 0) | (group.amsgrad ? 4 : 0));
+  }
+  static constexpr TORCH_FREEZE_INLINE int buffers_used(uint8_t variant_bits) {
+    return (variant_bits & 4) != 0 ? 3 : 2;
+  }
+  // Calls `run(AdamVariant<…>{})`.
+  template <class Run>
+  static TORCH_FREEZE_INLINE void with_variant(uint8_t variant_bits, Run&& run) {
+    switch (variant_bits) {
+      case 0:
+        return run(AdamVariant<0>{});
+      case 1:
+        return run(AdamVariant<1>{});
+      case 3:
+        return run(AdamVariant<3>{});
+      case 4:
+        return run(AdamVariant<4>{});
+      case 5:
+        return run(AdamVariant<5>{});
+      default:
+        return run(AdamVariant<7>{});
+    }
+  }
+
+  // The part before the square root, whose argument it returns.
+  template <class Variant, class Arith, class T>
+  static TORCH_FREEZE_INLINE T before_root(
+      T& param, T grad, T (&buffers)[kBuffers], const Scalars<T>& s, const TensorScalars<T>& t) {
+    T d = s.sign * grad;
+    if constexpr (Variant::kDecoupled) {
+      param = param * t.kept;
+    } else if constexpr (Variant::kDecay) {
+      d = Arith::fma(s.weight_decay, param, d);
+    }
+    auto& [exp_avg, exp_avg_sq, max_exp_avg_sq] = buffers;
+    exp_avg = Arith::fma(s.weight1, d - exp_avg, s.large1 ? d : exp_avg);
+    exp_avg_sq = Arith::fma(s.weight2 * d, d, exp_avg_sq * s.beta2);
+    if constexpr (Variant::kAmsgrad) {
+      // Not std::max, so that NaN stays.
+      max_exp_avg_sq = max_exp_avg_sq >= exp_avg_sq || max_exp_avg_sq != max_exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;
+      return max_exp_avg_sq;
+    }
+    return exp_avg_sq;
+  }
+  template <class T>
+  static TORCH_FREEZE_INLINE void after_root(
+      T& param, T exp_avg, T root, const Scalars<T>& s, const TensorScalars<T>& t) {
+    param = param + (t.neg_step * exp_avg) / (root / t.root_bias + s.eps);
+  }
+};
+
+using AdamBatch = UpdateBatch<AdamFormula>;
+
+void adam_step_cpu(const AdamBatch& batch);
+
+}  // namespace torch_freeze
