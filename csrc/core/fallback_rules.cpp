@@ -279,7 +279,9 @@ void ParamWalk<Layout>::emit_unusual(const Slot& slot, const GroupUse& use) {
     }
     check_buffer(k, slot, use);
     plain_buffers &= is_plain(buffer) && !buffer->is_inference() && THPVariable_CheckExact(slot.held_object[k]);
-    fitting_buffers &= type_of(buffer) == type_of(param) && same_layout(param, buffer);
+    // Only plain tensors are asked for their layout: others may have none, or code of their own that answers.
+    fitting_buffers &=
+        is_plain(param) && is_plain(buffer) && type_of(buffer) == type_of(param) && same_layout(param, buffer);
   }
   if (has_own_buffer_type(use) && use.buffers != 0) {
     emit_with_own_buffer(slot, use);

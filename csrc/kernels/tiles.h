@@ -40,6 +40,8 @@
 namespace torch_freeze::multi_tensor {
 
 inline constexpr uint32_t kLanes = 32;
+// Blocks of 128 threads: five of them on a multiprocessor leave 102 registers to each thread, which the kernel
+// needs, and small launches still spread over many multiprocessors.
 inline constexpr uint32_t kWarps = 4;
 inline constexpr uint32_t kThreads = kLanes * kWarps;
 // Resident blocks per multiprocessor that the compiler must leave registers for, and vectors per array that a

@@ -205,3 +205,24 @@ def check_ordinary(case: Case) -> None:
     """A case in which ordinary steps fail as well would not show what backward refuses."""
     outcome = ordinary_outcome(case)
     assert bool(outcome.error) == case.ordinary_raises, outcome.error
+
+
+def both_tests(table: Table) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The two tests of a table: of steps in backward, and of the ordinary step."""
+
+    @pytest.mark.filterwarnings("ignore")
+    @each_use(table)
+    def test_hostile_use_gives_the_ordinary_steps_bits_or_an_error(
+        case: Case, bucket: dict[str, Any], device: str
+    ) -> None:
+        check_use(case, bucket, device)
+
+    @pytest.mark.filterwarnings("ignore")
+    @each_case(table)
+    def test_the_ordinary_step_raises_only_where_nobody_can_step(case: Case) -> None:
+        check_ordinary(case)
+
+    return (
+        test_hostile_use_gives_the_ordinary_steps_bits_or_an_error,
+        test_the_ordinary_step_raises_only_where_nobody_can_step,
+    )

@@ -8,19 +8,14 @@ import io
 import pickle
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.helpers import apart
 from tests.helpers.hostile_use import (
-    Case,
     Make,
     Table,
-    check_ordinary,
-    check_use,
-    each_case,
-    each_use,
+    both_tests,
     loss_of,
     net,
     result,
@@ -267,15 +262,7 @@ def forked(make: Make) -> Any:
     return here, apart.fork(lambda: train(model, optimizer))
 
 
-@pytest.mark.filterwarnings("ignore")
-@each_use(CASES)
-def test_hostile_use_gives_the_ordinary_steps_bits_or_an_error(
-    case: Case, bucket: dict[str, Any], device: str
-) -> None:
-    check_use(case, bucket, device)
-
-
-@pytest.mark.filterwarnings("ignore")
-@each_case(CASES)
-def test_the_ordinary_step_raises_only_where_nobody_can_step(case: Case) -> None:
-    check_ordinary(case)
+(
+    test_hostile_use_gives_the_ordinary_steps_bits_or_an_error,
+    test_the_ordinary_step_raises_only_where_nobody_can_step,
+) = both_tests(CASES)

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,11 +16,8 @@ from tests.helpers.hostile_use import (
     Case,
     Make,
     Table,
-    check_ordinary,
-    check_use,
+    both_tests,
     data,
-    each_case,
-    each_use,
     loss_of,
     net,
     ordinary,
@@ -373,15 +369,7 @@ def torch_func(make: Make) -> Any:
     return train(model, optimizer, loss=loss)
 
 
-@pytest.mark.filterwarnings("ignore")
-@each_use(CASES)
-def test_hostile_use_gives_the_ordinary_steps_bits_or_an_error(
-    case: Case, bucket: dict[str, Any], device: str
-) -> None:
-    check_use(case, bucket, device)
-
-
-@pytest.mark.filterwarnings("ignore")
-@each_case(CASES)
-def test_the_ordinary_step_raises_only_where_nobody_can_step(case: Case) -> None:
-    check_ordinary(case)
+(
+    test_hostile_use_gives_the_ordinary_steps_bits_or_an_error,
+    test_the_ordinary_step_raises_only_where_nobody_can_step,
+) = both_tests(CASES)

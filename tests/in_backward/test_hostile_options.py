@@ -18,10 +18,7 @@ from tests.helpers.hostile_use import (
     Make,
     Table,
     bits,
-    check_ordinary,
-    check_use,
-    each_case,
-    each_use,
+    both_tests,
     loss_of,
     net,
     of_parameters,
@@ -389,15 +386,7 @@ def averaged(make: Make) -> Any:
     return values, result(mean), result(ema)
 
 
-@pytest.mark.filterwarnings("ignore")
-@each_use(CASES)
-def test_hostile_use_gives_the_ordinary_steps_bits_or_an_error(
-    case: Case, bucket: dict[str, Any], device: str
-) -> None:
-    check_use(case, bucket, device)
-
-
-@pytest.mark.filterwarnings("ignore")
-@each_case(CASES)
-def test_the_ordinary_step_raises_only_where_nobody_can_step(case: Case) -> None:
-    check_ordinary(case)
+(
+    test_hostile_use_gives_the_ordinary_steps_bits_or_an_error,
+    test_the_ordinary_step_raises_only_where_nobody_can_step,
+) = both_tests(CASES)

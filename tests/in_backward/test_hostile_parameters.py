@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -15,11 +14,8 @@ from tests.helpers.hostile_use import (
     Make,
     Table,
     Weighted,
-    check_ordinary,
-    check_use,
+    both_tests,
     data,
-    each_case,
-    each_use,
     net,
     of_parameters,
     ordinary,
@@ -177,15 +173,7 @@ def lazy(make: Make) -> Any:
     return train(model, optimizer)
 
 
-@pytest.mark.filterwarnings("ignore")
-@each_use(CASES)
-def test_hostile_use_gives_the_ordinary_steps_bits_or_an_error(
-    case: Case, bucket: dict[str, Any], device: str
-) -> None:
-    check_use(case, bucket, device)
-
-
-@pytest.mark.filterwarnings("ignore")
-@each_case(CASES)
-def test_the_ordinary_step_raises_only_where_nobody_can_step(case: Case) -> None:
-    check_ordinary(case)
+(
+    test_hostile_use_gives_the_ordinary_steps_bits_or_an_error,
+    test_the_ordinary_step_raises_only_where_nobody_can_step,
+) = both_tests(CASES)

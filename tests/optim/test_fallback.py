@@ -262,6 +262,45 @@ def test_a_torch_function_subclass_sees_its_operations(hyper: Hyper) -> None:
     cases.assert_same_bits(p.as_subclass(Tensor), q, "frozen")
 
 
+class WithoutLayout(Wrapper):
+    """Answers for its own strides, and says no."""
+
+    @staticmethod
+    def __new__(cls, elem: Tensor, requires_grad: bool = False) -> WithoutLayout:
+        self: WithoutLayout = Tensor._make_wrapper_subclass(
+            cls,
+            elem.shape,
+            elem.stride(),
+            dtype=elem.dtype,
+            device=elem.device,
+            requires_grad=requires_grad,
+            dispatch_sizes_strides_policy="strides",
+        )
+        self.elem = elem
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "is_contiguous":
+            raise RuntimeError("asked for its layout")
+        if func.overloadpacket.__name__ in ("stride", "sym_stride"):
+            return args[0].elem.stride()
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        return cls(out.elem) if type(out) is Wrapper else out
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_subclass_is_not_asked_for_its_layout(momentum: float) -> None:
+    p, q = WithoutLayout(torch.ones(3, 4), requires_grad=True), torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = FrozenAwareSGD([p], lr=0.1, momentum=momentum)
+    reference = torch.optim.SGD([q], lr=0.1, momentum=momentum, foreach=False)
+    for _ in range(2):
+        p.grad, q.grad = WithoutLayout(torch.ones(3, 4)), torch.ones(3, 4)
+        optimizer.step()
+        reference.step()
+    cases.assert_same_bits(p.elem, q, "after two steps")
+
+
 @pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
 def test_a_torch_dispatch_subclass_sees_its_operations(hyper: Hyper) -> None:
     gen = cases.generator(0)
