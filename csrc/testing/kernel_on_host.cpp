@@ -55,7 +55,8 @@ class Batch {
       uintptr_t grad_scale, uintptr_t found_inf, bool stochastic) {
     for (const auto& [param, grad, momentum, numel, group, index, fresh] : updates) {
       updates_.push_back(
-          {reinterpret_cast<void*>(param),
+          {{},
+           reinterpret_cast<void*>(param),
            reinterpret_cast<void*>(grad),
            {reinterpret_cast<void*>(momentum)},
            numel,
