@@ -175,8 +175,9 @@ bool ParamWalk<Layout>::emit_local(const Slot& slot, const GroupUse& use) {
   std::array<PyObject*, 2 + kSlots> wholes = {slot.object, grad.ptr()};
   std::copy(slot.held_object.begin(), slot.held_object.end(), wholes.begin() + 2);
   for (size_t i = 0; i < wholes.size(); ++i) {
-    if (wholes[i] == nullptr) {
-      continue;
+    const bool is_count_slot = kCounts && i == 2 + kBuffers;
+    if (wholes[i] == nullptr || (is_count_slot && THPVariable_CheckExact(wholes[i]))) {
+      continue;  // each process counts for itself
     }
     if (Py_TYPE(wholes[i]) != dtensor_type() || !same_placement(spec, py::handle(wholes[i]).attr("_spec"))) {
       return false;
@@ -187,7 +188,9 @@ bool ParamWalk<Layout>::emit_local(const Slot& slot, const GroupUse& use) {
   local.param = locals[0].unsafeGetTensorImpl();
   local.grad = locals[1].unsafeGetTensorImpl();
   for (int k = 0; k < kSlots; ++k) {
-    local.held[k] = locals[2 + k].defined() ? locals[2 + k].unsafeGetTensorImpl() : nullptr;
+    if (locals[2 + k].defined()) {
+      local.held[k] = locals[2 + k].unsafeGetTensorImpl();
+    }
   }
   if (!is_usual(local, use)) {
     return false;
@@ -287,8 +290,8 @@ void ParamWalk<Layout>::emit_unusual(const Slot& slot, const GroupUse& use) {
     emit_with_own_buffer(slot, use);
     return;
   }
-  if (!is_plain(param) || !is_plain(grad) || !plain_buffers || (!slot.exact && overrides_operators(slot.object)) ||
-      param->is_inference()) {
+  if (!has_usable_count(slot, use) || !is_plain(param) || !is_plain(grad) || !plain_buffers ||
+      (!slot.exact && overrides_operators(slot.object)) || param->is_inference()) {
     leave(slot, use);
     return;
   }
@@ -325,6 +328,11 @@ void ParamWalk<Layout>::emit_with_own_buffer(const Slot& slot, const GroupUse& u
       function_, ": ", place(use, slot.index), " is a ", type, " tensor (", Py_TYPE(slot.object)->tp_name, ") on ",
       param->device(), "; ", option, "=", use.buffer_type,
       " is for dense float32 and bfloat16 parameters on the CPU or CUDA. Put it in a group of ", option, "=None.");
+  TORCH_CHECK_VALUE(
+      has_usable_count(slot, use), function_, ": the state of ", place(use, slot.index),
+      " has some of its tensors and lacks others, or a ", keys_.names[kSlots - 1],
+      " that is not one float32 on the CPU or the parameter's device; ", option,
+      " is not for these. Delete the parameter's entry from the optimizer's state.");
   at::NoGradGuard no_grad;
   Slot fitting = slot;
   std::array<at::Tensor, kBuffers> converted;
@@ -359,8 +367,10 @@ void ParamWalk<Layout>::emit_with_own_buffer(const Slot& slot, const GroupUse& u
       const auto& batch = batch_for(device_of_plain(param), type, type, use);
       const auto batch_index = static_cast<size_t>(&batch - batches_.data());
       fresh_.push_back({slot.object, slot.state, batch_index, batch.updates.size() - 1, use.buffers});
-      for (int k = 0; k < use.buffers; ++k) {
-        fresh_.back().held[k] = THPVariable_Unpack(fitting.held_object[k]);
+      for (int k = 0; k < kSlots; ++k) {
+        if (is_used(k, use)) {
+          fresh_.back().held[k] = THPVariable_Unpack(fitting.held_object[k]);
+        }
       }
     }
     fresh_.back().enter = true;
@@ -373,11 +383,13 @@ void ParamWalk<Layout>::emit_with_own_buffer(const Slot& slot, const GroupUse& u
 // param_walk.cpp instantiates the class; these are the members that it does not define.
 template void ParamWalk<StateLayout<1, false>>::leave(const Slot&, const GroupUse&);
 template void ParamWalk<StateLayout<1, false>>::emit_unusual(const Slot&, const GroupUse&);
-template void ParamWalk<StateLayout<1, false>>::raise_no_memory(const Slot&, TensorImpl const*, const GroupUse&) const;
+template void ParamWalk<StateLayout<1, false>>::raise_no_memory(
+    const Slot&, TensorImpl const*, const GroupUse&) const;
 template py::object ParamWalk<StateLayout<1, false>>::rest();
 template void ParamWalk<StateLayout<3, true>>::leave(const Slot&, const GroupUse&);
 template void ParamWalk<StateLayout<3, true>>::emit_unusual(const Slot&, const GroupUse&);
-template void ParamWalk<StateLayout<3, true>>::raise_no_memory(const Slot&, TensorImpl const*, const GroupUse&) const;
+template void ParamWalk<StateLayout<3, true>>::raise_no_memory(
+    const Slot&, TensorImpl const*, const GroupUse&) const;
 template py::object ParamWalk<StateLayout<3, true>>::rest();
 
 }  // namespace torch_freeze

@@ -45,12 +45,6 @@ inline caffe2::TypeMeta buffer_type_of(const TensorImpl* param, const GroupUse& 
   return C10_LIKELY(!has_own_buffer_type(use)) ? param->dtype() : c10::scalarTypeToTypeMeta(use.buffer_type);
 }
 
-// A count that the kernels take: torch keeps it on the host or on the parameter's device.
-inline bool is_count(const TensorImpl* count, const TensorImpl* param) {
-  return is_plain(count) && (count->key_set().raw_repr() & tracked_keys) != 0 && type_of(count) == c10::kFloat && count->numel() == 1 &&
-         (device_of_plain(count).is_cpu() || count->device() == param->device());
-}
-
 // Of dense tensors.
 bool overlap(const TensorImpl* a, const TensorImpl* b) {
   const char* const begin_a = data_of(a);
@@ -103,6 +97,7 @@ void ParamWalk<Layout>::reset(PyObject* state) {
   rest_.clear();
   skipped_.clear();
   shared_buffers_ = false;
+  counts_gpu_on_host_ = false;
   holding_ = false;
   held_tensors_.clear();
   held_storages_.clear();
@@ -244,8 +239,8 @@ C10_ALWAYS_INLINE void ParamWalk<Layout>::push(
   }
   auto& batch = batch_for(device_of_plain(slot.param), param_type, grad_type, use);
   // A state that holds the buffers alone has no mark.
-  const bool stale = use.buffers != 0 && slot.state != nullptr && PyDict_GET_SIZE(slot.state) > use.buffers + (kCounts ? 1 : 0) &&
-                     is_stale(slot.state, keys_);
+  const bool stale = use.buffers != 0 && slot.state != nullptr &&
+                     PyDict_GET_SIZE(slot.state) > use.buffers + (kCounts ? 1 : 0) && is_stale(slot.state, keys_);
   const bool fresh = use.buffers != 0 && (slot.held[0] == nullptr || stale);
   if (fresh) {
     const auto batch_index = static_cast<size_t>(&batch - batches_.data());
@@ -268,6 +263,7 @@ C10_ALWAYS_INLINE void ParamWalk<Layout>::push(
     if (const TensorImpl* const count = slot.held[kBuffers]; count != nullptr) {
       update.count = reinterpret_cast<float*>(data_of(count));
       update.count_on_host = device_of_plain(count).is_cpu();
+      counts_gpu_on_host_ |= update.count_on_host && batch.kind.device.is_cuda();
       shared_buffers_ |= Py_REFCNT(slot.held_object[kBuffers]) != 1 || count->unsafe_storage().use_count() != 1;
     }
   }
@@ -292,6 +288,21 @@ void ParamWalk<Layout>::push_unusual(
   push(slot, grad, use, param_type, grad_type);
 }
 
+// Whether the state holds either all that a step of the group reads, or nothing; and a count that the kernels
+// take.
+template <class Layout>
+C10_ALWAYS_INLINE bool ParamWalk<Layout>::has_usable_count(const Slot& slot, const GroupUse& use) {
+  if constexpr (kCounts) {
+    int missing = 0;
+    for (int k = 0; k < kSlots; ++k) {
+      missing += is_used(k, use) && slot.held[k] == nullptr ? 1 : 0;
+    }
+    const c10::TensorImpl* const count = slot.held[kBuffers];
+    return missing == use.buffers + 1 || (missing == 0 && is_count(count, slot.param));
+  }
+  return true;
+}
+
 // The common case: plain, contiguous, of one type and on one device.
 template <class Layout>
 C10_ALWAYS_INLINE bool ParamWalk<Layout>::is_usual(const Slot& slot, const GroupUse& use) {
@@ -305,10 +316,8 @@ C10_ALWAYS_INLINE bool ParamWalk<Layout>::is_usual(const Slot& slot, const Group
       all &= buffer->key_set().raw_repr();
     }
   }
-  if constexpr (kCounts) {
-    if (slot.has_part(use) || (slot.held[kBuffers] != nullptr && !is_count(slot.held[kBuffers], param))) {
-      return false;
-    }
+  if (!has_usable_count(slot, use)) {
+    return false;
   }
   if ((any & ~plain_keys) != 0 || (all & tracked_keys) == 0 ||
       !param->is_contiguous_default(c10::MemoryFormat::Contiguous) || !fits(param, grad, param->dtype()) ||
@@ -321,8 +330,8 @@ C10_ALWAYS_INLINE bool ParamWalk<Layout>::is_usual(const Slot& slot, const Group
   }
   for (int k = 0; k < kBuffers; ++k) {
     const auto* const buffer = slot.held[k];
-    if (buffer != nullptr && (!fits(param, buffer, buffer_type_of(param, use)) ||
-                              (!on_cpu && buffer->device() != param->device()))) {
+    if (buffer != nullptr &&
+        (!fits(param, buffer, buffer_type_of(param, use)) || (!on_cpu && buffer->device() != param->device()))) {
       return false;
     }
   }

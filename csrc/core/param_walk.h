@@ -22,9 +22,9 @@ namespace torch_freeze {
 
 // How the walk treats the parameters of one group.
 struct GroupUse {
-  int32_t index = 0;        // of the group in param_groups
-  int buffers = 0;          // how many of the optimizer's buffers the state holds for each parameter
-  bool stock_form = false;  // every trainable parameter goes to the rest
+  int32_t index = 0;             // of the group in param_groups
+  int buffers = 0;               // how many of the optimizer's buffers the state holds for each parameter
+  bool stock_form = false;       // every trainable parameter goes to the rest
   bool count_on_device = false;  // where a new count is put: on the parameter's device, or the host
   // The dtype of the buffers; Undefined: each parameter's own. An explicit bfloat16 is rounded stochastically.
   c10::ScalarType buffer_type = c10::ScalarType::Undefined;
@@ -78,6 +78,8 @@ class ParamWalk {
         fresh_.begin(), fresh_.end(), [&](const Fresh& fresh) { return &batches_[fresh.batch] == &batch; });
   }
   std::vector<Batch>& batches() { return batches_; }
+  // Whether the host counts the updates of a tensor on a GPU.
+  bool counts_gpu_on_host() const { return counts_gpu_on_host_; }
   // Whether two of the tensors to be written share memory, so that their order matters.
   bool has_overlap() const;
 
@@ -112,15 +114,6 @@ class ParamWalk {
     // The buffers, then the count.
     std::array<PyObject*, kSlots> held_object;  // null: none, or None
     std::array<c10::TensorImpl*, kSlots> held;
-
-    // What a step of this group reads and writes: all there, or none.
-    bool has_part(const GroupUse& use) const {
-      int found = 0;
-      for (int k = 0; k < kSlots; ++k) {
-        found += is_used(k, use) && held[k] != nullptr ? 1 : 0;
-      }
-      return kSlots > 1 && found != 0 && found != use.buffers + (kCounts ? 1 : 0);
-    }
   };
   static bool is_used(int k, const GroupUse& use) { return k < use.buffers || (kCounts && k == kBuffers); }
   struct Fresh {
@@ -151,6 +144,7 @@ class ParamWalk {
   void hold(c10::TensorImpl* tensor);
   void hold_from_here_on();
   static bool is_usual(const Slot& slot, const GroupUse& use);
+  static bool has_usable_count(const Slot& slot, const GroupUse& use);
   PyObject* state_of(PyObject* param, bool exact);
   void emit(const Slot& slot, const GroupUse& use);
   void emit_unusual(const Slot& slot, const GroupUse& use);
@@ -184,6 +178,7 @@ class ParamWalk {
   Py_ssize_t state_position_ = 0;                    // of the entry guessed to come next
   int state_misses_ = 0;
   Py_ssize_t states_found_ = 0;
+  bool counts_gpu_on_host_ = false;
   bool shared_buffers_ = false;  // a buffer has other references too
   // Plain pointers are enough while only this code runs. User code may free anything, so before it can run, the
   // walk takes references to all that it has found, and from then on to all that it finds.

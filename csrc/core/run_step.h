@@ -152,16 +152,26 @@ class StepRunner {
           " are missing, and would start from zero at every replay. Make a step before the capture, so that they "
           "are there.");
     }
+    if (walk_.counts_gpu_on_host()) {
+      refuse_capture(
+          [](const auto& batch) {
+            return std::any_of(batch.updates.begin(), batch.updates.end(), [](const auto& update) {
+              return counts_on_host(update);
+            });
+          },
+          "the number of updates is kept on the host, and replays would not count. Use capturable=True.");
+    }
     if (rounds_stochastically_) {
       refuse_capture(
           [](const auto& batch) { return batch.kind.stochastic; },
           "every replay would round momentum with the same random bits. Use ",
           Optimizer::state_keys().dtype_option, "=None.");
     }
-    // An overflow must leave no trace, not even a new buffer. On a GPU, reading found_inf costs a synchronization,
-    // so it is read only if there are buffers to make: never in a steady state.
+    // An overflow must leave no trace, not even a new buffer or a count. On a GPU, reading found_inf costs a
+    // synchronization, so it is read only if there are buffers to make, which a steady state has not, or counts of
+    // the host.
     const bool overlap = walk_.has_overlap();
-    if (!found_inf.is_none() && walk_.has_fresh() &&
+    if (!found_inf.is_none() && (walk_.has_fresh() || walk_.counts_gpu_on_host()) &&
         scaler_on_device(Optimizer::kStep, found_inf, c10::kCPU).item().toFloat() != 0) {
       walk_.drop_frozen_grads();
     } else {
@@ -294,6 +304,14 @@ class StepRunner {
           !concerns(batch) || !is_capturing(batch.kind.device), Optimizer::kStep,
           " while a CUDA graph is being captured: ", why...);
     }
+  }
+
+  template <class Update>
+  static bool counts_on_host(const Update& update) {
+    if constexpr (State::kCounts) {
+      return update.count_on_host;
+    }
+    return false;
   }
 
   static void launch(const Batch& batch) {

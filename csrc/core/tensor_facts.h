@@ -29,6 +29,13 @@ inline c10::Device device_of_plain(const c10::TensorImpl* tensor) {
 // The key that is_inference() looks for.
 inline const uint64_t tracked_keys = c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView).raw_repr();
 
+// A count of updates that the kernels take: torch keeps it on the host or on the parameter's device.
+inline bool is_count(const c10::TensorImpl* count, const c10::TensorImpl* param) {
+  return is_plain(count) && (count->key_set().raw_repr() & tracked_keys) != 0 &&
+         count->dtype() == caffe2::TypeMeta::Make<float>() && count->numel_default() == 1 &&
+         (device_of_plain(count).is_cpu() || count->device() == param->device());
+}
+
 C10_ALWAYS_INLINE bool same_sizes(const c10::TensorImpl* a, const c10::TensorImpl* b) {
   const auto left = a->sizes_default();
   const auto right = b->sizes_default();

@@ -8,8 +8,8 @@
 
 namespace torch_freeze {
 
-// What an optimizer's state holds for one parameter: at most kBuffers buffers of the parameter's shape, and a count
-// of its updates or none.
+// What an optimizer's state holds for one parameter: at most kBuffers buffers of the parameter's shape, and a
+// count of its updates or none.
 template <int kBuffers_, bool kCounts_>
 struct StateLayout {
   static constexpr int kBuffers = kBuffers_;

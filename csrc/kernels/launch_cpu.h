@@ -30,10 +30,12 @@ namespace cpu {
 
 // Stock rounds once where its vector type has a fused multiply-add, twice where it has none.
 struct FusedArith {
+  static constexpr bool kDividesTwice = true;
   static TORCH_FREEZE_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
   static TORCH_FREEZE_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 };
 struct SeparateArith {
+  static constexpr bool kDividesTwice = true;
   template <class T>
   static TORCH_FREEZE_INLINE T fma(T a, T b, T c) {
     return a * b + c;
@@ -65,7 +67,7 @@ struct NearestRounding {
     return value;
   }
   template <class T>
-  TORCH_FREEZE_INLINE T store(T value, int64_t) const {
+  TORCH_FREEZE_INLINE T store(T value, int, int64_t) const {
     return value;
   }
 };
@@ -89,9 +91,10 @@ struct StochasticRounding {
     std::memcpy(&value, &bits, sizeof(value));
     return value;
   }
-  TORCH_FREEZE_INLINE c10::BFloat16 store(float value, int64_t element) const {
+  // The element of the k-th buffer.
+  TORCH_FREEZE_INLINE c10::BFloat16 store(float value, int k, int64_t element) const {
     const uint32_t low = static_cast<uint32_t>(first) + static_cast<uint32_t>(element);
-    const uint32_t random = rounding_bits(key, low, static_cast<uint32_t>(first >> 32));
+    const uint32_t random = rounding_bits(buffer_key(key, k), low, static_cast<uint32_t>(first >> 32));
     return {static_cast<uint16_t>(round_to_bfloat16(value, random)), c10::BFloat16::from_bits()};
   }
 };
@@ -140,7 +143,7 @@ TORCH_FREEZE_INLINE void update_run(
     }
     Formula::template element<Variant, Arith>(p, grad[i], values, s.group, s.tensor);
     for (int k = 0; k < kUsed; ++k) {
-      buffers[k][i] = rounding.store(values[k], i);
+      buffers[k][i] = rounding.store(values[k], k, i);
     }
     param[i] = p;
   }
@@ -173,20 +176,16 @@ TORCH_FREEZE_INLINE void update_block(
   update_run<Variant, Arith, Formula>(arrays, n, s, rounding);
 }
 
-// For a formula with a square root, of a block of kBlockNumel elements at most: what comes before the roots, all of
-// these at once, and what comes after.
+// What a formula with a square root does before it.
 template <class Variant, class Arith, class Formula, class T, class Buffer, class Rounding>
-TORCH_FREEZE_INLINE void update_block_with_roots(
-    const Arrays<T, const T, Buffer, Formula::kBuffers>& arrays, int64_t n, const AllScalars<Formula, T>& scalars,
-    Rounding rounding) {
+TORCH_FREEZE_INLINE void run_before_root(
+    const Arrays<T, const T, Buffer, Formula::kBuffers>& arrays, int64_t n, const AllScalars<Formula, T>& s,
+    Rounding rounding, T* roots, T* first) {
   constexpr int kBuffers = Formula::kBuffers;
   constexpr int kUsed = Formula::buffers_used(Variant::kBits);
-  const AllScalars<Formula, T> s = scalars;
   T* const param = arrays.param;
   const T* const grad = arrays.grad;
   const std::array<Buffer*, kBuffers> buffers = arrays.buffers;
-  alignas(64) T roots[kBlockNumel];
-  alignas(64) T first[kBlockNumel];  // of the buffers, before it is rounded
   TORCH_FREEZE_NO_OVERLAP
   for (int64_t i = 0; i < n; ++i) {
     T p = param[i];
@@ -196,17 +195,49 @@ TORCH_FREEZE_INLINE void update_block_with_roots(
     }
     roots[i] = Formula::template before_root<Variant, Arith>(p, grad[i], values, s.group, s.tensor);
     for (int k = 0; k < kUsed; ++k) {
-      buffers[k][i] = rounding.store(values[k], i);
+      buffers[k][i] = rounding.store(values[k], k, i);
     }
     first[i] = values[0];
     param[i] = p;
   }
+}
+
+// A block of at most kBlockNumel elements: what comes before the roots, all of these at once, and what comes
+// after. Prefetching gains nothing here, since the roots and two divisions take longer than the memory.
+template <class Variant, class Arith, class Formula, class T, class Buffer, class Rounding>
+TORCH_FREEZE_INLINE void update_block_with_roots(
+    const Arrays<T, const T, Buffer, Formula::kBuffers>& block, int64_t n, const AllScalars<Formula, T>& scalars,
+    Rounding rounding) {
+  const AllScalars<Formula, T> s = scalars;
+  alignas(64) T roots[kBlockNumel];
+  alignas(64) T first[kBlockNumel];  // of the buffers, before it is rounded
+  int64_t done = 0;
+  if constexpr (!std::is_same_v<Rounding, NearestRounding>) {
+    for (; done + kRunNumel <= n; done += kRunNumel) {
+      run_before_root<Variant, Arith, Formula>(
+          block.at(done), kRunNumel, s, rounding.at(done), roots + done, first + done);
+    }
+  }
+  run_before_root<Variant, Arith, Formula>(
+      block.at(done), n - done, s, rounding.at(done), roots + done, first + done);
   torch_sqrt(roots, n);
+  T* const param = block.param;
   TORCH_FREEZE_NO_OVERLAP
   for (int64_t i = 0; i < n; ++i) {
     T p = param[i];
-    Formula::after_root(p, first[i], roots[i], s.group, s.tensor);
+    Formula::template after_root<Arith>(p, first[i], roots[i], s.group, s.tensor);
     param[i] = p;
+  }
+}
+
+template <class Variant, class Arith, class Formula, class T, class Buffer, class Rounding>
+TORCH_FREEZE_INLINE void update_part(
+    const Arrays<T, const T, Buffer, Formula::kBuffers>& arrays, int64_t n, const AllScalars<Formula, T>& scalars,
+    Rounding rounding) {
+  if constexpr (Formula::kRoots) {
+    update_block_with_roots<Variant, Arith, Formula>(arrays, n, scalars, rounding);
+  } else {
+    update_block<Variant, Arith, Formula>(arrays, n, scalars, rounding);
   }
 }
 
@@ -302,13 +333,6 @@ TORCH_FREEZE_INLINE void update_span(const Span<Formula, Types>& span, Rounding 
   constexpr int kUsed = Formula::buffers_used(Variant::kBits);
   constexpr bool kNarrow = !std::is_same_v<T, Value>;
   constexpr bool kNarrowBuffers = kNarrow && !Types::kStochastic;
-  const auto update = [&](const auto& block, int64_t size, Rounding place) {
-    if constexpr (Formula::kRoots) {
-      update_block_with_roots<Variant, Arith, Formula>(block, size, scalars, place);
-    } else {
-      update_block<Variant, Arith, Formula>(block, size, scalars, place);
-    }
-  };
   if constexpr (!kNarrow && !Formula::kRoots) {
     if (grad_scale == nullptr) {
       update_block<Variant, Arith, Formula>(
@@ -341,10 +365,11 @@ TORCH_FREEZE_INLINE void update_span(const Span<Formula, Types>& span, Rounding 
         for (int k = 0; k < kBuffers; ++k) {
           wide.buffers[k] = b[k];
         }
-        update(wide, size, rounding);
+        update_part<Variant, Arith, Formula>(wide, size, scalars, rounding);
       } else {
-        update(
-            Arrays<Value, const Value, typename Types::Buffer, kBuffers>{p, g, part.buffers}, size, rounding.at(i));
+        update_part<Variant, Arith, Formula>(
+            Arrays<Value, const Value, typename Types::Buffer, kBuffers>{p, g, part.buffers}, size, scalars,
+            rounding.at(i));
       }
       narrow<Convert>(p, part.param, size);
       for (int k = 0; kNarrowBuffers && k < kUsed; ++k) {
@@ -354,8 +379,8 @@ TORCH_FREEZE_INLINE void update_span(const Span<Formula, Types>& span, Rounding 
       for (int64_t j = 0; grad_scale != nullptr && j < size; ++j) {
         part.grad[j] = part.grad[j] / scale;
       }
-      update(
-          Arrays<T, const T, typename Types::Buffer, kBuffers>{part.param, part.grad, part.buffers}, size,
+      update_part<Variant, Arith, Formula>(
+          Arrays<T, const T, typename Types::Buffer, kBuffers>{part.param, part.grad, part.buffers}, size, scalars,
           rounding.at(i));
     }
   }
@@ -406,7 +431,7 @@ void step(const UpdateBatch<Formula>& batch) {
         fresh = update.fresh;
         scalars.group = Formula::template scalars<typename Types::Value>(hyper);
         if constexpr (!Formula::State::kCounts) {
-          scalars.tensor = Formula::tensor_scalars(scalars.group, fresh);
+          scalars.tensor = Formula::tensor_scalars(scalars.group, hyper.lr.number, fresh);
         }
         count = 0;
         Formula::with_variant(Formula::variant_bits(hyper), [&](auto variant) {
@@ -417,7 +442,8 @@ void step(const UpdateBatch<Formula>& batch) {
         const double now = fresh ? 1 : 1 + static_cast<double>(*update.count);
         if (now != count) {
           count = now;
-          scalars.tensor = Formula::template tensor_scalars<typename Types::Value>(hyper, count);
+          scalars.tensor = Formula::tensor_scalars(
+              scalars.group, hyper.lr.number, Formula::counted(Formula::counting(hyper), count));
         }
       }
       Span<Formula, Types> span{

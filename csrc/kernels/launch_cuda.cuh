@@ -1,6 +1,7 @@
 // The launch on CUDA: one for all tensors of all param groups of one device and one combination of dtypes.
 #pragma once
 
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -55,7 +56,8 @@ struct DeviceMemory {
 };
 
 template <class Table>
-__global__ void __launch_bounds__(multi_tensor::kThreads, multi_tensor::kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(
+    multi_tensor::kThreads, multi_tensor::Shape<typename Table::Formula>::kBlocksPerMultiprocessor)
     multi_tensor_kernel(const __grid_constant__ Table table) {
   DeviceMemory memory;
   multi_tensor::update_block(table, memory, blockIdx.x, threadIdx.x);
@@ -79,22 +81,35 @@ uint32_t resident_blocks(c10::DeviceIndex device) {
   return blocks;
 }
 
+template <class Table>
+void launch_table(Table& table, c10::DeviceIndex device, cudaStream_t stream) {
+  const uint32_t blocks = table.useful_blocks(resident_blocks<Table>(device));
+  table.spread_over(blocks);
+  // Not by <<<>>>, whose stub would copy the table once more.
+  void* arguments[] = {&table};
+  C10_CUDA_CHECK(cudaLaunchKernel(
+      reinterpret_cast<const void*>(&multi_tensor_kernel<Table>), dim3(blocks), dim3(multi_tensor::kThreads),
+      arguments, 0, stream));
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 template <class Formula>
 void launch_cuda(const UpdateBatch<Formula>& batch) {
   const c10::cuda::CUDAGuard guard(batch.kind.device);
   const c10::DeviceIndex device = guard.current_device().index();
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device).stream();
-  const bool known = for_each_table<Formula>(batch, [&](auto& table) {
-    using Table = std::remove_reference_t<decltype(table)>;
-    const uint32_t blocks = table.useful_blocks(resident_blocks<Table>(device));
-    table.spread_over(blocks);
-    // Not by <<<>>>, whose stub would copy the table once more.
-    void* arguments[] = {&table};
-    C10_CUDA_CHECK(cudaLaunchKernel(
-        reinterpret_cast<const void*>(&multi_tensor_kernel<Table>), dim3(blocks), dim3(multi_tensor::kThreads),
-        arguments, 0, stream));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  });
+  const auto launch = [&](auto& table) { launch_table(table, device, stream); };
+  c10::DataPtr
+      counted;  // used by this stream alone, so that its memory may be taken again when this function ends
+  if constexpr (Formula::State::kCounts) {
+    if (counts_on_device(batch)) {
+      counted = c10::cuda::CUDACachingAllocator::get()->allocate(
+          static_cast<size_t>(batch.count) * sizeof(typename Formula::Counted));
+      multi_tensor::for_each_table<CountFormula<Formula>>(
+          CountSource<Formula>(batch, static_cast<double*>(counted.get())), launch);
+    }
+  }
+  const bool known = for_each_table<Formula>(batch, counted.get(), launch);
   TORCH_CHECK_NOT_IMPLEMENTED(known, Formula::kName, " on ", no_kernel_for(batch.kind));
 }
 

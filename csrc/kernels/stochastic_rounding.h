@@ -35,6 +35,11 @@ TORCH_FREEZE_INLINE RoundingKey rounding_key(uint64_t seed, uint32_t index) {
   return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32) | 1u};
 }
 
+// The same for the k-th buffer of a tensor.
+TORCH_FREEZE_INLINE RoundingKey buffer_key(const RoundingKey& key, int k) {
+  return {key.start ^ static_cast<uint32_t>(k) * 0x9e3779b9u, key.step ^ static_cast<uint32_t>(k) * 0x85ebca6au};
+}
+
 // Sixteen bits for the element at `high` * 2^32 + `low` in its tensor's memory. Two rounds of a shift and of
 // x (2x + 1), which permutes the 32-bit numbers; a multiplication by a constant, as cheap, lets neighbours differ
 // by the same amount again and again.

@@ -3,9 +3,15 @@
 // A Formula is a class with
 //   kName, kBuffers            for error messages; how many arrays there are beside parameter and gradient
 //   Group                      the hyper-parameters of one param group, `lr` and `rounding_seed` among them
+//   State                      a StateLayout: how many buffers, and whether updates are counted
 //   Scalars<T>, scalars<T>(group)           what it multiplies by, formed once for each group
-//   TensorScalars<T>, tensor_scalars(scalars, fresh), set_lr(tensor_scalars, lr)
-//                              those that differ from one tensor to another; `fresh`: the buffers count as zero
+//   TensorScalars<T>, tensor_scalars(scalars, lr, fresh)
+//                              those that differ from one tensor to another; `fresh`: the buffers count as zero.
+//                              Where updates are counted, their last argument is instead a
+//   Counted, counted(counting, count)       what the number of updates gives, from the group's
+//   Counting, counting(group)
+//   kRoots                     whether element() has a square root. The CPU forms those of a whole block at once
+//                              and calls before_root(), which returns what to take it of, and after_root()
 //   variant_bits(group), buffers_used(bits), with_variant(bits, run)
 //                              its branches, the same for a whole tensor
 //   element<Variant, Arith>(param, grad, buffers, scalars, tensor_scalars)
@@ -13,6 +19,7 @@
 // kernels/launch_cpu.h takes the same.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -30,6 +37,7 @@ namespace torch_freeze {
 
 // One rounding per fma whatever the compiler's flags, on either side.
 struct KernelArith {
+  static constexpr bool kDividesTwice = false;
   static TORCH_FREEZE_INLINE float fma(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
     return __fmaf_rn(a, b, c);
@@ -44,6 +52,20 @@ struct KernelArith {
     return std::fma(a, b, c);
 #endif
   }
+  static TORCH_FREEZE_INLINE float sqrt(float x) {
+#if defined(__CUDA_ARCH__)
+    return __fsqrt_rn(x);
+#else
+    return std::sqrt(x);
+#endif
+  }
+  static TORCH_FREEZE_INLINE double sqrt(double x) {
+#if defined(__CUDA_ARCH__)
+    return __dsqrt_rn(x);
+#else
+    return std::sqrt(x);
+#endif
+  }
 };
 
 // A scaler's scale is one unless its user chose otherwise, and dividing by one is multiplying by its inverse, to
@@ -55,6 +77,25 @@ TORCH_FREEZE_INLINE bool is_power_of_two(float scale) {
 }
 
 namespace detail {
+
+// What the count of a tensor's updates gives: from the host, or in the memory of the device.
+template <class Formula, bool kCounts>
+struct CountedOrNot {};
+template <class Formula>
+struct CountedOrNot<Formula, true> {
+  union {
+    typename Formula::Counted counted;
+    const typename Formula::Counted* counted_on_device;
+  };
+};
+template <bool kStochastic>
+struct RoundingOrNot {};
+template <>
+struct RoundingOrNot<true> {
+  RoundingKey rounding;
+};
+template <class Formula, bool kStochastic>
+struct TensorBrings : CountedOrNot<Formula, Formula::State::kCounts>, RoundingOrNot<kStochastic> {};
 
 template <class Types, class Buffers>
 struct ElementsOf;
@@ -84,6 +125,7 @@ struct TileFormula {
   static constexpr bool kRealigned = kArray == 1;
   // Beside the variant in a row's branch.
   static constexpr uint8_t kFresh = 0x80;
+  static constexpr uint8_t kCountOnDevice = 0x40;
 
   struct Launch {
     const float* grad_scale;
@@ -92,15 +134,10 @@ struct TileFormula {
 
   struct Group {
     Scalars scalars;
-    bool device_lr_is_double;
-    const void* device_lr;
+    LearningRate lr;
   };
 
-  struct Nothing {};
-  struct Rounded {
-    RoundingKey rounding;
-  };
-  using Tensor = std::conditional_t<kStochastic, Rounded, Nothing>;
+  using Tensor = detail::TensorBrings<Formula, kStochastic>;
 
   static TORCH_FREEZE_INLINE bool skips(const Launch& launch) {
     return launch.found_inf != nullptr && *launch.found_inf != 0;
@@ -122,16 +159,11 @@ struct TileFormula {
     TORCH_FREEZE_INLINE Rule(const Launch& launch, const Group& group, const Tensor& tensor, uint8_t branch)
         : group(group),
           tensor(tensor),
-          scalars(Formula::tensor_scalars(group.scalars, (branch & kFresh) != 0)),
+          scalars(Formula::tensor_scalars(group.scalars, rate(group.lr), history(tensor, branch))),
           grad_scale(1),
           scaled(launch.grad_scale != nullptr),
           simple(true),
           branch(branch) {
-      if (group.device_lr != nullptr) {
-        const double lr = group.device_lr_is_double ? *static_cast<const double*>(group.device_lr)
-                                                    : *static_cast<const float*>(group.device_lr);
-        Formula::set_lr(scalars, lr);
-      }
       if (scaled) {
         const float scale = *launch.grad_scale;
         simple = is_power_of_two(scale);
@@ -139,7 +171,20 @@ struct TileFormula {
       }
     }
 
-    TORCH_FREEZE_INLINE uint8_t variant_bits() const { return branch & ~kFresh; }
+    static TORCH_FREEZE_INLINE double rate(const LearningRate& lr) {
+      return lr.device == nullptr  ? lr.number
+             : lr.device_is_double ? *static_cast<const double*>(lr.device)
+                                   : *static_cast<const float*>(lr.device);
+    }
+    static TORCH_FREEZE_INLINE auto history(const Tensor& tensor, uint8_t branch) {
+      if constexpr (Formula::State::kCounts) {
+        return (branch & kCountOnDevice) != 0 ? *tensor.counted_on_device : tensor.counted;
+      } else {
+        return (branch & kFresh) != 0;
+      }
+    }
+
+    TORCH_FREEZE_INLINE uint8_t variant_bits() const { return branch & ~(kFresh | kCountOnDevice); }
     template <int kArray>
     TORCH_FREEZE_INLINE bool reads() const {
       return kArray < 2 || ((branch & kFresh) == 0 && writes<kArray>());
@@ -195,15 +240,18 @@ struct TileFormula {
         }
       });
       if constexpr (kStochastic) {
-        static_assert(kBuffers == 1, "several buffers would be rounded by the same random bits");
-        // To a value that bfloat16 holds: the conversion on the way to memory then changes nothing.
+        // To values that bfloat16 holds: the conversion on the way to memory then changes nothing.
         TORCH_FREEZE_UNROLL
-        for (int i = 0; i < kCount; ++i) {
-          const auto place = static_cast<uint64_t>(element) + static_cast<uint64_t>(i) * stride;
-          const uint32_t random =
-              rounding_bits(tensor.rounding, static_cast<uint32_t>(place), static_cast<uint32_t>(place >> 32));
-          const uint32_t bits = round_to_bfloat16(values[2][i], random) << 16;
-          std::memcpy(&values[2][i], &bits, sizeof(bits));
+        for (int k = 0; k < kBuffers; ++k) {
+          const RoundingKey key = buffer_key(tensor.rounding, k);
+          TORCH_FREEZE_UNROLL
+          for (int i = 0; i < kCount; ++i) {
+            const auto place = static_cast<uint64_t>(element) + static_cast<uint64_t>(i) * stride;
+            const uint32_t random =
+                rounding_bits(key, static_cast<uint32_t>(place), static_cast<uint32_t>(place >> 32));
+            const uint32_t bits = round_to_bfloat16(values[2 + k][i], random) << 16;
+            std::memcpy(&values[2 + k][i], &bits, sizeof(bits));
+          }
         }
       }
     }
@@ -217,7 +265,8 @@ class BatchSource {
   using Tiled = TileFormula<Formula, Types>;
   using Batch = UpdateBatch<Formula>;
 
-  explicit BatchSource(const Batch& batch) : batch_(batch) {}
+  // `counted`: on the device, an element for each update; null where no count lies there.
+  explicit BatchSource(const Batch& batch, const void* counted = nullptr) : batch_(batch), counted_(counted) {}
 
   typename Tiled::Launch launch() const { return {batch_.grad_scale, batch_.found_inf}; }
   int64_t count() const { return batch_.count; }
@@ -226,7 +275,7 @@ class BatchSource {
   int64_t group_of(int64_t tensor) const { return batch_.updates[tensor].group; }
   typename Tiled::Group group(int64_t index) const {
     const auto& group = batch_.groups[index];
-    return {Formula::template scalars<typename Tiled::Value>(group), group.lr.device_is_double, group.lr.device};
+    return {Formula::template scalars<typename Tiled::Value>(group), group.lr};
   }
   template <class Row>
   void fill(int64_t tensor, Row& row) const {
@@ -241,18 +290,118 @@ class BatchSource {
     if constexpr (Types::kStochastic) {
       row.rounding = rounding_key(group.rounding_seed, update.index);
     }
+    if constexpr (Formula::State::kCounts) {
+      if (update.count_on_host) {
+        const double count = update.fresh != 0 ? 1 : 1 + static_cast<double>(*update.count);
+        row.counted = Formula::counted(Formula::counting(group), count);
+      } else {
+        row.counted_on_device = static_cast<const typename Formula::Counted*>(counted_) + tensor;
+        row.branch |= Tiled::kCountOnDevice;
+      }
+    }
   }
 
  private:
   const Batch& batch_;
+  const void* counted_;
 };
 
-// Calls `run(table)` for each launch that a batch takes; false where there is no kernel for its dtypes.
+// Counts the updates of tensors whose counts lie on the device, and forms what depends on them: a launch of its
+// own before the update, since the tiles of a tensor are dealt to several blocks, none of which is the last.
+template <class Formula>
+struct CountFormula {
+  static_assert(sizeof(typename Formula::Counted) == 2 * sizeof(double));
+  using Elements = std::tuple<float, double, double>;  // the count, and the two numbers of a Counted
+  using Value = double;
+  template <int>
+  static constexpr bool kStreamed = false;
+  template <int>
+  static constexpr bool kRealigned = false;
+  struct Launch {
+    const float* found_inf;
+  };
+  using Group = typename Formula::Counting;
+  struct Tensor {};
+  static TORCH_FREEZE_INLINE bool skips(const Launch& launch) {
+    return launch.found_inf != nullptr && *launch.found_inf != 0;
+  }
+
+  struct Rule {
+    const Group& group;
+    bool fresh;
+    static constexpr bool simple = false;
+
+    TORCH_FREEZE_INLINE Rule(const Launch&, const Group& group, const Tensor&, uint8_t branch)
+        : group(group), fresh(branch != 0) {}
+    template <int kArray>
+    TORCH_FREEZE_INLINE bool reads() const {
+      return kArray == 0 && !fresh;
+    }
+    template <int kArray>
+    TORCH_FREEZE_INLINE bool writes() const {
+      return true;
+    }
+    template <int kCount>
+    TORCH_FREEZE_INLINE void update(Value (&values)[3][kCount], int64_t, uint32_t) const {
+      TORCH_FREEZE_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        values[0][i] = static_cast<float>(values[0][i]) + 1.0f;
+        const auto counted = Formula::counted(group, values[0][i]);
+        values[1][i] = counted.bias1;
+        values[2][i] = counted.root_bias2;
+      }
+    }
+    template <int kCount>
+    TORCH_FREEZE_INLINE void update_simple(Value (&values)[3][kCount], int64_t element, uint32_t stride) const {
+      update(values, element, stride);
+    }
+  };
+};
+
+template <class Formula>
+class CountSource {
+ public:
+  using Tiled = CountFormula<Formula>;
+
+  // `counted`: two doubles for each update.
+  CountSource(const UpdateBatch<Formula>& batch, double* counted) : batch_(batch), counted_(counted) {}
+
+  typename Tiled::Launch launch() const { return {batch_.found_inf}; }
+  int64_t count() const { return batch_.count; }
+  int64_t group_count() const { return batch_.group_count; }
+  int64_t numel(int64_t tensor) const { return batch_.updates[tensor].count_on_host ? 0 : 1; }
+  int64_t group_of(int64_t tensor) const { return batch_.updates[tensor].group; }
+  typename Tiled::Group group(int64_t index) const { return Formula::counting(batch_.groups[index]); }
+  template <class Row>
+  void fill(int64_t tensor, Row& row) const {
+    row.array[0] = batch_.updates[tensor].count;
+    row.array[1] = counted_ + 2 * tensor;
+    row.array[2] = counted_ + 2 * tensor + 1;
+    row.branch = batch_.updates[tensor].fresh;
+  }
+
+ private:
+  const UpdateBatch<Formula>& batch_;
+  double* counted_;
+};
+
+// Whether a batch needs the launch of a CountFormula.
+template <class Formula>
+bool counts_on_device(const UpdateBatch<Formula>& batch) {
+  if constexpr (Formula::State::kCounts) {
+    return std::any_of(
+        batch.updates, batch.updates + batch.count, [](const auto& update) { return !update.count_on_host; });
+  }
+  return false;
+}
+
+// Calls `run(table)` for each launch that a batch takes; false where there is no kernel for its dtypes. `counted`
+// is what BatchSource takes.
 template <class Formula, class Run>
-bool for_each_table(const UpdateBatch<Formula>& batch, Run&& run) {
+bool for_each_table(const UpdateBatch<Formula>& batch, const void* counted, Run&& run) {
   return with_dtypes(batch.kind, [&](auto types) {
     using Types = decltype(types);
-    multi_tensor::for_each_table<TileFormula<Formula, Types>>(BatchSource<Formula, Types>(batch), run);
+    multi_tensor::for_each_table<TileFormula<Formula, Types>>(BatchSource<Formula, Types>(batch, counted), run);
   });
 }
 

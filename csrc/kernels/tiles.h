@@ -40,13 +40,15 @@
 namespace torch_freeze::multi_tensor {
 
 inline constexpr uint32_t kLanes = 32;
-// Blocks of 128 threads: five of them on a multiprocessor leave 102 registers to each thread, which the kernel
-// needs, and small launches still spread over many multiprocessors.
+// Blocks of 128 threads: five of them on a multiprocessor leave 102 registers to each thread, which a kernel of three
+// arrays needs, and small launches still spread over many multiprocessors.
 inline constexpr uint32_t kWarps = 4;
 inline constexpr uint32_t kThreads = kLanes * kWarps;
 // Resident blocks per multiprocessor that the compiler must leave registers for, and vectors per array that a
-// lane has under way at once: together they cover the memory latency (benchmarks/NOTES.md).
-inline constexpr int kBlocksPerMultiprocessor = 5;
+// lane has under way at once: together they cover the memory latency (benchmarks/NOTES.md). With more arrays, fewer
+// blocks have as many bytes under way, and their threads need more registers; most of all with the eight elements
+// of a vector of 16-bit types.
+constexpr int blocks_per_multiprocessor(int arrays, int vector) { return arrays <= 3 ? 5 : vector <= 4 ? 4 : 3; }
 inline constexpr int kInFlight = 2;
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kLineBytes = 128;
@@ -74,6 +76,7 @@ struct Shape {
   // Elements of one vector: sixteen bytes of the widest array. A narrower one moves as many elements in
   // fewer bytes, so that every access of a warp stays one unbroken run.
   static constexpr int kVector = kVectorBytes / widest(static_cast<Elements*>(nullptr));
+  static constexpr int kBlocksPerMultiprocessor = blocks_per_multiprocessor(kArrays, kVector);
   // Elements computed at once: sixteen bytes of results at most, whatever a vector of narrow types widens to, and
   // one double, whose division alone takes a score of registers.
   static constexpr int kPart = sizeof(typename Formula::Value) == 8 ? 1 : std::min(kVector, 4);

@@ -5,8 +5,8 @@
 
 namespace torch_freeze {
 
-// Replaces n numbers by their square roots, as torch.sqrt computes them on the CPU: where torch has Intel's MKL, with
-// its function, whose last bit differs from the correctly rounded one on some processors.
+// Replaces n numbers by their square roots, as torch.sqrt computes them on the CPU: where torch has Intel's MKL,
+// with its function, whose last bit differs from the correctly rounded one on some processors.
 void torch_sqrt(float* values, int64_t n);
 void torch_sqrt(double* values, int64_t n);
 

@@ -18,8 +18,9 @@ struct AdamGroup {
   double weight_decay = 0;
   bool amsgrad = false;
   bool maximize = false;
-  bool decoupled = false;      // AdamW's weight decay
-  uint64_t rounding_seed = 0;  // another one for every group and step; where the moments are rounded stochastically
+  bool decoupled = false;  // AdamW's weight decay
+  uint64_t rounding_seed =
+      0;  // another one for every group and step; where the moments are rounded stochastically
 };
 
 // A branch of the formula, fixed for a whole tensor and so hoisted out of every loop.
@@ -41,13 +42,14 @@ struct AdamFormula {
   // What the formula multiplies by: formed in double, rounded once to the type of the arithmetic.
   template <class T>
   struct Scalars {
-    T weight1;   // of the gradient in exp_avg: 1 - beta1, or -beta1 where that is the smaller
+    T weight1;    // of the gradient in exp_avg: 1 - beta1, or -beta1 where that is the smaller
     bool large1;  // it is -beta1
     T beta2;
     T weight2;  // of the squared gradient in exp_avg_sq: 1 - beta2
     T eps;
     T weight_decay;
-    T sign;  // -1 to maximize, else 1: an exact product
+    T sign;        // -1 to maximize, else 1: an exact product
+    double decay;  // the weight decay once more, to be multiplied by the learning rate
   };
   template <class T>
   static Scalars<T> scalars(const Group& group) {
@@ -60,31 +62,43 @@ struct AdamFormula {
         static_cast<T>(1 - group.beta2),
         static_cast<T>(group.eps),
         static_cast<T>(group.weight_decay),
-        static_cast<T>(group.maximize ? -1.0 : 1.0)};
+        static_cast<T>(group.maximize ? -1.0 : 1.0),
+        group.weight_decay};
   }
 
-  // Those that depend on how many updates the parameter has had, and on the learning rate.
+  // What the number of a parameter's updates gives, this one included.
+  struct Counting {
+    double beta1;
+    double beta2;
+  };
+  static Counting counting(const Group& group) { return {group.beta1, group.beta2}; }
+  struct Counted {
+    double bias1;       // 1 - beta1^count
+    double root_bias2;  // sqrt(1 - beta2^count)
+  };
+  static TORCH_FREEZE_INLINE Counted counted(const Counting& group, double count) {
+    return {1 - pow(group.beta1, count), pow(1 - pow(group.beta2, count), 0.5)};
+  }
+
+  // Those that differ from one tensor of a group to another, and those with the learning rate.
   template <class T>
   struct TensorScalars {
-    T neg_step;   // -lr / bias correction of exp_avg
-    T root_bias;  // root of the bias correction of exp_avg_sq
-    T kept;       // of the parameter, by decoupled decay
+    T neg_step;
+    T root_bias2;
+    T inverse_root_bias2;
+    T kept;  // of the parameter, by decoupled decay
   };
-  // `count`: of this update, from 1 on.
   template <class T>
-  static TensorScalars<T> tensor_scalars(const Group& group, double count) {
-    const double bias1 = 1 - std::pow(group.beta1, count);
-    const double bias2 = 1 - std::pow(group.beta2, count);
-    const double lr = group.lr.number;
+  static TORCH_FREEZE_INLINE TensorScalars<T> tensor_scalars(
+      const Scalars<T>& s, double lr, const Counted& counted) {
     return {
-        static_cast<T>(-(lr / bias1)), static_cast<T>(std::pow(bias2, 0.5)),
-        static_cast<T>(1 - lr * group.weight_decay)};
+        static_cast<T>(-(lr / counted.bias1)), static_cast<T>(counted.root_bias2),
+        static_cast<T>(1 / counted.root_bias2), static_cast<T>(1 - lr * s.decay)};
   }
 
   static uint8_t variant_bits(const Group& group) {
     const bool decay = group.weight_decay != 0;
-    return static_cast<uint8_t>(
-        (decay ? 1 : 0) | (decay && group.decoupled ? 2 : 0) | (group.amsgrad ? 4 : 0));
+    return static_cast<uint8_t>((decay ? 1 : 0) | (decay && group.decoupled ? 2 : 0) | (group.amsgrad ? 4 : 0));
   }
   static constexpr TORCH_FREEZE_INLINE int buffers_used(uint8_t variant_bits) {
     return (variant_bits & 4) != 0 ? 3 : 2;
@@ -110,8 +124,8 @@ struct AdamFormula {
 
   // The part before the square root, whose argument it returns.
   template <class Variant, class Arith, class T>
-  static TORCH_FREEZE_INLINE T before_root(
-      T& param, T grad, T (&buffers)[kBuffers], const Scalars<T>& s, const TensorScalars<T>& t) {
+  static TORCH_FREEZE_INLINE T
+  before_root(T& param, T grad, T (&buffers)[kBuffers], const Scalars<T>& s, const TensorScalars<T>& t) {
     T d = s.sign * grad;
     if constexpr (Variant::kDecoupled) {
       param = param * t.kept;
@@ -123,20 +137,30 @@ struct AdamFormula {
     exp_avg_sq = Arith::fma(s.weight2 * d, d, exp_avg_sq * s.beta2);
     if constexpr (Variant::kAmsgrad) {
       // Not std::max, so that NaN stays.
-      max_exp_avg_sq = max_exp_avg_sq >= exp_avg_sq || max_exp_avg_sq != max_exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;
+      max_exp_avg_sq =
+          max_exp_avg_sq >= exp_avg_sq || max_exp_avg_sq != max_exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;
       return max_exp_avg_sq;
     }
     return exp_avg_sq;
   }
-  template <class T>
+  // A GPU multiplies where stock divides on the CPU: the registers of a second division would not fit.
+  template <class Arith, class T>
   static TORCH_FREEZE_INLINE void after_root(
       T& param, T exp_avg, T root, const Scalars<T>& s, const TensorScalars<T>& t) {
-    param = param + (t.neg_step * exp_avg) / (root / t.root_bias + s.eps);
+    const T corrected = Arith::kDividesTwice ? root / t.root_bias2 : root * t.inverse_root_bias2;
+    param = param + (t.neg_step * exp_avg) / (corrected + s.eps);
+  }
+  template <class Variant, class Arith, class T>
+  static TORCH_FREEZE_INLINE void element(
+      T& param, T grad, T (&buffers)[kBuffers], const Scalars<T>& s, const TensorScalars<T>& t) {
+    const T squared = before_root<Variant, Arith>(param, grad, buffers, s, t);
+    after_root<Arith>(param, buffers[0], Arith::sqrt(squared), s, t);
   }
 };
 
 using AdamBatch = UpdateBatch<AdamFormula>;
 
 void adam_step_cpu(const AdamBatch& batch);
+void adam_step_cuda(const AdamBatch& batch);
 
 }  // namespace torch_freeze

@@ -38,7 +38,6 @@ struct SgdFormula {
   // What the formula multiplies by: formed in double, rounded once to the type of the arithmetic.
   template <class T>
   struct Scalars {
-    T neg_lr;
     T momentum;
     T undamped;
     T weight_decay;
@@ -47,11 +46,11 @@ struct SgdFormula {
   template <class T>
   static Scalars<T> scalars(const Group& group) {
     return {
-        static_cast<T>(-group.lr.number), static_cast<T>(group.momentum), static_cast<T>(group.undamped),
-        static_cast<T>(group.weight_decay), static_cast<T>(group.maximize ? -1.0 : 1.0)};
+        static_cast<T>(group.momentum), static_cast<T>(group.undamped), static_cast<T>(group.weight_decay),
+        static_cast<T>(group.maximize ? -1.0 : 1.0)};
   }
 
-  // Those of them that differ from one tensor of a group to another.
+  // Those that differ from one tensor of a group to another, and those with the learning rate.
   template <class T>
   struct TensorScalars {
     T neg_lr;
@@ -61,12 +60,8 @@ struct SgdFormula {
   // A buffer starts as the undamped gradient. It then counts as zero, and minus zero is what can be added to any
   // number, a zero of either sign included, and leaves its bits as they are.
   template <class T>
-  static TORCH_FREEZE_INLINE TensorScalars<T> tensor_scalars(const Scalars<T>& s, bool fresh) {
-    return {s.neg_lr, fresh ? T(-0.0) : s.momentum, fresh ? T(1) : s.undamped};
-  }
-  template <class T>
-  static TORCH_FREEZE_INLINE void set_lr(TensorScalars<T>& s, double lr) {
-    s.neg_lr = static_cast<T>(-lr);
+  static TORCH_FREEZE_INLINE TensorScalars<T> tensor_scalars(const Scalars<T>& s, double lr, bool fresh) {
+    return {static_cast<T>(-lr), fresh ? T(-0.0) : s.momentum, fresh ? T(1) : s.undamped};
   }
 
   static uint8_t variant_bits(const Group& group) {

@@ -93,7 +93,7 @@ class Batch {
   // Calls `run(table, blocks)` for each launch of a device on which `resident` blocks run at once.
   template <class Run>
   void for_each_launch(uint32_t resident, Run&& run) const {
-    const bool known = for_each_table<SgdFormula>(batch_, [&](auto& table) {
+    const bool known = for_each_table<SgdFormula>(batch_, nullptr, [&](auto& table) {
       const uint32_t blocks = table.useful_blocks(resident);
       table.spread_over(blocks);
       run(table, blocks);

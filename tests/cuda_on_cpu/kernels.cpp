@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "kernels/tile_formula.h"
+#include "optim/adam.h"
 #include "optim/sgd.h"
 #include "runtime.h"
 
@@ -56,7 +57,7 @@ class CheckedMemory {
   }
 
   int device_;
-  cuda_on_cpu::Bounds known_[3] = {};  // parameter, gradient and momentum
+  cuda_on_cpu::Bounds known_[5] = {};  // parameter, gradient and the optimizer's buffers
   unsigned next_ = 0;
 };
 
@@ -77,18 +78,34 @@ void translate_scalar(Pointer& pointer, int device) {
 }
 
 template <class Table>
-void run(void* argument, dim3 grid, dim3 block, int device) {
-  auto& table = *static_cast<Table*>(argument);
-  translate_scalar(table.launch.grad_scale, device);
+void translate_table(Table& table, int device) {
+  using Formula = typename Table::Formula;
   translate_scalar(table.launch.found_inf, device);
+  if constexpr (requires { table.launch.grad_scale; }) {
+    translate_scalar(table.launch.grad_scale, device);
+  }
   for (uint32_t i = 0; i < table.row_count; ++i) {
-    for (auto& array : const_cast<typename Table::Row&>(table.row(i)).array) {
+    auto& row = const_cast<typename Table::Row&>(table.row(i));
+    for (auto& array : row.array) {
       translate(array);
     }
+    if constexpr (requires { row.counted_on_device; }) {
+      if ((row.branch & Formula::kCountOnDevice) != 0) {
+        translate_scalar(row.counted_on_device, device);
+      }
+    }
   }
-  for (uint32_t i = 0; i < table.group_count; ++i) {
-    translate_scalar(const_cast<typename Table::Group&>(table.group(i)).device_lr, device);
+  if constexpr (requires(const typename Table::Group& group) { group.lr; }) {
+    for (uint32_t i = 0; i < table.group_count; ++i) {
+      translate_scalar(const_cast<typename Table::Group&>(table.group(i)).lr.device, device);
+    }
   }
+}
+
+template <class Table>
+void run(void* argument, dim3 grid, dim3 block, int device) {
+  auto& table = *static_cast<Table*>(argument);
+  translate_table(table, device);
   CheckedMemory memory(device);
   for (uint32_t i = 0; i < grid.x; ++i) {
     for (uint32_t thread = 0; thread < block.x; ++thread) {
@@ -104,15 +121,25 @@ void add() {
   std::free(name);
 }
 
+// Of all sizes.
+template <class Formula>
+void add_tables() {
+  add<multi_tensor::Table<Formula, multi_tensor::kSmallTable>>();
+  add<multi_tensor::Table<Formula, multi_tensor::kMediumTable>>();
+  add<multi_tensor::Table<Formula, multi_tensor::kLargeTable>>();
+}
+
 // For all dtypes.
 template <class Formula, class... Types>
 void add_all(std::tuple<Types...>*) {
-  using torch_freeze::TileFormula;
-  (add<multi_tensor::Table<TileFormula<Formula, Types>, multi_tensor::kSmallTable>>(), ...);
-  (add<multi_tensor::Table<TileFormula<Formula, Types>, multi_tensor::kMediumTable>>(), ...);
-  (add<multi_tensor::Table<TileFormula<Formula, Types>, multi_tensor::kLargeTable>>(), ...);
+  (add_tables<torch_freeze::TileFormula<Formula, Types>>(), ...);
 }
 
 }  // namespace
 
-void register_torch_freeze() { add_all<torch_freeze::SgdFormula>(static_cast<torch_freeze::AllDtypes*>(nullptr)); }
+void register_torch_freeze() {
+  auto* const dtypes = static_cast<torch_freeze::AllDtypes*>(nullptr);
+  add_all<torch_freeze::SgdFormula>(dtypes);
+  add_all<torch_freeze::AdamFormula>(dtypes);
+  add_tables<torch_freeze::CountFormula<torch_freeze::AdamFormula>>();
+}
