@@ -148,6 +148,16 @@ std::array<double, 2> GroupReader::pair(size_t key) const {
   return numbers;
 }
 
+bool GroupReader::is_plain_pair(size_t key) const {
+  PyObject* const value = item(key);
+  if (!(PyTuple_Check(value) || PyList_Check(value)) || PySequence_Fast_GET_SIZE(value) != 2) {
+    return false;
+  }
+  PyObject** const items = PySequence_Fast_ITEMS(value);
+  return std::all_of(
+      items, items + 2, [](PyObject* each) { return PyFloat_CheckExact(each) || is_small_int(each); });
+}
+
 bool GroupReader::wants_gradient(size_t key) const {
   const auto* found = tensor(key);
   return found != nullptr && found->requires_grad();

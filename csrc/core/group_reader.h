@@ -62,6 +62,8 @@ class GroupReader {
   bool wants_gradient(size_t key) const;
   // Two numbers, as a tuple or a list.
   std::array<double, 2> pair(size_t key) const;
+  // Whether they are numbers of Python's: a NumPy or tensor scalar has a precision of its own.
+  bool is_plain_pair(size_t key) const;
 
   FrozenState frozen_state() const;
   // Of the optimizer's buffers; Undefined: the parameter's own.

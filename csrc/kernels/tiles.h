@@ -40,14 +40,14 @@
 namespace torch_freeze::multi_tensor {
 
 inline constexpr uint32_t kLanes = 32;
-// Blocks of 128 threads: five of them on a multiprocessor leave 102 registers to each thread, which a kernel of three
-// arrays needs, and small launches still spread over many multiprocessors.
+// Blocks of 128 threads: five of them on a multiprocessor leave 102 registers to each thread, which a kernel of
+// three arrays needs, and small launches still spread over many multiprocessors.
 inline constexpr uint32_t kWarps = 4;
 inline constexpr uint32_t kThreads = kLanes * kWarps;
 // Resident blocks per multiprocessor that the compiler must leave registers for, and vectors per array that a
-// lane has under way at once: together they cover the memory latency (benchmarks/NOTES.md). With more arrays, fewer
-// blocks have as many bytes under way, and their threads need more registers; most of all with the eight elements
-// of a vector of 16-bit types.
+// lane has under way at once: together they cover the memory latency (benchmarks/NOTES.md). With more arrays,
+// fewer blocks have as many bytes under way, and their threads need more registers; most of all with the eight
+// elements of a vector of 16-bit types.
 constexpr int blocks_per_multiprocessor(int arrays, int vector) { return arrays <= 3 ? 5 : vector <= 4 ? 4 : 3; }
 inline constexpr int kInFlight = 2;
 inline constexpr int kVectorBytes = 16;

@@ -68,11 +68,12 @@ struct Adam {
     return reader.flag(kCapturable) || reader.flag(kFused);
   }
 
-  // Stock's own implementation is asked for, or a derivative that only its separate operators have.
+  // Stock's own implementation is asked for, or what only its separate operators have: derivatives, and betas with
+  // a precision of their own.
   static bool wants_stock_form(const GroupReader& reader) {
     const bool kernels = reader.item(kFused) == Py_None ? reader.item(kForeach) == Py_None : reader.flag(kFused);
-    return !kernels || reader.flag(kDifferentiable) || reader.wants_gradient(kLr) ||
-           reader.wants_gradient(kWeightDecay);
+    return !kernels || !reader.is_plain_pair(kBetas) || reader.flag(kDifferentiable) ||
+           reader.wants_gradient(kLr) || reader.wants_gradient(kWeightDecay);
   }
 
   static const char* difference(const AdamGroup& a, const AdamGroup& b) {

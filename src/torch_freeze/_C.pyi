@@ -15,7 +15,14 @@ def sgd_zero_grad(
     param_groups: list[dict[str, Any]], state: dict[Tensor, Any], set_to_none: bool = True
 ) -> None: ...
 
+adam_step = sgd_step
+adam_zero_grad = sgd_zero_grad
+adamw_step = sgd_step
+adamw_zero_grad = sgd_zero_grad
+
 sgd: OptimizerSteps
+adam: OptimizerSteps
+adamw: OptimizerSteps
 
 def is_observed() -> bool: ...
 def has_accumulator_hook(param: Tensor) -> bool: ...

@@ -5,7 +5,7 @@ from torch_freeze.audit import FINDING_KINDS, Finding, audit
 from torch_freeze.freezing import freeze, freeze_except, frozen, unfreeze
 from torch_freeze.frozen_state import frozen_state_dict, load_frozen_state_dict
 from torch_freeze.guard import guard
-from torch_freeze.optim import FrozenAwareSGD
+from torch_freeze.optim import FrozenAwareAdam, FrozenAwareAdamW, FrozenAwareSGD
 from torch_freeze.plateau import AdvanceOnPlateau
 from torch_freeze.report import FreezeReport, report
 from torch_freeze.schedule import FreezeSchedule, freeze_out, gradual_unfreeze, rotate
@@ -18,6 +18,8 @@ __all__ = [
     "Finding",
     "FreezeReport",
     "FreezeSchedule",
+    "FrozenAwareAdam",
+    "FrozenAwareAdamW",
     "FrozenAwareSGD",
     "__version__",
     "audit",

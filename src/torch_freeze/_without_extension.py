@@ -12,63 +12,112 @@ import torch
 from torch import Tensor
 
 from ._build import without_extension
+from ._state_names import ADAM, SGD, StateNames
 
-_STEP = "FrozenAwareSGD.step"
-_BUFFER = "momentum_buffer"
-_STALE = "momentum_stale"
+_Params = list[tuple[int, list[Tensor]]]
 
 
-def sgd_step(
-    param_groups: list[dict[str, Any]],
-    state: dict[Tensor, Any],
-    grad_scale: Any = None,
-    found_inf: Any = None,
-    done: list[tuple[int, list[Tensor]]] | None = None,
-    unless_observed: bool = False,
-) -> Any:
-    """Return the parameters to step, all with torch's form; called again when that is done."""
-    if unless_observed and is_observed():
-        return NotImplemented
-    if done is None:
-        rest = [(i, _to_step(i, group, state)) for i, group in enumerate(param_groups)]
-        if any(params for _, params in rest):
-            return [(i, params) for i, params in rest if params]
-    for group in param_groups:
-        for p in _frozen(group):
-            p.grad = None
-        policy = group.get("frozen_momentum", "keep")
-        if policy == "reset":
+class _Kernels:
+    """The functions of one optimizer."""
+
+    def __init__(self, optimizer: str, names: StateNames) -> None:
+        self._step_name, self._names = f"{optimizer}.step", names
+
+    def step(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        grad_scale: Any = None,
+        found_inf: Any = None,
+        done: _Params | None = None,
+        unless_observed: bool = False,
+    ) -> Any:
+        """Return the parameters to step, all with torch's form; called again when that is done."""
+        names = self._names
+        if unless_observed and is_observed():
+            return NotImplemented
+        if done is None:
+            rest = [(i, self._to_step(i, group, state)) for i, group in enumerate(param_groups)]
+            if any(params for _, params in rest):
+                return [(i, params) for i, params in rest if params]
+        for group in param_groups:
             for p in _frozen(group):
-                entry = state.get(p)
-                if entry and entry.get(_BUFFER) is not None:
-                    entry[_STALE] = True
-        elif policy == "drop":
-            _drop_momentum(group, state)
-    return None
-
-
-def sgd_zero_grad(
-    param_groups: list[dict[str, Any]], state: dict[Tensor, Any], set_to_none: bool = True
-) -> None:
-    """Reset all gradients, and free the momentum of frozen parameters in groups that ask for it."""
-    for group in param_groups:
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            if set_to_none:
                 p.grad = None
+            policy = group.get(names.policy, "keep")
+            if policy == "reset":
+                for p in _frozen(group):
+                    entry = state.get(p, {})
+                    if any(entry.get(name) is not None for name in names.all):
+                        entry[names.stale] = True
+            elif policy == "drop":
+                self._drop_state(group, state)
+        return None
+
+    def zero_grad(
+        self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any], set_to_none: bool = True
+    ) -> None:
+        """Reset all gradients, and free the state of frozen parameters where that is asked for."""
+        for group in param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if set_to_none:
+                    p.grad = None
+                    continue
+                if p.grad.grad_fn is not None:
+                    p.grad.detach_()
+                else:
+                    p.grad.requires_grad_(False)
+                p.grad.zero_()
+            if group.get(self._names.policy) == "drop":
+                self._drop_state(group, state)
+
+    def _drop_state(self, group: dict[str, Any], state: dict[Tensor, Any]) -> None:
+        for p in _frozen(group):
+            entry = state.get(p)
+            if entry is not None:
+                for name in (*self._names.all, self._names.stale):
+                    entry.pop(name, None)
+                if not entry:
+                    del state[p]
+
+    def _to_step(self, index: int, group: dict[str, Any], state: dict[Tensor, Any]) -> list[Tensor]:
+        """Trainable parameters with a gradient; raises before anything is written."""
+        found = []
+        for position, p in enumerate(group["params"]):
+            if not p.requires_grad or p.grad is None:
                 continue
-            if p.grad.grad_fn is not None:
-                p.grad.detach_()
-            else:
-                p.grad.requires_grad_(False)
-            p.grad.zero_()
-        if group.get("frozen_momentum") == "drop":
-            _drop_momentum(group, state)
+            place = f"param_groups[{index}]['params'][{position}]"
+            entry = state.get(p, {})
+            tensors = {name: entry.get(name) for name in self._names.all}
+            for what, tensor in {"the gradient": p.grad, **tensors}.items():
+                if tensor is None:
+                    continue
+                if not isinstance(tensor, Tensor):
+                    raise TypeError(
+                        f"{self._step_name}: {what} of {place} is a {type(tensor).__name__}; it "
+                        "must be a tensor or None"
+                    )
+                plain = p.layout is torch.strided and not p.is_nested and what != self._names.count
+                if plain and (tensor.shape != p.shape or tensor.device != p.device):
+                    raise ValueError(
+                        f"{self._step_name}: {what} of {place} has shape {list(tensor.shape)} on "
+                        f"{tensor.device}; the parameter has {list(p.shape)} on {p.device}. Set it "
+                        "to None, or give it the parameter's shape and device."
+                    )
+            found.append(p)
+        return found
 
 
-sgd = None
-"""Stands for the optimizer where steps in backward are made, which need the compiled module."""
+_sgd = _Kernels("FrozenAwareSGD", SGD)
+_adam = _Kernels("FrozenAwareAdam", ADAM)
+_adamw = _Kernels("FrozenAwareAdamW", ADAM)
+sgd_step, sgd_zero_grad = _sgd.step, _sgd.zero_grad
+adam_step, adam_zero_grad = _adam.step, _adam.zero_grad
+adamw_step, adamw_zero_grad = _adamw.step, _adamw.zero_grad
+
+sgd = adam = adamw = None
+"""Stand for the optimizers where steps in backward are made, which need the compiled module."""
 
 
 def is_observed() -> bool:
@@ -101,40 +150,3 @@ class BackwardStep:
 
 def _frozen(group: dict[str, Any]) -> Iterator[Tensor]:
     return (p for p in group["params"] if not p.requires_grad)
-
-
-def _drop_momentum(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
-    for p in _frozen(group):
-        entry = state.get(p)
-        if entry is not None:
-            entry.pop(_BUFFER, None)
-            entry.pop(_STALE, None)
-            if not entry:
-                del state[p]
-
-
-def _to_step(index: int, group: dict[str, Any], state: dict[Tensor, Any]) -> list[Tensor]:
-    """Trainable parameters with a gradient; raises before anything is written."""
-    found = []
-    for position, p in enumerate(group["params"]):
-        if not p.requires_grad or p.grad is None:
-            continue
-        place = f"param_groups[{index}]['params'][{position}]"
-        buffer = state.get(p, {}).get(_BUFFER)
-        for what, tensor in (("the gradient", p.grad), (_BUFFER, buffer)):
-            if tensor is None:
-                continue
-            if not isinstance(tensor, Tensor):
-                raise TypeError(
-                    f"{_STEP}: {what} of {place} is a {type(tensor).__name__}; it must be a "
-                    "tensor or None"
-                )
-            plain = p.layout is torch.strided and not p.is_nested
-            if plain and (tensor.shape != p.shape or tensor.device != p.device):
-                raise ValueError(
-                    f"{_STEP}: {what} of {place} has shape {list(tensor.shape)} on "
-                    f"{tensor.device}; the parameter has {list(p.shape)} on {p.device}. Set it to "
-                    "None, or give it the parameter's shape and device."
-                )
-        found.append(p)
-    return found

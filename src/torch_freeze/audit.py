@@ -19,7 +19,7 @@ from ._ddp import not_reduced
 from ._hold import held_by, is_norm, is_spectral_norm
 from ._thawed import just_thawed
 from ._tree import ModuleEntry, ParamEntry, Tree, check_model, is_lazy
-from .optim._base import FrozenAware, frozen_aware, frozen_state_option
+from .optim._base import FrozenAware, frozen_aware, state_names
 from .report import as_optimizers, state_bytes, tensor_bytes
 
 Level = Literal["error", "warning", "info"]
@@ -851,7 +851,7 @@ def _momentum(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[F
     policies: dict[int, str] = {}
     for optimizer in optimizers:
         aware = frozen_aware(optimizer)
-        option = frozen_state_option(aware) if aware is not None else ""
+        option = state_names(aware).policy if aware is not None else ""
         for group in optimizer.param_groups:
             policy = _BECOMES_ELSEWHERE
             if option:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import optimizer as _torch
 
-from torch_freeze._build import load_extension
+from torch_freeze._build import load_extension, without_extension
+from torch_freeze._state_names import StateNames
 from torch_freeze.optim import _stock
 from torch_freeze.optim._strategy import IN_STEP, InBackward, InStep
 
@@ -35,10 +36,9 @@ class FrozenAware(torch.optim.Optimizer):
     """Makes an optimizer of torch's skip frozen parameters.
 
     A subclass is declared as ``class FrozenAwareX(FrozenAware, torch.optim.X)``. It sets
-    ``_step_kernels``, ``_zero_grad_kernels``, ``_partial_steps`` and ``_frozen_state_option``, and
-    defines ``_check_own_options``, ``_check_stock``, ``_step_stock`` and, if a loaded state needs
-    converting, ``_loaded``. Its constructor calls ``_configure`` before torch's constructor and
-    ``_prepare`` after it.
+    ``_step_kernels``, ``_zero_grad_kernels``, ``_partial_steps`` and ``_state_names``, and defines
+    ``_check_stock`` and ``_step_stock``. Its constructor calls ``_configure`` before torch's
+    constructor and ``_prepare`` after it.
     """
 
     # Takes (param_groups, state, grad_scale, found_inf, done, unless_observed).
@@ -47,8 +47,7 @@ class FrozenAware(torch.optim.Optimizer):
     _zero_grad_kernels: Callable[..., None]
     # Makes parts of a step, for steps in backward.
     _partial_steps: Any
-    # The option, also of a param group, whose value is a FrozenState.
-    _frozen_state_option: str
+    _state_names: StateNames
 
     _strategy: InStep | InBackward = IN_STEP
     # (bucket_mb, clip_value) of an optimizer that steps in backward; copies and pickles keep it.
@@ -60,10 +59,18 @@ class FrozenAware(torch.optim.Optimizer):
     _step_supports_amp_scaling: bool
 
     def _configure(
-        self, own_defaults: dict[str, Any], backward: tuple[float | None, float | None] | None
+        self,
+        frozen_state: FrozenState,
+        buffer_dtype: torch.dtype | None,
+        rounding_seed: int,
+        backward: tuple[float | None, float | None] | None,
     ) -> None:
-        self._check_own_options(own_defaults)
-        self._own_defaults = own_defaults
+        names = self._state_names
+        given = {names.policy: frozen_state, names.dtype: buffer_dtype, names.seed: rounding_seed}
+        defaults = {names.policy: "keep", names.dtype: None, names.seed: 0}
+        # Options left at their defaults stay out of the param groups, which are then torch's.
+        self._own_defaults = {k: v for k, v in given.items() if v != defaults[k]}
+        self._check_own_options(self._own_defaults)
         self._backward_options = backward
 
     def _prepare(self) -> None:
@@ -77,14 +84,26 @@ class FrozenAware(torch.optim.Optimizer):
 
     def _check_own_options(self, options: dict[str, Any]) -> None:
         """Raise ValueError or RuntimeError for invalid options that torch does not know."""
-        raise NotImplementedError
-
-    def _check_frozen_state(self, options: dict[str, Any]) -> None:
-        policy = options.get(self._frozen_state_option, "keep")
+        names = self._state_names
+        policy = options.get(names.policy, "keep")
         if policy not in get_args(FrozenState):
             raise ValueError(
-                f"Invalid {self._frozen_state_option} value: {policy!r}; it must be 'keep', "
-                "'reset' or 'drop'"
+                f"Invalid {names.policy} value: {policy!r}; it must be 'keep', 'reset' or 'drop'"
+            )
+        dtype = options.get(names.dtype)
+        if dtype not in (None, torch.bfloat16):
+            raise ValueError(
+                f"Invalid {names.dtype} value: {dtype!r}; it must be torch.bfloat16, or None for "
+                "each parameter's own"
+            )
+        if dtype is not None and not _stock.BUILT.compiled:
+            raise RuntimeError(
+                f"{names.dtype}={dtype} needs the compiled module. {without_extension()}"
+            )
+        seed = options.get(names.seed, 0)
+        if type(seed) is not int or seed < 0:
+            raise ValueError(
+                f"Invalid {names.seed} value: {seed!r}; it must be an int and at least 0"
             )
 
     def _check_stock(self, group: dict[str, Any], index: int, params: list[Tensor]) -> None:
@@ -95,8 +114,16 @@ class FrozenAware(torch.optim.Optimizer):
         """Update some parameters of a group with torch's functional form."""
         raise NotImplementedError
 
-    def _loaded(self, group: dict[str, Any]) -> None:
-        """Convert the loaded state of a group to what its options ask for."""
+    def _restore_dtype(self, group: dict[str, Any]) -> None:
+        # torch's load_state_dict casts buffers to the parameter's dtype. Casting them back loses
+        # nothing, because they were saved in this dtype.
+        dtype = group.get(self._state_names.dtype)
+        for p in group["params"] if dtype is not None else ():
+            entry = self.state.get(p, {})
+            for name in self._state_names.buffers:
+                buffer = entry.get(name)
+                if isinstance(buffer, Tensor) and buffer.dtype is not dtype:
+                    entry[name] = buffer.to(dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in the format of torch's optimizer.
@@ -124,7 +151,7 @@ class FrozenAware(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self._own_defaults.items():
                 group.setdefault(name, value)
-            self._loaded(group)
+            self._restore_dtype(group)
         self._prepare()
 
     @property
@@ -260,7 +287,7 @@ class FrozenAware(torch.optim.Optimizer):
         """Reset the gradients of all parameters, including frozen ones.
 
         This also frees the state of frozen parameters where the optimizer was asked to drop it
-        (``frozen_momentum="drop"``).
+        (``frozen_momentum="drop"`` or ``frozen_state="drop"``).
 
         Args:
             set_to_none: True sets each ``.grad`` to None, which frees its memory; False fills it
@@ -286,9 +313,9 @@ def frozen_aware(optimizer: torch.optim.Optimizer) -> FrozenAware | None:
     return inner if isinstance(inner, FrozenAware) else None
 
 
-def frozen_state_option(optimizer: FrozenAware) -> str:
-    """The option that says what becomes of a frozen parameter's state."""
-    return optimizer._frozen_state_option
+def state_names(optimizer: FrozenAware) -> StateNames:
+    """The names in the optimizer's state, and of the options that concern it."""
+    return optimizer._state_names
 
 
 @functools.cache

@@ -10,23 +10,20 @@ from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused, _get_scalar_dtype
 
 from torch_freeze._build import load_extension
+from torch_freeze._state_names import ADAM
 from torch_freeze.optim import _stock, _strategy
 from torch_freeze.optim._base import FrozenAware, FrozenState
 
 _C = load_extension()
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-
 
 class _Adam(FrozenAware):
     """What Adam and AdamW share here."""
 
-    _frozen_state_option = "frozen_state"
-
-    def _check_own_options(self, options: dict[str, Any]) -> None:
-        self._check_frozen_state(options)
+    _state_names = ADAM
 
     def _check_stock(self, group: dict[str, Any], index: int, params: list[Tensor]) -> None:
+        name = type(self).__name__
         for p in params:
             if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError(
@@ -34,19 +31,30 @@ class _Adam(FrozenAware):
                 )
             if group["fused"]:
                 _device_dtype_check_for_fused(p)
+            state = self.state.get(p, {})
+            needed = ("step", "exp_avg", "exp_avg_sq")
+            missing = [key for key in needed if state.get(key) is None]
+            if missing and any(state.get(key) is not None for key in ADAM.all):
+                raise ValueError(
+                    f"{name}.step: the state of a parameter of param_groups[{index}] has no "
+                    f"{' and no '.join(missing)}; delete the parameter's entry from the "
+                    "optimizer's state, or load a complete one"
+                )
 
     def _step_stock(self, group: dict[str, Any], params: list[Tensor]) -> None:
         states = [self._ready(group, p) for p in params]
         grads = [p.grad for p in params if p.grad is not None]
-        moments = [[state[name] for state in states if name in state] for name in _MOMENTS]
-        foreach, fused = _stock.form(group, params, [*grads, *moments[0], *moments[1]])
+        averages, squares, maxima = (
+            [state[name] for state in states if name in state] for name in ADAM.buffers
+        )
+        foreach, fused = _stock.form(group, params, [*grads, *averages, *squares])
         beta1, beta2 = group["betas"]
         adam(
             params,
             grads,
-            moments[0],
-            moments[1],
-            moments[2] if group["amsgrad"] else [],
+            averages,
+            squares,
+            maxima if group["amsgrad"] else [],
             [state["step"] for state in states],
             foreach=foreach,
             capturable=group["capturable"],
@@ -64,20 +72,20 @@ class _Adam(FrozenAware):
         )
 
     def _ready(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
-        """The state of a parameter: made if there is none, from zero on if it is marked so."""
+        """The state of a parameter: made if there is none, from zero on if it is stale."""
         state: dict[str, Any] = self.state[param]
         on_device = bool(group["capturable"] or group["fused"])
-        if "step" not in state:
+        if state.get("step") is None:
             state["step"] = torch.zeros(
                 (),
                 dtype=_get_scalar_dtype(is_fused=group["fused"]),
                 device=param.device if on_device else "cpu",
             )
-        stale = state.pop("state_stale", False)
+        stale = state.pop(ADAM.stale, False)
         if stale:
             state["step"].zero_()
-        for name in _MOMENTS[: 3 if group["amsgrad"] else 2]:
-            if name not in state:
+        for name in ADAM.buffers[: 3 if group["amsgrad"] else 2]:
+            if state.get(name) is None:
                 state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
             elif stale:
                 state[name].zero_()
@@ -85,7 +93,87 @@ class _Adam(FrozenAware):
 
 
 class FrozenAwareAdamW(_Adam, torch.optim.AdamW):
-    r"""`torch.optim.AdamW` that takes all parameters once and skips those that are frozen."""
+    r"""`torch.optim.AdamW` that takes all parameters once and skips those that are frozen.
+
+    A parameter is frozen while its ``requires_grad`` is False. The optimizer reads that at every
+    step, so you may freeze or unfreeze anything between any two steps; the optimizer needs no
+    call. A frozen parameter never moves, whatever its gradient, its moments or the weight decay.
+    Its ``.grad`` is set to None and its moments are kept; one that has never trained has none.
+    Each parameter counts its own updates, so one that is unfrozen late gets the bias correction
+    of a first update. Everything else is as in `torch.optim.AdamW`: arguments, defaults, errors,
+    ``param_groups``, state and results.
+
+    One call updates all tensors of all param groups: in one parallel region on the CPU; on CUDA
+    with one kernel launch per device and dtype, and one more if the counts lie on the device
+    (``fused`` or ``capturable``). ``foreach=True``, ``foreach=False`` or ``fused=False`` select
+    that implementation of torch's instead, which then skips frozen parameters too. Complex
+    tensors, tensor subclasses, devices other than CPU and CUDA, betas that are tensors, and
+    ``differentiable=True`` always use torch's own operators.
+
+    Results are bit-identical to ``torch.optim.AdamW(foreach=False)`` on the CPU for float32 and
+    float64. bfloat16 and float16 are computed in float32 and rounded once, when stored.
+
+    Args:
+        params: all parameters, frozen or not; also param groups or (name, parameter) pairs, as
+            for `torch.optim.AdamW`.
+        lr: learning rate; a float or a tensor of one element.
+        betas: decay of the moments: of the mean of gradients, and of their squares.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+        amsgrad: divide by the largest second moment so far.
+        maximize: maximize the objective instead of minimizing it.
+        foreach: None for the fused kernels; True or False for torch's multi-tensor or
+            single-tensor implementation.
+        capturable: keep the counts of updates on the parameters' device, so that a step can be
+            captured in a CUDA graph.
+        differentiable: let autograd differentiate through the step (torch's implementation).
+        fused: None or True for the fused kernels; False for torch's other implementations. True
+            keeps the counts of updates on the parameters' device: a GradScaler's step then needs
+            no synchronization.
+        step_in_backward: apply gradients while backward runs, and free them at once. One
+            ``backward()`` then makes one step. Whatever needs more than that raises an error; the
+            documentation's page on memory lists it.
+        bucket_mb: with ``step_in_backward``, MiB of gradients to collect before they are applied
+            together. None means a tenth of the trainable parameters' gradients, but at most 4 MiB
+            on the CPU and 32 MiB elsewhere. At its peak, gradient memory is one bucket and the
+            largest gradient.
+        clip_value: with ``step_in_backward``, clamp every element of a gradient to
+            [-clip_value, clip_value], as `torch.nn.utils.clip_grad_value_` does.
+        frozen_state: what becomes of a frozen parameter's moments and count. ``"keep"`` keeps
+            them, as torch does; ``"reset"`` lets them start from zero after unfreezing;
+            ``"drop"`` does the same and frees their memory at the next `zero_grad` or `step`
+            after freezing. It can also be set per param group.
+        moment_dtype: None for each parameter's own dtype, or `torch.bfloat16`. The latter is
+            stored with stochastic rounding, which is off by less than `2**-7` of the value at
+            each store and exact on average. For float32 and bfloat16 parameters. It can also be
+            set per param group.
+        moment_seed: seed of that rounding. The one in the param group grows by one at each step.
+
+    Raises:
+        ValueError: a hyper-parameter is negative or otherwise invalid, with torch's message; at a
+            step, a gradient or a moment has another shape or device than its parameter.
+        TypeError: a parameter is not a tensor; at a step, a moment has a type that cannot hold it.
+        RuntimeError: options contradict each other, with torch's message; a gradient is sparse;
+            with ``step_in_backward``, gradients that cannot be applied in one step.
+
+    An error raised by a step leaves parameters, gradients and state as they were.
+
+    Results are those of `torch.optim.AdamW
+    <https://docs.pytorch.org/docs/stable/generated/torch.optim.AdamW.html>`_; see Loshchilov and
+    Hutter, "Decoupled Weight Decay Regularization", 2019.
+
+    Example:
+        >>> import torch, torch_freeze
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
+        >>> optimizer = torch_freeze.FrozenAwareAdamW(model.parameters(), lr=1e-3)
+        >>> _ = model[0].requires_grad_(False)  # frozen from here on
+        >>> before = model[0].weight.clone()
+        >>> model(torch.ones(3, 8)).sum().backward()
+        >>> optimizer.step()
+        >>> torch.equal(model[0].weight, before), model[0].weight in optimizer.state
+        (True, False)
+        >>> _ = model[0].requires_grad_(True)  # it trains from the next backward on
+    """
 
     _step_kernels = staticmethod(_C.adamw_step)
     _zero_grad_kernels = staticmethod(_C.adamw_zero_grad)
@@ -109,9 +197,11 @@ class FrozenAwareAdamW(_Adam, torch.optim.AdamW):
         bucket_mb: float | None = None,
         clip_value: float | None = None,
         frozen_state: FrozenState = "keep",
+        moment_dtype: torch.dtype | None = None,
+        moment_seed: int = 0,
     ) -> None:
         backward = _strategy.check_options(step_in_backward, bucket_mb, clip_value, differentiable)
-        self._configure({"frozen_state": frozen_state} if frozen_state != "keep" else {}, backward)
+        self._configure(frozen_state, moment_dtype, moment_seed, backward)
         super().__init__(
             params,
             lr,
@@ -129,7 +219,38 @@ class FrozenAwareAdamW(_Adam, torch.optim.AdamW):
 
 
 class FrozenAwareAdam(_Adam, torch.optim.Adam):
-    r"""`torch.optim.Adam` that takes all parameters once and skips those that are frozen."""
+    r"""`torch.optim.Adam` that takes all parameters once and skips those that are frozen.
+
+    It differs from `FrozenAwareAdamW` as `torch.optim.Adam` does from `torch.optim.AdamW`: the
+    weight decay is an L2 penalty, added to the gradient, and 0 by default. Results are
+    bit-identical to ``torch.optim.Adam(foreach=False)`` on the CPU for float32 and float64.
+
+    Args:
+        params, lr, betas, eps, amsgrad, maximize, foreach, capturable, differentiable, fused: as
+            for `FrozenAwareAdamW`.
+        weight_decay: L2 penalty.
+        decoupled_weight_decay: make it AdamW's weight decay.
+        step_in_backward, bucket_mb, clip_value, frozen_state, moment_dtype, moment_seed: as for
+            `FrozenAwareAdamW`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `FrozenAwareAdamW` does.
+
+    Results are those of `torch.optim.Adam
+    <https://docs.pytorch.org/docs/stable/generated/torch.optim.Adam.html>`_; see Kingma and Ba,
+    "Adam: A Method for Stochastic Optimization", 2015, and for ``amsgrad`` Reddi et al., "On the
+    Convergence of Adam and Beyond", 2018.
+
+    Example:
+        >>> import torch, torch_freeze
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = torch_freeze.FrozenAwareAdam(model.parameters(), lr=1e-3)
+        >>> _ = model.bias.requires_grad_(False)  # frozen
+        >>> model(torch.ones(3, 8)).sum().backward()
+        >>> optimizer.step()
+        >>> model.bias in optimizer.state, int(optimizer.state[model.weight]["step"])
+        (False, 1)
+    """
 
     _step_kernels = staticmethod(_C.adam_step)
     _zero_grad_kernels = staticmethod(_C.adam_zero_grad)
@@ -154,9 +275,11 @@ class FrozenAwareAdam(_Adam, torch.optim.Adam):
         bucket_mb: float | None = None,
         clip_value: float | None = None,
         frozen_state: FrozenState = "keep",
+        moment_dtype: torch.dtype | None = None,
+        moment_seed: int = 0,
     ) -> None:
         backward = _strategy.check_options(step_in_backward, bucket_mb, clip_value, differentiable)
-        self._configure({"frozen_state": frozen_state} if frozen_state != "keep" else {}, backward)
+        self._configure(frozen_state, moment_dtype, moment_seed, backward)
         super().__init__(
             params,
             lr,

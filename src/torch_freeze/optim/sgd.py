@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
 from torch.optim.sgd import sgd
 
-from torch_freeze._build import load_extension, without_extension
+from torch_freeze._build import load_extension
+from torch_freeze._state_names import SGD
 from torch_freeze.optim import _stock, _strategy
 from torch_freeze.optim._base import FrozenAware, FrozenState
 
@@ -97,7 +98,7 @@ class FrozenAwareSGD(FrozenAware, torch.optim.SGD):
     _step_kernels = staticmethod(_C.sgd_step)
     _zero_grad_kernels = staticmethod(_C.sgd_zero_grad)
     _partial_steps = _C.sgd
-    _frozen_state_option = "frozen_momentum"
+    _state_names = SGD
 
     def __init__(
         self,
@@ -120,15 +121,7 @@ class FrozenAwareSGD(FrozenAware, torch.optim.SGD):
         momentum_seed: int = 0,
     ) -> None:
         backward = _strategy.check_options(step_in_backward, bucket_mb, clip_value, differentiable)
-        # Options left at their defaults stay out of the param groups, which are then torch's.
-        own: dict[str, Any] = {}
-        if frozen_momentum != "keep":
-            own["frozen_momentum"] = frozen_momentum
-        if momentum_dtype is not None:
-            own["momentum_dtype"] = momentum_dtype
-        if momentum_seed != 0:
-            own["momentum_seed"] = momentum_seed
-        self._configure(own, backward)
+        self._configure(frozen_momentum, momentum_dtype, momentum_seed, backward)
         super().__init__(
             params,
             lr,
@@ -142,33 +135,6 @@ class FrozenAwareSGD(FrozenAware, torch.optim.SGD):
             fused=fused,
         )
         self._prepare()
-
-    def _check_own_options(self, options: dict[str, Any]) -> None:
-        self._check_frozen_state(options)
-        dtype = options.get("momentum_dtype")
-        if dtype not in (None, torch.bfloat16):
-            raise ValueError(
-                f"Invalid momentum_dtype value: {dtype!r}; it must be torch.bfloat16, or None for "
-                "each parameter's own"
-            )
-        if dtype is not None and not _stock.BUILT.compiled:
-            raise RuntimeError(
-                f"momentum_dtype={dtype} needs the compiled module. {without_extension()}"
-            )
-        seed = options.get("momentum_seed", 0)
-        if type(seed) is not int or seed < 0:
-            raise ValueError(
-                f"Invalid momentum_seed value: {seed!r}; it must be an int and at least 0"
-            )
-
-    def _loaded(self, group: dict[str, Any]) -> None:
-        # torch's load_state_dict casts buffers to the parameter's dtype. Casting them back loses
-        # nothing, because they were saved in this dtype.
-        dtype = group.get("momentum_dtype")
-        for p in group["params"] if dtype is not None else ():
-            buffer = self.state[p].get("momentum_buffer") if p in self.state else None
-            if isinstance(buffer, Tensor) and buffer.dtype is not dtype:
-                self.state[p]["momentum_buffer"] = buffer.to(dtype)
 
     def _check_stock(self, group: dict[str, Any], index: int, params: list[Tensor]) -> None:
         for p in params:
