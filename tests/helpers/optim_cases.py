@@ -12,14 +12,19 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.optimizer import _get_scalar_dtype
 from torch.optim.sgd import sgd
 
-from torch_freeze import FrozenAwareSGD
+from torch_freeze import FrozenAwareAdam, FrozenAwareAdamW, FrozenAwareSGD
+from torch_freeze._state_names import ADAM as ADAM_NAMES
+from torch_freeze._state_names import SGD as SGD_NAMES
+from torch_freeze._state_names import StateNames
 
 Hyper = dict[str, Any]
 
@@ -119,12 +124,14 @@ def ids(table: dict[str, Any]) -> list[Any]:
     ]
 
 
-class Reference(torch.optim.SGD):
-    """What FrozenAwareSGD must equal: stock's for-loop, frozen tensors left out.
+class _Reference(torch.optim.Optimizer):
+    """What an optimizer here must equal: stock's for-loop, frozen tensors left out.
 
     bf16 and fp16 tensors are widened to fp32, stepped by the same stock code and rounded once. On
     CUDA stock's foreach form takes the place of its for-loop. No part of the project is used.
     """
+
+    buffers: tuple[str, ...]
 
     def step(self, closure: Any = None) -> Any:
         loss = None
@@ -141,30 +148,78 @@ class Reference(torch.optim.SGD):
             if not p.requires_grad:
                 p.grad = None
         live = [p for p in group["params"] if p.grad is not None]
-        has_momentum = group["momentum"] != 0
         # Read before anything is stepped, as stock does: a duplicate sees its first buffer late.
-        buffers = [self.state[p].get("momentum_buffer") if has_momentum else None for p in live]
-        for p, buffer in zip(live, buffers, strict=True):
-            buffer = self._step_tensor(group, p, buffer)
-            if has_momentum:
-                self.state[p]["momentum_buffer"] = buffer
+        states = [self._state_before(group, p) for p in live]
+        for p, state in zip(live, states, strict=True):
+            after = self._step_tensor(group, p, state)
+            if after:
+                self.state[p].update(after)
 
-    def _step_tensor(self, group: dict[str, Any], p: Tensor, buffer: Tensor | None) -> Any:
+    def _step_tensor(
+        self, group: dict[str, Any], p: Tensor, state: dict[str, Any]
+    ) -> dict[str, Any]:
         grad = p.grad
         assert grad is not None
         # A stock implementation that was asked for by name rounds as stock does.
         by_name = group["foreach"] is not None or group["fused"] is False
         narrow = p.dtype in NARROW_DTYPES.values() and not grad.is_sparse and not by_name
-        wide_p = p.detach().float() if narrow else p
-        wide_grad = grad.float() if narrow else grad
-        wide_buffer = buffer.float() if narrow and buffer is not None else buffer
-        buffers = [wide_buffer]
+        foreach = bool(group["foreach"]) if by_name else p.is_cuda
+        if not narrow:
+            return self._functional(group, p, grad, state, foreach)
+        wide_p = p.detach().float()
+        wide = {
+            k: v.float() if k in self.buffers and v is not None else v for k, v in state.items()
+        }
+        after = self._functional(group, wide_p, grad.float(), wide, foreach)
+        p.copy_(wide_p)
+        for key in self.buffers:
+            if after.get(key) is not None:
+                old = state.get(key)
+                rounded = after[key].to(grad.dtype)
+                after[key] = rounded if old is None else old.copy_(rounded)
+        return after
+
+    def _state_before(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+        """The state that a step of `p` starts from, by its keys."""
+        raise NotImplementedError
+
+    def _functional(
+        self,
+        group: dict[str, Any],
+        p: Tensor,
+        grad: Tensor,
+        state: dict[str, Any],
+        foreach: bool,
+    ) -> dict[str, Any]:
+        """Step `p` by stock's functional form, and return its new state."""
+        raise NotImplementedError
+
+
+class Reference(_Reference, torch.optim.SGD):
+    """What FrozenAwareSGD must equal."""
+
+    buffers = ("momentum_buffer",)
+
+    def _state_before(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+        if group["momentum"] == 0:
+            return {}
+        return {"momentum_buffer": self.state[p].get("momentum_buffer")}
+
+    def _functional(
+        self,
+        group: dict[str, Any],
+        p: Tensor,
+        grad: Tensor,
+        state: dict[str, Any],
+        foreach: bool,
+    ) -> dict[str, Any]:
+        buffers = [state.get("momentum_buffer")]
         sgd(
-            [wide_p],
-            [wide_grad],
+            [p],
+            [grad],
             buffers,
             has_sparse_grad=grad.is_sparse,
-            foreach=bool(group["foreach"]) if by_name else p.is_cuda,
+            foreach=foreach,
             fused=False,
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
@@ -173,12 +228,125 @@ class Reference(torch.optim.SGD):
             nesterov=group["nesterov"],
             maximize=group["maximize"],
         )
-        if not narrow:
-            return buffers[0]
-        p.copy_(wide_p)
-        if buffers[0] is None:
-            return None
-        return buffers[0].to(grad.dtype) if buffer is None else buffer.copy_(buffers[0])
+        return {"momentum_buffer": buffers[0]} if group["momentum"] != 0 else {}
+
+
+class _AdamReference(_Reference):
+    buffers = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+    def _state_before(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+        state = self.state[p]
+        if "step" not in state:
+            on_device = group["capturable"] or group["fused"]
+            dtype = _get_scalar_dtype(is_fused=group["fused"])
+            state["step"] = torch.zeros((), dtype=dtype, device=p.device if on_device else "cpu")
+        for name in self.buffers[: 3 if group["amsgrad"] else 2]:
+            if name not in state:
+                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return dict(state)
+
+    def _functional(
+        self,
+        group: dict[str, Any],
+        p: Tensor,
+        grad: Tensor,
+        state: dict[str, Any],
+        foreach: bool,
+    ) -> dict[str, Any]:
+        beta1, beta2 = group["betas"]
+        adam(
+            [p],
+            [grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [state["max_exp_avg_sq"]] if group["amsgrad"] else [],
+            [state["step"]],
+            foreach=foreach,
+            capturable=group["capturable"],
+            differentiable=False,
+            fused=False,
+            has_complex=p.is_complex(),
+            amsgrad=group["amsgrad"],
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+        )
+        return state
+
+
+class AdamReference(_AdamReference, torch.optim.Adam):
+    """What FrozenAwareAdam must equal."""
+
+
+class AdamWReference(_AdamReference, torch.optim.AdamW):
+    """What FrozenAwareAdamW must equal."""
+
+
+def _adam_hypers() -> dict[str, Hyper]:
+    table = {}
+    for decay, amsgrad, maximize in itertools.product((0, 1e-2), (False, True), (False, True)):
+        hyper = {"lr": 0.01, "weight_decay": decay, "amsgrad": amsgrad, "maximize": maximize}
+        words = [f"decay {decay}"] * bool(decay) + ["amsgrad"] * amsgrad + ["maximize"] * maximize
+        table[", ".join(words) or "defaults"] = hyper
+    return table | {
+        "lr 0": {"lr": 0.0},
+        "betas 0": {"lr": 0.1, "betas": (0.0, 0.0), "weight_decay": 0.5},
+        "beta1 below a half": {"lr": 0.1, "betas": (0.4, 0.9), "eps": 1e-3, "amsgrad": True},
+        "beta1 at a half": {"lr": 0.1, "betas": (0.5, 0.99)},
+        "eps 0": {"lr": 0.1, "eps": 0.0},
+        "lr and eps 1, an int": {"lr": 1, "eps": 1, "weight_decay": 1},
+        "tiny": {"lr": 1e-45, "weight_decay": 1e-30, "eps": 1e-45},
+    }
+
+
+class Family(NamedTuple):
+    """One optimizer here with all that its tests need."""
+
+    ours: Any
+    stock: Any
+    reference: Any
+    hypers: dict[str, Hyper]
+    some_hypers: dict[str, Hyper]  # its corners, for tests whose subject is something else
+    state: StateNames
+    exact_on_cuda: bool  # the bits of stock's foreach form
+
+
+SGD = Family(FrozenAwareSGD, torch.optim.SGD, Reference, HYPERS, SOME_HYPERS, SGD_NAMES, True)
+_SOME_ADAM_HYPERS: dict[str, Hyper] = {
+    "defaults": {},
+    "decay": {"lr": 0.05, "weight_decay": 0.1},
+    "amsgrad, decay and maximize": {
+        "lr": 0.05,
+        "betas": (0.8, 0.95),
+        "weight_decay": 0.1,
+        "amsgrad": True,
+        "maximize": True,
+    },
+}
+ADAM = Family(
+    FrozenAwareAdam,
+    torch.optim.Adam,
+    AdamReference,
+    _adam_hypers(),
+    _SOME_ADAM_HYPERS,
+    ADAM_NAMES,
+    False,
+)
+ADAMW = ADAM._replace(ours=FrozenAwareAdamW, stock=torch.optim.AdamW, reference=AdamWReference)
+FAMILIES = {"SGD": SGD, "Adam": ADAM, "AdamW": ADAMW}
+
+
+def per_family(table: Callable[[Family], dict[str, Any]]) -> list[Any]:
+    """(family, value) for each value of the family's table, named by both."""
+    return [
+        pytest.param(family, value, id=f"{name}: {key}")
+        for name, family in FAMILIES.items()
+        for key, value in table(family).items()
+    ]
 
 
 def generator(seed: int) -> torch.Generator:
@@ -299,9 +467,9 @@ def describe_difference(a: Tensor, b: Tensor) -> str:
     return f"{len(where)} of {a.numel()} elements differ, (index, got, wanted): {samples}"
 
 
-def buffer_of(optimizer: torch.optim.Optimizer, p: Tensor) -> Any:
-    """The momentum buffer, without the state entry that an indexing defaultdict would make."""
-    return optimizer.state[p].get("momentum_buffer") if p in optimizer.state else None
+def buffer_of(optimizer: torch.optim.Optimizer, p: Tensor, key: str = "momentum_buffer") -> Any:
+    """A tensor of the state, without the entry that an indexing defaultdict would make."""
+    return optimizer.state[p].get(key) if p in optimizer.state else None
 
 
 def assert_same_bits(a: Tensor | None, b: Tensor | None, what: str) -> None:
@@ -327,9 +495,12 @@ def assert_same_training(
             assert (p in optimizer.state) == (q in reference.state), f"{name}: state entry"
             if p in optimizer.state:
                 assert list(optimizer.state[p]) == list(reference.state[q]), f"{name}: state keys"
-            assert_same_bits(
-                buffer_of(optimizer, p), buffer_of(reference, q), f"{name} momentum_buffer"
-            )
+            for key in reference.state[q] if q in reference.state else ():
+                held = buffer_of(optimizer, p, key), buffer_of(reference, q, key)
+                if isinstance(held[1], Tensor):
+                    assert_same_bits(*held, f"{name} {key}")
+                else:
+                    assert held[0] == held[1], f"{name} {key}"
         assert ours.keys() == theirs.keys()
         for key in ours:
             if key not in ("params", "foreach", "fused"):
@@ -420,19 +591,20 @@ def check_hyper(
     groups: int = 1,
     sizes: Sequence[int] = SIZES,
     stock: bool = True,
+    family: Family = SGD,
 ) -> None:
-    """Train the same tensors with FrozenAwareSGD and the oracle; every step must agree in bits.
+    """Train the same tensors with an optimizer and its oracle; every step must agree in bits.
 
     `stock` compares with `torch.optim.SGD(foreach=False)` itself (CUDA: `foreach=True`), else with
-    `Reference`, which knows about frozen tensors and rounds bf16 and fp16 once.
+    `Reference`, which knows about frozen tensors and rounds bf16 and fp16 once; so for Adam.
     """
     gen = generator(1234)
     ours = make_parameters(sizes, gen, dtype, device)
     theirs = twin(ours)
     # A hyper-parameter named in a group would shadow the table's.
     split = [ours[i::groups] for i in range(groups)], [theirs[i::groups] for i in range(groups)]
-    optimizer = FrozenAwareSGD([{"params": part} for part in split[0]], **hyper)
-    make = torch.optim.SGD if stock else Reference
+    optimizer = family.ours([{"params": part} for part in split[0]], **hyper)
+    make = family.stock if stock else family.reference
     kwargs = {"foreach": device == "cuda"} if stock else {}
     reference = make([{"params": part} for part in split[1]], **hyper, **kwargs)
     for step in range(steps):
@@ -446,14 +618,15 @@ def main() -> int:
     """Run the exact table in this process and print what differs (see optim/test_exact.py)."""
     print(torch.backends.cpu.get_cpu_capability())
     failed = 0
-    for (name, hyper), (dtype_name, dtype) in itertools.product(
-        HYPERS.items(), WIDE_DTYPES.items()
+    for (family_name, family), (dtype_name, dtype) in itertools.product(
+        FAMILIES.items(), WIDE_DTYPES.items()
     ):
-        try:
-            check_hyper(hyper, dtype, steps=4)
-        except AssertionError as error:
-            failed += 1
-            print(f"{dtype_name}, {name}: {error}")
+        for name, hyper in family.hypers.items():
+            try:
+                check_hyper(hyper, dtype, steps=4, family=family)
+            except AssertionError as error:
+                failed += 1
+                print(f"{family_name}, {dtype_name}, {name}: {error}")
     return failed
 
 
