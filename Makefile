@@ -88,7 +88,7 @@ gpu: build ## GPU tests, compute-sanitizer and benchmark; results go to $OUT or 
 	for tool in memcheck racecheck initcheck; do \
 	  "$$sanitizer" --tool $$tool --error-exitcode 1 $(PY) benchmarks/sanitize.py || exit 1; \
 	done
-	$(PY) benchmarks/compare.py --device cuda --suite synthetic,models,digits,targets --results $(RESULTS) $(ARGS)
+	$(PY) benchmarks/compare.py --device cuda --suite speed,digits,targets --results $(RESULTS) $(ARGS)
 
 memory: build ## compare what training takes of memory; results go to $OUT or benchmarks/results
 	$(PY) benchmarks/compare.py --suite memory --results $(RESULTS) $(ARGS)

@@ -3,46 +3,47 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
-import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
 
 import torch_freeze
 
-from . import figures, memory_report, speed_report
-from .contestants import FAMILIES, other_packages
+from . import checks, figures, report
+from .checks import MissingPackageError, RequestError
+from .contestants import FAMILIES, installed
 from .machine import company, describe, granted_share, headline, is_simulated, slug
-from .memory import NotEnoughMemoryError
 from .records import Measured, to_csv
-from .saving import as_markdown, make_room, write
+from .saving import make_room, write
 from .suites import digits, load, memory, speed, targets
-from .suites.base import Report, Setting, Suite
-from .tables import WIDTH, Reached, filled, indented, listed, targets_summary, targets_table
+from .suites.base import Setting, Suite
+from .tables import WIDTH, Reached, filled, listed, render, targets_summary
 from .timing import Budget
-from .workloads import ALL_MODELS, MODELS, MissingPackageError, RequestError, needs_of, require
+from .workloads import MODELS
 
-SUITES = ("synthetic", "models", "digits", "targets", "memory", "load")
-DEFAULT_SUITES = ("synthetic", "models", "digits")
-_OF_THEIR_OWN = ("targets", "memory", "load")
-"""Suites that name the files of a run, if nothing else runs."""
-
+SUITES = {
+    "speed": speed.suite,
+    "digits": digits.suite,
+    "targets": targets.suite,
+    "memory": memory.suite,
+    "load": load.suite,
+}
+DEFAULT_SUITES = ("speed", "digits")
 _BENCHMARKS = Path(__file__).resolve().parents[1]
 SCRIPT = _BENCHMARKS / "compare.py"
 RECORDED = _BENCHMARKS / "results"
+FOLDER = Path("compare-results")
+"""Where results go, in the current folder, with the time in their names."""
 SIMULATION = _BENCHMARKS.parent / "tests" / "cuda_on_cpu" / "run.py"
 """Only in a clone of the repository: the tests are not part of the package."""
-SCHEDULE = "CUDA_ON_CPU_SCHEDULE"
-NO_WORK = "never"
+SCHEDULE, NO_WORK = "CUDA_ON_CPU_SCHEDULE", "never"
 HOST_TIME_FILE = "simulated_cuda_host_time"
 SIMULATED_WARNINGS = {
     True: "Simulated CUDA: there was no GPU, and no kernel ran. The times are the host's alone, "
@@ -51,22 +52,6 @@ SIMULATED_WARNINGS = {
     "benchmark runs and say nothing about a GPU's speed. The targets' flat sets have a thousandth "
     "of the elements that their names say.",
 }
-FOLDER = Path("compare-results")
-"""Where results go, in the current folder, with the time in their names."""
-
-
-@dataclass(frozen=True)
-class Extent:
-    """How much a run covers where the options do not say it."""
-
-    models: tuple[str, ...]
-    frozen: str
-    budget: Budget
-
-
-QUICK = Extent(("mobilenet_v3_small",), "0,head", Budget(0.2, least=3))
-USUAL = Extent(("resnet50", "mobilenet_v3_small"), "0,50,head", Budget(0.5, least=3))
-FULL = Extent(ALL_MODELS, "0,50,90,head", Budget(1.5))
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,56 +62,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def _list(known: Sequence[str], what: str) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = [name.strip() for name in text.split(",") if name.strip()]
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
-            raise argparse.ArgumentTypeError(
-                f"unknown {what} {unknown[0] if unknown else text!r}; known: {', '.join(known)}"
-            )
-        return names
-
-    return parse
-
-
-def _shares(text: str) -> list[float | str]:
-    shares: list[float | str] = []
-    for part in text.split(","):
-        name = part.strip()
-        try:
-            share = name if name == "head" else float(name)
-        except ValueError:
-            share = -1.0
-        if isinstance(share, float) and not 0 <= share < 100:
-            raise argparse.ArgumentTypeError(
-                f"{name!r} is no share to freeze; give percents from 0 to below 100, or head"
-            )
-        shares.append(share)
-    return shares
-
-
-def _above_zero(kind: type[int] | type[float]) -> Callable[[str], Any]:
-    def parse(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = kind(0)
-        if not 0 < value < float("inf"):
-            wanted = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} above 0")
-        return value
-
-    return parse
-
-
 def make_parser() -> Parser:
     """The command line's options."""
-    parser = Parser(
-        prog="compare.py",
-        description="Measure this package's optimizers against every form of stock, in turns.",
-    )
-    add = parser.add_argument
+    about = "Measure this package's optimizers against every form of stock, in turns."
+    parser = Parser(prog="compare.py", description=about)
+    add, suites = parser.add_argument, ",".join(SUITES)
     add(
         "--device",
         choices=["auto", "cpu", "cuda", "simulated"],
@@ -137,25 +77,19 @@ def make_parser() -> Parser:
     add("--optimizer", choices=list(FAMILIES), default="sgd", help="default: sgd")
     add(
         "--suite",
-        type=_list([*SUITES, "all"], "suite"),
-        help=f"of {','.join(SUITES)}, or all (default: {','.join(DEFAULT_SUITES)})",
+        type=checks.names([*SUITES, "all"], "suite"),
+        help=f"of {suites}, or all (default: {','.join(DEFAULT_SUITES)})",
     )
-    add("--models", type=_list(list(MODELS), "model"), help=f"of {','.join(MODELS)}")
+    add("--models", type=checks.names(list(MODELS), "model"), help=f"of {','.join(MODELS)}")
     add(
         "--frozen",
-        type=_shares,
-        help=f"percents of the elements, or head for all but it (default: {USUAL.frozen})",
+        type=checks.shares,
+        help="percents of the elements, or head for all but it (default: 0,50,head)",
     )
     add("--quick", action="store_true", help="one network and fewer rounds: a first look")
-    add("--full", action="store_true", help="more networks, shares and rounds")
-    add(
-        "--steps",
-        type=_above_zero(int),
-        help="rounds per measure, instead of as many as the time allows",
-    )
-    add("--seconds", type=_above_zero(float), help="time per measure and workload")
-    add("--threads", type=_above_zero(int), help="threads that torch may use on the CPU")
-    add("--compiled", action="store_true", help="also a stock step through torch.compile")
+    add("--steps", type=checks.above_zero(int), help="rounds per measure, whatever they take")
+    add("--seconds", type=checks.above_zero(float), help="time per measure and workload")
+    add("--threads", type=checks.above_zero(int), help="threads that torch may use on the CPU")
     add(
         "--results",
         type=Path,
@@ -163,9 +97,6 @@ def make_parser() -> Parser:
         help="save the results there, named after the GPU or the CPU; by default they go to "
         f"{FOLDER}, with the time in their names",
     )
-    add("--csv", type=Path, metavar="FILE", help="save all samples in this file")
-    add("--plot", type=Path, metavar="FILE", help="save the picture; the ending says what kind")
-    add("--markdown", type=Path, metavar="FILE", help="save the tables and the machine")
     return parser
 
 
@@ -195,143 +126,52 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if found and name != "cpu" else "cpu")
 
 
-def plan(options: argparse.Namespace) -> tuple[list[str], list[str], list[float | str], Budget]:
-    """Suites, models, frozen shares and time budget that follow from the options."""
-    only_host = options.device == "simulated"
-    asked = options.suite or (["synthetic"] if only_host else list(DEFAULT_SUITES))
-    if only_host and asked != ["synthetic"]:
-        raise RequestError(
-            "--device simulated: measures host time on the suite synthetic alone; use --device cpu "
-            "or cuda for the others"
-        )
-    suites = [suite for suite in SUITES if suite in asked or "all" in asked]
-    extent = QUICK if options.quick else FULL if options.full else USUAL
-    models = options.models or list(extent.models)
-    shares = options.frozen or _shares(extent.frozen)
-    budget = extent.budget
-    if options.seconds is not None:
-        budget = dataclasses.replace(budget, seconds=options.seconds, most=10_000)
+def budget_of(options: argparse.Namespace) -> Budget:
+    """How long each measure may take."""
     if options.steps is not None:
-        budget = dataclasses.replace(budget, least=options.steps, most=options.steps)
-    return suites, models, shares, budget
+        return Budget(options.seconds or 60, least=options.steps, most=options.steps)
+    if options.seconds is not None:
+        return Budget(options.seconds, most=10_000)
+    return Budget(0.2 if options.quick else 0.5)
 
 
-def usable(
-    wanted: Iterable[str], needs: Callable[[str], object], *, explicit: bool
-) -> Iterator[str]:
-    """Those of ``wanted`` whose needs are met; others are skipped with a line on stderr.
-
-    Raises:
-        MissingPackageError, NotEnoughMemoryError: one is not usable and was asked for by name.
-    """
-    for name in wanted:
-        try:
-            needs(name)
-        except (MissingPackageError, NotEnoughMemoryError) as missing:
-            if explicit:
-                raise
-            print(f"skipped {name}: {missing}", file=sys.stderr)
-        else:
-            yield name
-
-
-def make_suites(
-    options: argparse.Namespace, device: torch.device, *, simulated: bool
-) -> list[Suite]:
+def make_suites(options: argparse.Namespace, setting: Setting) -> list[Suite]:
     """The suites asked for, as far as their packages and their memory are there."""
-    names, models, shares, budget = plan(options)
-    quick, each = options.quick, budget.seconds
-    synthetic = 0.3 + 1.2 * each
-
-    def those(wanted: Sequence[str], needs: Callable[[str], object] = needs_of) -> list[str]:
-        named = options.models is not None
-        return list(usable(options.models or wanted, needs, explicit=named))
-
-    def models_suite() -> Suite:
-        chosen = those(models)
-        run = partial(speed.run_models, chosen, shares)
-        return Suite("models", speed_report, run, 3 * len(chosen) * len(shares), 2.2 + each)
-
-    def targets_suite() -> Suite:
-        on_gpu = device.type == "cuda"
-        wanted = targets.ON_SIMULATED_CUDA if simulated else targets.ON_CUDA
-        chosen = list(usable(wanted if on_gpu else targets.ON_CPU, needs_of, explicit=False))
-        return Suite(
-            "targets",
-            speed_report,
-            partial(targets.run, chosen, simulated),
-            targets.parts(chosen, device),
-            1.5 + 1.5 * each,
-            partial(targets.reached, chosen, simulated),
-            f"speed to reach on {'a GPU' if on_gpu else 'a CPU of 2 cores'}",
-            tables=on_gpu,
+    asked = options.suite or (DEFAULT_SUITES if setting.computes else ("speed",))
+    if not setting.computes and set(asked) != {"speed"}:
+        raise RequestError(
+            "--device simulated: measures host time in the suite speed alone; use --device cpu or "
+            "cuda for the others"
         )
-
-    def memory_suite() -> Suite:
-        usual = memory.QUICK_MEMORY_MODELS if quick else memory.MEMORY_MODELS
-        chosen = those(usual, partial(memory.require_memory_for, device=device))
-        share = next((share for share in options.frozen or [] if share), 50.0)
-        run, parts = partial(memory.run, chosen, share, quick), memory.parts(chosen, device)
-        seconds, reached = 3.0 if quick else 15.0, memory_report.reached
-        return Suite("memory", memory_report, run, parts, seconds, reached, "memory to reach")
-
-    def load_suite() -> Suite:
-        chosen = those(load.LOAD_MODELS)
-        runs = sum((load.QUICK_RUNS if quick else load.RUNS).values())
-        run, seconds = partial(load.run, chosen, quick), runs / 2 * (6.9 + each)
-        return Suite("load", load, run, 2 * len(chosen), seconds, load.reached, "under load")
-
-    makers: dict[str, Callable[[], Suite]] = {
-        "synthetic": partial(Suite, "synthetic", speed_report, speed.run_synthetic, 6, synthetic),
-        "models": models_suite,
-        "digits": partial(Suite, "digits", speed_report, digits.run, 2, 3.0),
-        "targets": targets_suite,
-        "memory": memory_suite,
-        "load": load_suite,
-    }
-    kept = usable(names, _needs_of_suite, explicit=options.suite is not None)
-    return [makers[name]() for name in kept]
+    suites = []
+    for name, make in SUITES.items():
+        if name in asked or "all" in asked:
+            try:
+                suites.append(make(setting))
+            except MissingPackageError as missing:
+                if options.suite:
+                    raise
+                print(f"skipped {name}: {missing}", file=sys.stderr)
+    return suites
 
 
-def _needs_of_suite(name: str) -> None:
-    if name == "digits":
-        require("sklearn", "scikit-learn", "the digits suite")
-
-
-def files_of(
-    options: argparse.Namespace, described: dict[str, str], suites: Sequence[str]
-) -> list[Path]:
-    """Where the samples, the tables and the picture of this run go.
+def files_of(results: Path | None, described: dict[str, str], suites: Sequence[str]) -> Path:
+    """Where the results of this run go, without an ending.
 
     Raises:
-        RequestError: a picture that cannot be drawn was asked for, or results of simulated CUDA
-            would be among the recorded ones.
+        RequestError: results of simulated CUDA would be among the recorded ones.
     """
-    only_host = options.device == "simulated"
-    alone = len(suites) == 1 and suites[0] in _OF_THEIR_OWN
-    stem = slug(described) + (f"_{suites[0]}" if alone else "")
-    stem = HOST_TIME_FILE if only_host else stem
-    if options.results is None:
-        stem = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{stem}"
-    folder = options.results or FOLDER
-    if options.plot and options.plot.suffix[1:].lower() not in figures.kinds():
-        known = ", ".join(figures.kinds())
-        raise RequestError(f"--plot: cannot draw {options.plot.name!r}; known endings: {known}")
-    if options.plot and list(suites) == ["load"]:
-        raise RequestError("--plot: the load suite draws no picture")
-    files = [
-        options.csv or folder / f"{stem}.csv",
-        options.markdown or folder / f"{stem}.md",
-        options.plot or folder / f"{stem}.png",
-    ]
-    for file in files if "simulated" in described else []:
-        recorded = RECORDED in file.resolve().parents
-        if recorded and not (only_host and file.stem == HOST_TIME_FILE):
-            raise RequestError(
-                f"{file}: results of simulated CUDA are not kept in {RECORDED}, where a GPU's "
-                "belong; name another folder with --results, as in --results build/simulated"
-            )
-    return files
+    stem = slug(described)
+    if described.get("simulated") == SIMULATED_WARNINGS[True]:
+        stem = HOST_TIME_FILE
+    elif "simulated" in described and RECORDED in ((results or FOLDER) / "any").resolve().parents:
+        raise RequestError(
+            f"--results: results of simulated CUDA are not kept in {RECORDED}, where a GPU's "
+            "belong; name another folder, as in --results build/simulated"
+        )
+    elif len(suites) == 1 and suites[0] not in DEFAULT_SUITES:
+        stem += f"_{suites[0]}"
+    return results / stem if results else FOLDER / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{stem}"
 
 
 @dataclass
@@ -341,9 +181,8 @@ class Job:
     suites: list[Suite]
     setting: Setting
     described: dict[str, str]
-    files: list[Path]
-    left_out: dict[str, str]
-    """Other packages that are not among the contestants, and why."""
+    files: Path
+    """Where the results go, without an ending."""
     targets: list[Reached] = field(default_factory=list)
     shown: list[str] = field(default_factory=list)
     shares_of_time: list[float] = field(default_factory=list)
@@ -353,105 +192,77 @@ class Job:
         """Everything that was measured so far."""
         return [found for suite in self.suites for found in suite.measured]
 
-    def reports(self) -> list[tuple[Report, list[Measured]]]:
-        """Each report with the records of its suites, if there are any."""
-        found: dict[int, tuple[Report, list[Measured]]] = {}
-        for suite in self.suites:
-            if suite.measured:
-                found.setdefault(id(suite.report), (suite.report, []))[1].extend(suite.measured)
-        return list(found.values())
-
 
 def prepare(options: argparse.Namespace) -> Job:
     """Find out what will be done, and that it can be; else raise RequestError."""
-    device = choose_device(options.device)
-    simulated = is_simulated(device)
+    device, family = choose_device(options.device), FAMILIES[options.optimizer]
+    simulated, computes = is_simulated(device), options.device != "simulated"
     if simulated and not torch_freeze.build_info().cuda:
         raise RequestError(
             "simulated CUDA: the module has no CUDA code; run `USE_CUDA=1 make build` first"
         )
-    suites = make_suites(options, device, simulated=simulated)
     if options.threads:
         torch.set_num_threads(options.threads)
-    described, computes = describe(device), options.device != "simulated"
-    if simulated:
-        described["simulated"] = SIMULATED_WARNINGS[not computes]
-    files = files_of(options, described, [suite.name for suite in suites])
-    make_room(files)
-    family = FAMILIES[options.optimizer]
-    others, left_out = other_packages(family, device)
+    packages, left_out = installed(family, device)
     setting = Setting(
-        device=device,
-        budget=plan(options)[-1],
-        rng=random.Random(0),
-        progress=lambda text: None,
+        device,
+        budget_of(options),
         family=family,
-        compiled=options.compiled,
-        others=others,
+        packages=packages,
+        models=options.models,
+        shares=options.frozen,
+        quick=options.quick,
+        simulated=simulated,
         computes=computes,
     )
-    return Job(suites, setting, described, files, left_out)
-
-
-_BAR = "{percentage:3.0f}% |{bar:20}| {elapsed}, about {remaining} left{postfix}"
+    suites = make_suites(options, setting)
+    described = describe(device)
+    described["not compared"] = "; ".join(f"{name} ({why})" for name, why in left_out.items())
+    if simulated:
+        described["simulated"] = SIMULATED_WARNINGS[not computes]
+    files = files_of(options.results, described, [suite.name for suite in suites])
+    make_room(files.parent)
+    return Job(suites, setting, described, files)
 
 
 def measure(job: Job) -> None:
     """Run the suites, printing each table when it is there."""
-    setting = job.setting
-    total = sum(suite.seconds * suite.parts for suite in job.suites)
+    family = job.setting.family
     # disable=None: no bar where stderr is no terminal. smoothing=0: what is left is estimated from
     # everything that is over, not from the last part.
     with tqdm(
-        total=total, disable=None, leave=False, bar_format=_BAR, ncols=WIDTH - 1, smoothing=0
+        total=sum(len(suite.tasks) for suite in job.suites),
+        disable=None,
+        leave=False,
+        bar_format="{n}/{total} |{bar:20}| {elapsed}, about {remaining} left{postfix}",
+        ncols=WIDTH - 1,
+        smoothing=0,
     ) as bar:
-        weight = before = 0.0
-
-        def progress(text: str) -> None:
-            nonlocal before
-            bar.set_postfix_str(text, refresh=False)
-            bar.update(before)  # of the part that is over
-            before = weight
 
         def show(text: str) -> None:
             job.shown.append(text)
             tqdm.write(text + "\n", file=sys.stdout)
 
-        setting = dataclasses.replace(setting, progress=progress)
         show(filled(headline(job.described)))
         if "simulated" in job.described:
             show(filled(job.described["simulated"]))
-        left = [indented(f"{name}: {why}") for name, why in job.left_out.items()]
-        if left and {suite.name for suite in job.suites} - {"memory", "load"}:
-            show("\n".join(["Not among the contestants:", *left]))
-        takes = f"{total / 60:.1f} minutes" if total > 100 else f"{round(total, -1):.0f} seconds"
-        tqdm.write(f"This takes about {takes} on two idle cores.\n", file=sys.stdout)
         for suite in job.suites:
-            weight = suite.seconds
-            for found in suite.run(setting):
-                suite.measured.append(found)
+            while suite.tasks:  # each is let go of with what it holds
+                title, task = suite.tasks.pop(0)
+                bar.set_postfix_str(title)
+                suite.measured.append(task())
+                bar.update()
                 if suite.tables:
-                    show(suite.report.table(found, setting.family))
-            if reached := list(suite.targets(suite.measured, setting)):
+                    show(report.table(suite.measured[-1], family))
+            if reached := list(suite.targets(suite.measured)):
                 job.targets += reached
-                show(targets_table(reached, suite.heading))
-
-
-def unequal(job: Job) -> list[str]:
-    """Every contestant whose result is not the reference's, with its workload."""
-    label = job.setting.family.label
-    return [f"{label(c)} on {m.title}" for m in job.measured for c in m.contestants if m.unequal(c)]
+                show(render([suite.heading, "measured", "target", ""], reached))
 
 
 def verdict(job: Job, warnings: Sequence[str | None]) -> str:
     """The summary at the end of a run, with what a reader must know first of all."""
     lines = [warning for warning in warnings if warning]
-    if wrong := unequal(job):
-        lines.append(
-            f"WRONG RESULT (further from stock than rounding explains): {'; '.join(wrong)}."
-        )
-    for report, found in job.reports():
-        lines += report.summary(found, job.setting)
+    lines += report.summary(job.measured, job.setting.family)
     return "\n".join(map(listed, [*lines, *targets_summary(job.targets)]))
 
 
@@ -461,21 +272,21 @@ def finish(job: Job, *, cut_short: str | None = None) -> bool:
     Returns:
         Whether every file is where it was wanted.
     """
-    setting = job.setting
-    sentences = [report.legend(found, setting) for report, found in job.reports()]
-    explained = ["\n".join(map(filled, each)) for each in sentences if each]
+    found, family, machine = job.measured, job.setting.family, headline(job.described)
+    explained = "\n".join(map(filled, report.legend(found, family)))
     warnings = [job.described.get("simulated"), cut_short, company(job.shares_of_time)]
     summary = verdict(job, warnings)
-    print("\n\n".join([*explained, f"Verdict\n{summary}"]) + "\n")
-    csv_file, markdown_file, plot_file = job.files
-    command = " ".join(["python", *sys.argv])
-    markdown = as_markdown(job.described, command, [*job.shown, *explained], summary)
-    placed = [write(csv_file, to_csv(job.measured)), write(markdown_file, markdown)]
-    for number, (report, found) in enumerate(job.reports()):
-        name = f"{plot_file.stem}_{found[0].suite}" if number else plot_file.stem
-        if (drawn := report.draw(found, setting)) is not None:
-            signed = figures.encode(drawn, plot_file.suffix[1:], headline(job.described))
-            placed.append(write(plot_file.with_stem(name), signed))
+    print("\n\n".join(filter(None, [explained, f"Verdict\n{summary}\n"])))
+    facts = "\n".join(f"| {name} | {value} |" for name, value in job.described.items())
+    parts = [f"# {machine}", f"`{' '.join(['python', *sys.argv])}`", f"| | |\n|---|---|\n{facts}"]
+    parts += [f"```\n{text}\n```" for text in (*job.shown, explained) if text]
+    markdown = "\n\n".join([*parts, "## Verdict", summary]) + "\n"
+    files = {".csv": to_csv(found), ".md": markdown.encode()}
+    for number, figure in enumerate(
+        figures.draw(found, family, on_gpu=job.setting.device.type == "cuda")
+    ):
+        files[f"{f'_{number + 1}' if number else ''}.png"] = figures.encode(figure, machine)
+    placed = [write(job.files.with_name(job.files.name + end), data) for end, data in files.items()]
     return all(placed)
 
 
@@ -493,7 +304,7 @@ def run(options: argparse.Namespace) -> int:
         raise
     job.shares_of_time.append(granted_share())
     placed = finish(job)
-    if unequal(job):
+    if report.unequal(job.measured, job.setting.family):
         return 1
     return 0 if placed else 2
 

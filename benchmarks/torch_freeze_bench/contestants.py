@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import attrgetter
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -13,41 +15,35 @@ from torch import Tensor, nn
 
 from torch_freeze import FrozenAwareSGD
 
+from .checks import MissingPackageError, require
 from .records import OURS
-from .workloads import Groups, Hyper, MissingPackageError, require
 
-Scope = Literal["all", "filter"]
+Groups = Sequence[Sequence[nn.Parameter]]
 ParamGroups = list[dict[str, Any]]
-
-
-class UnableError(RuntimeError):
-    """A contestant cannot be run here; the message says why."""
-
-
-@dataclass(frozen=True)
-class Package:
-    """Another package's implementation of an optimizer."""
-
-    module: str
-    name: str
-    install: str
-    options: Callable[[bool], dict[str, Any]] = lambda on_gpu: {}
+Hyper = Mapping[str, Any]
+"""The hyper-parameters that every contestant's constructor gets, by name."""
+Scope = Literal["all", "filter"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """An optimizer of this package, and the stock one that it has to agree with."""
+    """All that is particular to one optimizer: nothing else in the benchmark knows any."""
 
     key: str
     """The name that ``--optimizer`` takes."""
-    ours: type[torch.optim.Optimizer]
+    ours: Callable[..., torch.optim.Optimizer]
     stock: Callable[..., torch.optim.Optimizer]
-    arguments: Callable[[Hyper], dict[str, Any]]
-    """What both constructors take."""
+    hyper: Mapping[str, Hyper]
+    """By kind of workload. The memory case without state is left out where ``plain`` is absent."""
     buffers: Callable[[Hyper], tuple[str, ...]]
     """The keys of the tensors in a parameter's state that are as large as the parameter."""
-    packages: Mapping[str, Package]
-    without: Mapping[str, str]
+    keywords: Mapping[str, str] = field(default_factory=dict)
+    """What ours calls ``frozen_state`` and ``state_dtype``, if something else."""
+    packages: Mapping[str, Make] = field(default_factory=dict)
+    """Other packages that compute the same; those that are installed join the speed suites."""
+    in_memory: tuple[Contestant, ...] = ()
+    """Other packages' contestants of the memory suite."""
+    without: Mapping[str, str] = field(default_factory=dict)
     """Packages that one might expect here, and why they are absent."""
 
     @property
@@ -65,32 +61,14 @@ class Family:
         streams = 3 + 2 * len(self.buffers(hyper))
         return sum(streams * p.nbytes for p in trainable)
 
+    @property
+    def everyone(self) -> tuple[Contestant, ...]:
+        """The contestants of the memory suite."""
+        return (*IN_MEMORY, *self.in_memory)
 
-SGD = Family(
-    key="sgd",
-    ours=FrozenAwareSGD,
-    stock=torch.optim.SGD,
-    arguments=asdict,
-    buffers=lambda hyper: ("momentum_buffer",) if hyper.momentum else (),
-    packages={
-        "flashoptim": Package(
-            "flashoptim",
-            "FlashSGD",
-            "pip install flashoptim",
-            # All of its precision kept, so that it computes what the others do.
-            lambda on_gpu: {"quantize": False, "fused": on_gpu, "master_weight_bits": None},
-        ),
-        "apex": Package(
-            "apex.optimizers",
-            "FusedSGD",
-            "needs a CUDA GPU; from source, https://github.com/NVIDIA/apex",
-        ),
-    },
-    without={
-        "torchao": "has only Adam; its CPUOffloadOptimizer accepts gradients only in backward"
-    },
-)
-FAMILIES = {family.key: family for family in (SGD,)}
+    def memory(self, plan: str) -> list[Contestant]:
+        """Those of them that take part in a kind of plan."""
+        return [c for c in self.everyone if plan in c.plans.split()]
 
 
 def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -99,14 +77,22 @@ def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key: value for key, value in values.items() if isinstance(value, Tensor)}
 
 
+def hook_on(p: nn.Parameter, hook: Callable[[Tensor], None]) -> Any:
+    """Call ``hook`` when the gradient of ``p`` has arrived, also if ``p`` is frozen at first."""
+    trained = p.requires_grad
+    p.requires_grad_(True)  # a frozen parameter accepts no hook, but keeps one that it has
+    handle = p.register_post_accumulate_grad_hook(hook)
+    p.requires_grad_(trained)
+    return handle
+
+
 class Trainer:
     """A contestant at work: any torch optimizer, used as its documentation says."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.use(optimizer)
+    names: Mapping[str, str] = {}
+    """Stock's keys of the state, by this optimizer's, where they differ."""
 
-    def use(self, optimizer: torch.optim.Optimizer) -> None:
-        """Train with this optimizer from now on."""
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.step: Callable[[], object] = optimizer.step
 
@@ -118,22 +104,23 @@ class Trainer:
         """Compute the gradients."""
         torch.autograd.backward(loss)
 
-    def buffers(self, p: Tensor) -> dict[str, Tensor]:
-        """The tensors in a parameter's state, by stock's keys and in full precision."""
-        return self.held(p)
+    @property
+    def optimizers(self) -> Iterable[torch.optim.Optimizer]:
+        """Those that hold the state."""
+        return (self.optimizer,)
 
     def held(self, p: Tensor) -> dict[str, Tensor]:
         """The tensors in a parameter's state, as they are stored."""
-        return tensors_of(self.optimizer.state.get(p, {}))
+        return next((tensors_of(o.state[p]) for o in self.optimizers if p in o.state), {})
+
+    def buffers(self, p: Tensor) -> dict[str, Tensor]:
+        """The tensors in a parameter's state, by stock's keys and in full precision."""
+        return {self.names.get(key, key): tensor for key, tensor in self.held(p).items()}
 
     def state(self) -> list[Tensor]:
         """Everything that is kept from one iteration to the next."""
-        return [t for state in self.optimizer.state.values() for t in tensors_of(state).values()]
-
-    @property
-    def bucket(self) -> int:
-        """Bytes of gradients that are collected before they are applied in backward."""
-        return int(getattr(self.optimizer, "bucket_bytes", 0))
+        states = (state for o in self.optimizers for state in o.state.values())
+        return [tensor for state in states for tensor in tensors_of(state).values()]
 
     def frozen_set_changed(self) -> None:
         """Do what this contestant's user has to do then: usually nothing."""
@@ -143,18 +130,8 @@ class Trainer:
         getattr(self.optimizer, "close", lambda: None)()
 
 
-class Compiled(Trainer):
-    """A stock optimizer whose step runs through torch.compile."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(optimizer)
-        # Each optimizer is traced on its own: earlier ones count against dynamo's limit.
-        torch._dynamo.reset()
-
-        def step() -> None:
-            optimizer.step()
-
-        self.step = torch.compile(step)
+Make = Callable[[Family, ParamGroups, Hyper, nn.Module], Trainer]
+"""Takes the param groups, and the model that they come from."""
 
 
 class Rebuilt(Trainer):
@@ -168,7 +145,7 @@ class Rebuilt(Trainer):
         """Make a new optimizer; a careful user first clears the gradients of the whole model."""
         if self._clear is not None:
             self._clear.zero_grad()
-        self.use(self._make())
+        super().__init__(self._make())
 
 
 class OnePerParameter(Trainer):
@@ -178,27 +155,26 @@ class OnePerParameter(Trainer):
     backward pass".
     """
 
-    bucket = 0
-
-    def __init__(self, optimizers: Mapping[nn.Parameter, torch.optim.Optimizer]) -> None:
-        self._optimizers: Mapping[Any, torch.optim.Optimizer] = optimizers
-        self._hooks = [hook_on(p, self._arrived) for p in optimizers]
+    def __init__(self, family: Family, groups: ParamGroups, hyper: Hyper, _: nn.Module) -> None:
+        parameters = [p for group in groups for p in group["params"]]
+        self._own: Mapping[Any, torch.optim.Optimizer] = {
+            p: family.stock([p], **hyper, foreach=False) for p in parameters
+        }
+        self.optimizer = self._own[parameters[0]]
+        self._hooks = [hook_on(p, self._arrived) for p in parameters]
         self.step = lambda: None  # nothing is left to do after backward
 
+    @property
+    def optimizers(self) -> Iterable[torch.optim.Optimizer]:
+        """All of them."""
+        return self._own.values()
+
     def _arrived(self, p: Tensor) -> None:
-        self._optimizers[p].step()
-        self._optimizers[p].zero_grad()
+        self._own[p].step()
+        self._own[p].zero_grad()
 
     def zero_grad(self) -> None:
         """Nothing to do: every gradient is freed when it has been applied."""
-
-    def held(self, p: Tensor) -> dict[str, Tensor]:
-        """The state in the parameter's own optimizer."""
-        return tensors_of(self._optimizers[p].state.get(p, {})) if p in self._optimizers else {}
-
-    def state(self) -> list[Tensor]:
-        """The state of all optimizers."""
-        return [t for p in self._optimizers for t in self.held(p).values()]
 
     def close(self) -> None:
         """Remove the hooks; parameter and hook would keep each other alive."""
@@ -213,95 +189,83 @@ class Lomo(Trainer):
     Resources", 2023 (arXiv 2306.09782).
     """
 
-    def __init__(self, model: nn.Module, hyper: Hyper) -> None:
-        package = _package("lomo_optim", "lomo-optim")
-        self._lr = hyper.lr
-        super().__init__(package.Lomo(model, lr=hyper.lr, weight_decay=hyper.weight_decay))
+    def __init__(self, family: Family, groups: ParamGroups, hyper: Hyper, model: nn.Module) -> None:
+        made = require("lomo_optim", "lomo-optim").Lomo
+        super().__init__(made(model, lr=hyper["lr"], weight_decay=hyper["weight_decay"]))
         self.step = lambda: None  # nothing is left to do after backward
+        fused: Any = self.optimizer
+        self._fused_backward = partial(fused.fused_backward, lr=hyper["lr"])
 
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients and apply each when the next one arrives."""
-        optimizer: Any = self.optimizer
-        optimizer.fused_backward(loss, self._lr)
+        self._fused_backward(loss)
 
 
 class EightBit(Trainer):
-    """bitsandbytes' SGD, whose momentum takes one byte per element."""
+    """One of bitsandbytes' optimizers with a state of one byte per element."""
 
-    def __init__(self, groups: ParamGroups, hyper: Hyper) -> None:
+    def __init__(self, name: str, family: Family, groups: ParamGroups, hyper: Hyper) -> None:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about 4-bit kernels
-        package = _package("bitsandbytes", "bitsandbytes")
-        self._functional = package.functional
-        super().__init__(
-            package.optim.SGD8bit(groups, hyper.lr, hyper.momentum, weight_decay=hyper.weight_decay)
-        )
+        package = require("bitsandbytes", "bitsandbytes")
+        self._unpack, self._keys = package.functional.dequantize_blockwise, family.buffers(hyper)
+        super().__init__(getattr(package.optim, name)(groups, **hyper))
 
     def buffers(self, p: Tensor) -> dict[str, Tensor]:
-        """The momentum unpacked; small parameters have it in full precision."""
-        state = self.optimizer.state.get(p, {})
-        packed = state.get("state1")
-        if not isinstance(packed, Tensor):
-            return {}
-        if packed.dtype == torch.uint8:
-            packed = self._functional.dequantize_blockwise(
-                packed, absmax=state["absmax1"], code=state["qmap1"], blocksize=256
-            )
-        return {"momentum_buffer": packed}
+        """The state unpacked; small parameters have it in full precision."""
+        state, found = self.optimizer.state.get(p, {}), {}
+        for number, key in enumerate(self._keys, start=1):
+            packed = state.get(f"state{number}")
+            if isinstance(packed, Tensor) and packed.dtype == torch.uint8:
+                scale, code = state[f"absmax{number}"], state[f"qmap{number}"]
+                packed = self._unpack(packed, absmax=scale, code=code, blocksize=256)
+            if isinstance(packed, Tensor):
+                found[key] = packed
+        return found
 
 
-def _package(name: str, pip_name: str) -> Any:
-    try:
-        return require(name, pip_name, "this contestant")
-    except MissingPackageError as missing:
-        raise UnableError(str(missing)) from None
+def ours(**options: Any) -> Make:
+    """This package's optimizer, its options by the names that ``Family.keywords`` translates."""
 
-
-def hook_on(p: nn.Parameter, hook: Callable[[Tensor], None]) -> Any:
-    """Call ``hook`` when the gradient of ``p`` has arrived, also if ``p`` is frozen at first."""
-    trained = p.requires_grad
-    p.requires_grad_(True)  # a frozen parameter accepts no hook, but keeps one that it has
-    handle = p.register_post_accumulate_grad_hook(hook)
-    p.requires_grad_(trained)
-    return handle
-
-
-Make = Callable[[Family, ParamGroups, Hyper, nn.Module], Trainer]
-"""Takes the param groups, and the model that they come from."""
-
-
-def _ours(**options: Any) -> Make:
-    return lambda family, groups, hyper, _: Trainer(
-        family.ours(groups, **family.arguments(hyper), **options)
-    )
-
-
-def _stock(trainer: type[Trainer] = Trainer, **options: bool) -> Make:
-    return lambda family, groups, hyper, _: trainer(
-        family.stock(groups, **family.arguments(hyper), **options)
-    )
-
-
-def _other(name: str) -> Make:
     def make(family: Family, groups: ParamGroups, hyper: Hyper, _: nn.Module) -> Trainer:
-        package = family.packages[name]
-        kind = getattr(importlib.import_module(package.module), package.name)
-        options = package.options(groups[0]["params"][0].is_cuda)
-        return Trainer(kind(groups, **family.arguments(hyper), **options))
+        given = {family.keywords.get(name, name): value for name, value in options.items()}
+        return Trainer(family.ours(groups, **hyper, **given))
 
     return make
 
 
-def _one_per_parameter(family: Family, groups: ParamGroups, hyper: Hyper, _: nn.Module) -> Trainer:
-    given = family.arguments(hyper) | {"foreach": False}
-    parameters = [p for group in groups for p in group["params"]]
-    return OnePerParameter({p: family.stock([p], **given) for p in parameters})
+def stock(**options: bool) -> Make:
+    """Stock with one of its implementations."""
+    return lambda family, groups, hyper, _: Trainer(family.stock(groups, **hyper, **options))
+
+
+def package(
+    module: str,
+    name: str,
+    pip_name: str,
+    options: Callable[[bool], Mapping[str, Any]] = lambda on_gpu: {},
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> Make:
+    """Another package's optimizer, with options that make it compute what stock does."""
+
+    def make(family: Family, groups: ParamGroups, hyper: Hyper, _: nn.Module) -> Trainer:
+        kind = attrgetter(name)(require(module, pip_name))
+        made = Trainer(kind(groups, **hyper, **options(groups[0]["params"][0].is_cuda)))
+        made.names = names
+        return made
+
+    return make
+
+
+def eight_bit(name: str) -> Make:
+    """An optimizer of bitsandbytes by its name."""
+    return lambda family, groups, hyper, _: EightBit(name, family, groups, hyper)
 
 
 def _rebuilt(*, clear: bool) -> Make:
     def build(family: Family, groups: ParamGroups, hyper: Hyper, model: nn.Module) -> Trainer:
         def make() -> torch.optim.Optimizer:
             kept = [p for group in groups for p in group["params"] if p.requires_grad]
-            return family.stock(kept, **family.arguments(hyper), fused=True)
+            return family.stock(kept, **hyper, fused=True)
 
         return Rebuilt(make, model if clear else None)
 
@@ -315,9 +279,9 @@ class Contestant:
     key: str
     """The name in the records: ``"ours"``, ``"filter/fused"``."""
     make: Make
-    scope: Scope = "all"
-    """Which parameters the optimizer gets: all, or only those that require a gradient."""
-    family: Family = SGD
+    plans: str = ""
+    """What it takes part in of the memory suite: runs with ``state``, ``plain`` ones without,
+    ``changes`` of the frozen set, and ``time``."""
     precision: torch.dtype = torch.float32
     """Of the state, at most."""
     after: Literal["keeps", "restarts", "rebuilds"] = "keeps"
@@ -325,125 +289,123 @@ class Contestant:
     zero; or all state starts from zero, because the optimizer is a new one."""
     drops: bool = False
     """Whether it frees the state of what is frozen."""
-    cyclic: bool = False
-    """Whether its hooks stay and hold the model, so that only Python's collector frees them."""
+    scope: Scope = "all"
+    """Which parameters the optimizer gets: all, or only those that require a gradient."""
 
     @property
     def ours(self) -> bool:
         """Whether it is an optimizer of this package."""
         return self.key.startswith(OURS)
 
-    @property
-    def label(self) -> str:
-        """The name in tables."""
-        return self.family.label(self.key)
-
-    def build(self, groups: Groups, hyper: Hyper, model: nn.Module | None = None) -> Trainer:
-        """Make the optimizer over ``groups``, which are those of ``model``, if there is one.
-
-        Raises:
-            RuntimeError: this contestant cannot be run on these parameters.
-        """
+    def build(
+        self, family: Family, groups: Groups, hyper: Hyper, model: nn.Module | None = None
+    ) -> Trainer:
+        """Make the optimizer over ``groups``, which are those of ``model``, if there is one."""
         kept = [[p for p in group if self.scope == "all" or p.requires_grad] for group in groups]
         param_groups = [{"params": group} for group in kept if group]
-        return self.make(self.family, param_groups, hyper, model or nn.Module())
+        return self.make(family, param_groups, hyper, model or nn.Module())
 
 
-_FORMS: dict[str, Make] = {
-    "default": _stock(),
-    "foreach": _stock(foreach=True),
-    "fused": _stock(fused=True),
-    "compiled": _stock(Compiled, foreach=True),
-    "for-loop": _stock(foreach=False),
-}
-FROZEN_AWARE = Contestant(OURS, _ours())
-
-
-def stock(form: str, scope: Scope = "all") -> Contestant:
-    """One of stock's implementations on all or on the filtered parameters."""
-    return Contestant(f"{scope}/{form}", _FORMS[form], scope)
-
-
-REFERENCE = stock("for-loop", "filter")
+FORMS = {"default": stock(), "foreach": stock(foreach=True), "fused": stock(fused=True)}
+FROZEN_AWARE = Contestant(OURS, ours(), "state plain changes time")
+REFERENCE = Contestant("filter/for-loop", stock(foreach=False), scope="filter")
 """The result that everyone has to reach: stock, one trainable parameter after the other."""
 
 
-def other_packages(family: Family, device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """The other packages that can be compared on a device, and why the rest cannot, by name."""
-    found, left_out = [], dict(family.without)
-    for name, package in family.packages.items():
-        p = nn.Parameter(torch.ones(8, device=device))
-        p.grad = torch.ones_like(p)
-        try:
-            Contestant(name, _other(name), family=family).build([[p]], Hyper()).step()
-        except ModuleNotFoundError:
-            left_out[name] = f"not installed ({package.install})"
-        except Exception as error:  # whatever a package that does not fit may raise
-            left_out[name] = f"{type(error).__name__}: {error}"
-        else:
-            found.append(name)
-    return found, left_out
-
-
 def select(
-    family: Family = SGD, *, any_frozen: bool, compiled: bool = False, others: Sequence[str] = ()
+    any_frozen: bool = False, packages: Mapping[str, Make] | None = None
 ) -> list[Contestant]:
     """The contestants for one workload: ours first, then stock, then other packages.
 
     With nothing frozen ``filter`` keeps every parameter, so only the scope ``all`` is run.
     """
-    scope: Scope = "filter" if any_frozen else "all"
     scopes: list[Scope] = ["all", "filter"] if any_frozen else ["all"]
-    found = [stock(form, each) for each in scopes for form in ("default", "foreach", "fused")]
-    found += [stock("compiled", scope)] if compiled else []
-    found += [Contestant(name, _other(name), scope) for name in others]
-    return [replace(contestant, family=family) for contestant in (FROZEN_AWARE, *found)]
+    found = [Contestant(f"{s}/{f}", FORMS[f], scope=s) for s in scopes for f in FORMS]
+    others = [Contestant(k, make, scope=scopes[-1]) for k, make in (packages or {}).items()]
+    return [FROZEN_AWARE, *found, *others]
 
 
-def _in_backward(name: str = "", **options: Any) -> Contestant:
-    key = f"{OURS}/in backward" + (f", {name}" if name else "")
-    return Contestant(key, _ours(step_in_backward=True, **options))
+def installed(family: Family, device: torch.device) -> tuple[dict[str, Make], dict[str, str]]:
+    """The other packages that can be compared on a device, and why the rest cannot, by name."""
+    found, left_out = {}, dict(family.without)
+    for name, make in family.packages.items():
+        p = nn.Parameter(torch.ones(8, device=device))
+        p.grad = torch.ones_like(p)
+        try:
+            make(family, [{"params": [p]}], family.hyper["steps"], nn.Module()).step()
+        except MissingPackageError as missing:
+            left_out[name] = str(missing)
+        except Exception as error:  # whatever a package that does not fit may raise
+            left_out[name] = f"{type(error).__name__}: {error}"
+        else:
+            found[name] = make
+    return found, left_out
 
 
-IN_BACKWARD = _in_backward()
-NO_BUCKET = _in_backward("no bucket", bucket_mb=0.0)
-IN_BACKWARD_BF16 = replace(
-    _in_backward("bf16", momentum_dtype=torch.bfloat16), precision=torch.bfloat16
+def _in_backward(name: str, plans: str, **options: Any) -> Contestant:
+    key = f"{OURS}/in backward{name and ', '}{name}"
+    return Contestant(key, ours(step_in_backward=True, **options), plans)
+
+
+def _stock(form: str, plans: str) -> Contestant:
+    return Contestant(f"stock/{form}", FORMS[form], plans)
+
+
+IN_BACKWARD = _in_backward("", "state plain changes time")
+NO_BUCKET = _in_backward("no bucket", "state plain time", bucket_mb=0.0)
+_BF16 = _in_backward("bf16", "state", state_dtype=torch.bfloat16)
+IN_BACKWARD_BF16 = replace(_BF16, precision=torch.bfloat16)
+_DROP = _in_backward("drop", "changes", frozen_state="drop")
+IN_BACKWARD_DROP = replace(_DROP, after="restarts", drops=True)
+RESET = Contestant("ours/reset", ours(frozen_state="reset"), "changes", after="restarts")
+DROP = replace(RESET, key="ours/drop", make=ours(frozen_state="drop"), drops=True)
+DEFAULT = _stock("default", "state plain changes time")
+FOREACH = _stock("foreach", "state plain")
+FUSED = _stock("fused", "state plain changes time")
+HOOKS = Contestant("stock/one per parameter", OnePerParameter, "state plain changes time")
+REBUILT = Contestant(
+    "stock/rebuilt", _rebuilt(clear=False), "changes", after="rebuilds", drops=True
 )
-IN_BACKWARD_DROP = replace(
-    _in_backward("drop", frozen_momentum="drop"), after="restarts", drops=True
-)
-RESET = Contestant("ours/reset", _ours(frozen_momentum="reset"), after="restarts")
-DROP = Contestant("ours/drop", _ours(frozen_momentum="drop"), after="restarts", drops=True)
-DEFAULT, FOREACH, FUSED = (
-    Contestant(f"stock/{form}", _FORMS[form]) for form in ("default", "foreach", "fused")
-)
-HOOKS = Contestant("stock/one per parameter", _one_per_parameter)
-REBUILT = Contestant("stock/rebuilt", _rebuilt(clear=False), after="rebuilds", drops=True)
 REBUILT_CLEARED = replace(REBUILT, key="stock/rebuilt, cleared", make=_rebuilt(clear=True))
-EIGHT_BIT = Contestant(
-    "bitsandbytes SGD8bit",
-    lambda _, groups, hyper, __: EightBit(groups, hyper),
-    precision=torch.uint8,
+IN_MEMORY = (
+    *(FROZEN_AWARE, RESET, DROP, IN_BACKWARD, NO_BUCKET, IN_BACKWARD_BF16, IN_BACKWARD_DROP),
+    *(DEFAULT, FOREACH, FUSED, HOOKS, REBUILT, REBUILT_CLEARED),
 )
-LOMO = Contestant("LOMO", lambda _, __, hyper, model: Lomo(model, hyper), cyclic=True)
+"""The memory suite's contestants from this package and from torch."""
 
-_ORDINARY = (FROZEN_AWARE, IN_BACKWARD, NO_BUCKET)
-WITH_STATE = (*_ORDINARY, IN_BACKWARD_BF16, DEFAULT, FOREACH, FUSED, HOOKS, EIGHT_BIT)
-"""Everyone who can train with a momentum."""
-WITHOUT_STATE = (*_ORDINARY, DEFAULT, FOREACH, FUSED, HOOKS, LOMO)
-"""Everyone who can train without one: LOMO has none, SGD8bit requires one."""
-CHANGING = (
-    *(FROZEN_AWARE, RESET, DROP, IN_BACKWARD, IN_BACKWARD_DROP),
-    *(DEFAULT, FUSED, HOOKS, EIGHT_BIT, REBUILT, REBUILT_CLEARED),
+_USUAL = {"momentum": 0.9, "weight_decay": 1e-4}
+SGD = Family(
+    key="sgd",
+    ours=FrozenAwareSGD,
+    stock=torch.optim.SGD,
+    hyper={
+        "steps": {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0},
+        "model": {"lr": 1e-3, **_USUAL},
+        "flat": {"lr": 0.1, **_USUAL},  # a rate at which bfloat16 moves
+        "memory": {"lr": 0.05, **_USUAL},  # two steps move the weights visibly
+        "plain": {"lr": 0.05, "momentum": 0.0, "weight_decay": 1e-4},
+        "digits": {"lr": 0.05, **_USUAL},
+    },
+    buffers=lambda hyper: ("momentum_buffer",) if hyper["momentum"] else (),
+    keywords={"frozen_state": "frozen_momentum", "state_dtype": "momentum_dtype"},
+    packages={
+        "flashoptim": package(
+            "flashoptim",
+            "FlashSGD",
+            "flashoptim",
+            # All of its precision kept, so that it computes what the others do.
+            lambda on_gpu: {"quantize": False, "fused": on_gpu, "master_weight_bits": None},
+        ),
+        "optimi": package("optimi", "SGD", "torch-optimi", names={"exp_avg": "momentum_buffer"}),
+        "apex": package("apex.optimizers", "FusedSGD", "git+https://github.com/NVIDIA/apex"),
+    },
+    in_memory=(
+        # Without a momentum it refuses to run.
+        Contestant("bitsandbytes SGD8bit", eight_bit("SGD8bit"), "state changes", torch.uint8),
+        Contestant("LOMO", Lomo, "plain"),
+    ),
+    without={
+        "torchao": "has only Adam; its CPUOffloadOptimizer accepts gradients only in backward"
+    },
 )
-"""Everyone who allows the frozen set to change during training."""
-_TIMED = (*_ORDINARY, DEFAULT, FUSED, HOOKS)
-_BUCKETS_ON_GPU = (4, 16, 64, 256)
-"""MiB, from well within a GPU's L2 cache to well beyond it: the default is chosen by these."""
-
-
-def timed(device: str) -> tuple[Contestant, ...]:
-    """Whose iterations are timed; on a GPU with several bucket sizes."""
-    sizes = _BUCKETS_ON_GPU if device == "cuda" else ()
-    return (*_TIMED, *(_in_backward(f"{size} MiB", bucket_mb=float(size)) for size in sizes))
+FAMILIES = {family.key: family for family in (SGD,)}

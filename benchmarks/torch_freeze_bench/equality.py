@@ -8,18 +8,17 @@ is given each contestant's own gradients and has to arrive at the same weights a
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .contestants import REFERENCE, Contestant, Family, Trainer, hook_on
-from .workloads import Groups, Hyper, Workload, require
+from .checks import require
+from .contestants import Contestant, Family, Hyper, Trainer, hook_on
+from .workloads import Workload
 
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.uint8: 2**-5}
 """Largest difference in five steps that rounding explains, relative to the largest value of the
 same tensor. Stock's unfused forms round to bfloat16 after every operation."""
 EXACT = 1e-6
@@ -29,8 +28,7 @@ _SCALES = (1.0, -0.5, 0.75, 0.25, 1.0)
 five. They do not cancel in the momentum, which would leave only its rounding."""
 
 
-@dataclass(frozen=True)
-class Equality:
+class Equality(NamedTuple):
     """How far a contestant ends from stock after the same steps."""
 
     gap: float
@@ -71,75 +69,42 @@ def twin(tensor: Tensor) -> Tensor:
     return room[shift:].view(tensor.shape).copy_(tensor)
 
 
-def _some_steps(
-    contestant: Contestant, groups: Groups, hyper: Hyper
-) -> tuple[list[Tensor], float | None]:
-    """The parameters and their state after a few steps on copies, and the time of compiling."""
+def some_steps(contestant: Contestant, family: Family, workload: Workload) -> list[Tensor]:
+    """The parameters and their state after five steps on copies."""
     copies = [
         [nn.Parameter(twin(p.detach()), requires_grad=p.requires_grad) for p in group]
-        for group in groups
+        for group in workload.groups
     ]
     flat = [p for group in copies for p in group]
-    originals = [p for group in groups for p in group]
-    trainer = contestant.build(copies, hyper)
-    compile_seconds = 0.0
-    for index, scale in enumerate(_SCALES):
-        for p, original in zip(flat, originals, strict=True):
+    trainer = contestant.build(family, copies, workload.hyper)
+    for scale in _SCALES:
+        for p, original in zip(flat, workload.parameters, strict=True):
             if original.grad is not None:
                 if p.grad is None:
                     p.grad = twin(original.grad)
                 torch.mul(original.grad, scale, out=p.grad)
-        begin = time.perf_counter()
         trainer.step()
-        if index < 2:  # compiled once without state and once with it
-            compile_seconds += time.perf_counter() - begin
     moved = [p.detach() for p in flat]
-    for key in contestant.family.buffers(hyper):
+    for key in family.buffers(workload.hyper):
         moved += [trainer.buffers(p).get(key, torch.empty(0)) for p in flat]
-    return moved, compile_seconds if contestant.key.endswith("/compiled") else None
-
-
-def reference_result(workload: Workload, family: Family) -> list[Tensor]:
-    """Weights and state after five steps of stock, one tensor after the other."""
-    reference = replace(REFERENCE, family=family)
-    return _some_steps(reference, workload.groups, workload.hyper)[0]
+    return moved
 
 
 def check_equality(
-    contestant: Contestant, workload: Workload, expected: Sequence[Tensor]
-) -> tuple[Equality, float | None]:
-    """Make the reference's steps on copies and compare weights and state.
-
-    Returns:
-        The comparison, and for a compiled contestant the seconds of compiling.
-
-    Raises:
-        RuntimeError: this torch cannot run the contestant on these parameters.
-    """
-    moved, compile_seconds = _some_steps(contestant, workload.groups, workload.hyper)
-    tolerance = TOLERANCES[workload.trainable[0].dtype]
-    return Equality(gap(moved, expected), tolerance), compile_seconds
+    contestant: Contestant, family: Family, workload: Workload, expected: Sequence[Tensor]
+) -> Equality:
+    """Compare weights and state after five steps with those of the reference."""
+    found = gap(some_steps(contestant, family, workload), expected)
+    return Equality(found, TOLERANCES[workload.trainable[0].dtype])
 
 
 def tolerance(contestant: Contestant, dtype: torch.dtype) -> float:
     """The largest difference that rounding explains, relative to the model's largest value."""
-    if contestant.precision == torch.uint8:
-        return 2**-5
-    if torch.bfloat16 in (contestant.precision, dtype):
-        return TOLERANCES[torch.bfloat16]
-    return EXACT
+    narrow = min(contestant.precision, dtype, key=lambda kind: kind.itemsize)
+    return EXACT if narrow == torch.float32 else TOLERANCES[narrow]
 
 
-@dataclass(frozen=True)
-class _Change:
-    """The frozen set changed: from now on these parameters train, by their place in the model."""
-
-    trains: frozenset[int]
-
-
-def _writer(
-    numpy: Any, entries: list[dict[int, Any] | _Change], place: int
-) -> Callable[[Tensor], None]:
+def _writer(numpy: Any, entries: list[Any], place: int) -> Callable[[Tensor], None]:
     """A hook that does not hold its parameter, which could then never be freed."""
 
     def arrived(p: Tensor) -> None:
@@ -161,7 +126,8 @@ class Journal:
         """Record the gradients of every ``every``-th parameter only."""
         self._parameters = list(model.parameters())
         self._written = range(0, len(self._parameters), every)
-        self._entries: list[dict[int, Any] | _Change] = []
+        # Of each iteration the gradients, by place; of each change the places that train from then.
+        self._entries: list[dict[int, Any] | frozenset[int]] = []
         numpy = require("numpy", "numpy", "the memory suite")
         for place in self._written:
             hook_on(self._parameters[place], _writer(numpy, self._entries, place))
@@ -173,7 +139,7 @@ class Journal:
     def note_change(self) -> None:
         """The frozen set has changed."""
         trains = (place for place, p in enumerate(self._parameters) if p.requires_grad)
-        self._entries.append(_Change(frozenset(trains)))
+        self._entries.append(frozenset(trains))
 
     def check(
         self,
@@ -181,24 +147,20 @@ class Journal:
         owned: Iterable[Tensor],
         trainer: Trainer,
         contestant: Contestant,
+        family: Family,
         hyper: Hyper,
     ) -> Equality:
-        """Let stock repeat the run, one parameter after the other, and compare.
+        """Let stock repeat the run from ``start``, one parameter after the other, and compare.
 
-        Args:
-            start: the weights at its beginning.
-            owned: the parameters that the trainer was given; others must not have moved.
-            trainer: what trained.
-            contestant: says what happens to the state when the frozen set changes.
-            hyper: the hyper-parameters for stock.
+        What the trainer did not own must not have moved.
         """
-        mine, family = {id(p) for p in owned}, contestant.family
+        mine = {id(p) for p in owned}
         gaps: dict[str, float] = {}
         scales: dict[str, float] = {}
         for place in self._written:
             p = self._parameters[place]
             shadow = nn.Parameter(start[place].detach().clone())
-            stock = family.stock([shadow], **family.arguments(hyper), foreach=False)
+            stock = family.stock([shadow], **hyper, foreach=False)
             if id(p) in mine:
                 self._repeat(place, shadow, stock, contestant)
             pairs = {"weights": (p.detach(), shadow.detach())}
@@ -220,8 +182,8 @@ class Journal:
         self, place: int, shadow: nn.Parameter, stock: torch.optim.Optimizer, contestant: Contestant
     ) -> None:
         for entry in self._entries:
-            if isinstance(entry, _Change):
-                rests = place not in entry.trains
+            if isinstance(entry, frozenset):
+                rests = place not in entry
                 if contestant.after == "rebuilds" or (contestant.after == "restarts" and rests):
                     stock.state.clear()
             elif place in entry:

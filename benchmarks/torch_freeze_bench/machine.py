@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import os
 import platform
 import re
 import time
 from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,30 +44,30 @@ def granted_share(seconds: float = 0.3) -> float:
     return min(1.0, spent / (time.perf_counter() - wall) / torch.get_num_threads())
 
 
+def company(shares: Sequence[float]) -> str | None:
+    """A warning, if other processes competed at any time that the share was looked at."""
+    if min(shares) >= BUSY:
+        return None
+    return (
+        f"This machine is busy: other processes are competing, and at times this one got "
+        f"{100 * min(shares):.0f} % of the time that its threads wanted. Where threads wait for "
+        "each other, ratios and spread mostly show that; repeat the run on an idle machine."
+    )
+
+
 @functools.cache
 def _environment() -> Any:
     return collect_env.get_env_info()
 
 
-def _cpu() -> str:
-    name = re.search(r"^Model name: *(.*?) *$", _environment().cpu_info or "", re.MULTILINE)
-    return name[1] if name else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def describe(device: torch.device) -> dict[str, str]:
     """Everything a reader needs to judge the figures."""
     found = _environment()
+    name = re.search(r"^Model name: *(.*?) *$", found.cpu_info or "", re.MULTILINE)
     described = {
-        "cpu": _cpu(),
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
+        "cpu": name[1] if name else platform.processor() or platform.machine(),
+        "cores": f"{os.cpu_count()}",
+        "threads": f"{torch.get_num_threads()}",
         "system": f"{found.os}, {found.python_platform}",
         "device": device.type,
     }
@@ -74,13 +75,16 @@ def describe(device: torch.device) -> dict[str, str]:
         properties = torch.cuda.get_device_properties(device)
         described["gpu"] = properties.name
         described["gpu memory"] = f"{properties.total_memory / 1e9:.1f} GB"
-        described["driver"] = str(found.nvidia_driver_version)
+        described["driver"] = f"{found.nvidia_driver_version}"
+    installed = {
+        found.metadata["Name"].lower(): found.version for found in metadata.distributions()
+    }
     return described | {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch built for CUDA": torch.version.cuda or "no",
-        "built": str(torch_freeze.build_info()),
-        **{package: _version(package) for package in _PACKAGES},
+        "built": f"{torch_freeze.build_info()}",
+        **{package: installed.get(package, "not installed") for package in _PACKAGES},
     }
 
 
@@ -99,12 +103,22 @@ def headline(described: dict[str, str]) -> str:
     )
 
 
-def company(shares: Sequence[float]) -> str | None:
-    """A warning, if other processes competed at any time that the share was looked at."""
-    if min(shares) >= BUSY:
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that a process can still take on the device; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if not info.is_file():
         return None
-    return (
-        f"This machine is busy: other processes are competing, and at times this one got "
-        f"{100 * min(shares):.0f} % of the time that its threads wanted. Where threads wait for "
-        "each other, ratios and spread mostly show that; repeat the run on an idle machine."
-    )
+    bounds = [1024 * _fields(info)["MemAvailable:"]]
+    limit = group / "memory.max"
+    if limit.is_file() and limit.read_text().strip() != "max":
+        # Cached files count as used, but they give way.
+        used = int((group / "memory.current").read_text())
+        cached = _fields(group / "memory.stat")["inactive_file"]
+        bounds.append(int(limit.read_text()) - used + cached)
+    return min(bounds)
+
+
+def _fields(path: Path) -> dict[str, int]:
+    return {line.split()[0]: int(line.split()[1]) for line in path.read_text().splitlines()}

@@ -1,4 +1,4 @@
-"""What was measured: tidy records, and the statistics of samples.
+"""What was measured: a record for each workload, and the statistics of samples.
 
 Times are in nanoseconds, sizes in bytes.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy
 import pandas
@@ -15,11 +16,9 @@ OURS = "ours"
 """The contestant with which all others are compared."""
 FACTS = "workload"
 """Where a contestant's name would be, in records of the workload itself."""
-_COLUMNS = ["suite", "workload", "contestant", "measure"]
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """The median of some samples with their 10th and 90th percentile."""
 
     median: float
@@ -29,8 +28,7 @@ class Summary:
 
 def summarise(samples: Sequence[float]) -> Summary:
     """Median, 10th and 90th percentile; with one sample all three are that sample."""
-    low, median, high = map(float, numpy.quantile(samples, (0.1, 0.5, 0.9)))
-    return Summary(median, low, high)
+    return Summary(*map(float, numpy.quantile(samples, (0.5, 0.1, 0.9))))
 
 
 def ratio(samples: Sequence[float], reference: Sequence[float]) -> Summary:
@@ -53,9 +51,10 @@ class Measured:
     title: str
     details: str = ""
     """What follows the title above the table."""
+    kind: str = "steps"
+    """Which columns its table has."""
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    """By contestant and measure."""
-    batch: str = ""
+    """By contestant and measure, in the order of the rounds."""
     tolerances: dict[str, float] = field(default_factory=dict)
     """The largest ``difference`` from stock's result that rounding explains, by contestant."""
     unavailable: dict[str, str] = field(default_factory=dict)
@@ -68,22 +67,25 @@ class Measured:
             taken = values if isinstance(values, Sequence) else [values]
             known.setdefault(name.replace("_", " "), []).extend(taken)
 
-    def of(self, contestant: str, measure: str) -> list[float]:
-        """The samples in the order of the rounds; empty if there are none."""
-        return self.samples.get(contestant, {}).get(measure, [])
-
-    def one(self, contestant: str, measure: str) -> float | None:
-        """A value that was taken once."""
-        return next(iter(self.of(contestant, measure)), None)
-
     def compare(self, contestant: str, gap: float, tolerance: float) -> None:
         """Record how far a contestant's result is from stock's."""
         self.add(contestant, difference=gap)
         self.tolerances[contestant] = tolerance
 
-    def fact(self, name: str) -> float:
-        """A number that describes the workload itself."""
-        return self.samples[FACTS][name][0]
+    def leave_out(self, contestant: str, error: Exception) -> None:
+        """Record why someone cannot run here; if it is our own optimizer, raise the error."""
+        if contestant == OURS:
+            raise error
+        why = str(error).strip() or type(error).__name__
+        self.unavailable[contestant] = why.partition("\n")[0]
+
+    def of(self, contestant: str, measure: str) -> list[float]:
+        """The samples; empty if there are none."""
+        return self.samples.get(contestant, {}).get(measure, [])
+
+    def one(self, contestant: str, measure: str) -> float | None:
+        """A value that was taken once."""
+        return next(iter(self.of(contestant, measure)), None)
 
     @property
     def contestants(self) -> list[str]:
@@ -91,7 +93,7 @@ class Measured:
         return [key for key in self.samples if key != FACTS and not key.startswith("reference/")]
 
     def time(self, contestant: str, measure: str) -> Summary | None:
-        """Nanoseconds, as everything else of a measure that was taken in rounds."""
+        """The statistics of a measure that was taken in rounds."""
         taken = self.of(contestant, measure)
         return summarise(taken) if taken else None
 
@@ -112,25 +114,14 @@ class Measured:
         return gap is not None and gap > self.tolerances[contestant]
 
 
-def tidy(found: Sequence[Measured]) -> pandas.DataFrame:
-    """One row per sample: suite, workload, contestant, measure, round and value."""
+def to_csv(found: Sequence[Measured]) -> bytes:
+    """The records as a file, with the values of all rounds in one field, separated by blanks."""
     rows = [
-        (of.suite, of.key, contestant, measure, place, value)
+        (of.suite, of.key, contestant, measure, " ".join(f"{value:.10g}" for value in values))
         for of in found
         for contestant, measures in of.samples.items()
         for measure, values in measures.items()
-        for place, value in enumerate(values)
     ]
-    return pandas.DataFrame(rows, columns=[*_COLUMNS, "round", "value"])
-
-
-def _text(value: float) -> str:
-    return f"{value:.0f}" if value.is_integer() else f"{value:.7g}"
-
-
-def to_csv(found: Sequence[Measured]) -> bytes:
-    """The records as a file, with the values of all rounds in one field, separated by blanks."""
-    text = tidy(found).assign(value=lambda frame: frame["value"].astype(float).map(_text))
-    packed = text.groupby(_COLUMNS, sort=False)["value"].agg(" ".join)
-    contents: str = packed.to_csv()
+    columns = ["suite", "workload", "contestant", "measure", "value"]
+    contents: str = pandas.DataFrame(rows, columns=columns).to_csv(index=False)
     return contents.encode()

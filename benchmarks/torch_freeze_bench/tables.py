@@ -1,19 +1,25 @@
-"""Figures as text: tables of at most 80 columns, and the targets of a run."""
+"""Figures as text of at most 80 columns, and the targets of a run."""
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import NamedTuple
 
 import tabulate
 
-from .records import Measured, Summary
+from .records import Summary
 
 WIDTH = 80
 NOTHING = "-"
-Status = Literal["reached", "missed", "not measured", "no target", "simulated"]
+filled = partial(textwrap.fill, width=WIDTH)
+"""A paragraph."""
+indented = partial(filled, initial_indent="  ", subsequent_indent="    ")
+"""A line under a table."""
+listed = partial(filled, initial_indent="- ", subsequent_indent="  ")
+"""A point of a list."""
 
 
 def duration(nanoseconds: float) -> str:
@@ -42,37 +48,20 @@ def times(found: Summary | None, *, spread: bool = True) -> str:
     return f"{middle} {multiple(found.low)}-{multiple(found.high)}"
 
 
-def middle(found: Summary | None) -> str:
-    """The median of some times."""
-    return duration(found.median) if found else NOTHING
-
-
-def megabytes(size: float | None) -> str:
+def megabytes(size: float) -> str:
     """Millions of bytes, without their unit."""
-    if size is None or size != size:
-        return NOTHING
     if 0 < size < 0.05e6:
         return "<0.1"
     return f"{size / 1e6:.{1 if 0 < size < 999.95e6 else 0}f}"
 
 
-def difference(found: Measured, contestant: str) -> str:
-    """``bits`` for bit-equal, else the largest relative difference, or NO if it is too large."""
-    gap = found.one(contestant, "difference")
-    if gap is None:
-        return NOTHING
-    if found.unequal(contestant):
-        return "NO"
-    return f"{gap:.0e}" if gap else "bits"
-
-
 def render(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table without the columns that hold no value; its first column is wrapped to fit."""
     first, *others = zip(headers, *rows, strict=True)
-    filled = [column for column in others if set(column[1:]) != {NOTHING}]
-    taken = sum(2 + max(map(len, "\n".join(column).split("\n"))) for column in filled)
+    shown = [column for column in others if set(column[1:]) != {NOTHING}]
+    taken = sum(2 + max(map(len, "\n".join(column).split("\n"))) for column in shown)
     wrapped = [textwrap.fill(cell, max(14, WIDTH - taken)) for cell in first]
-    headers, *body = zip(wrapped, *filled, strict=True)
+    headers, *body = zip(wrapped, *shown, strict=True)
     tabulate.MIN_PADDING = 0  # else columns whose header is their widest cell get two more blanks
     align = ["left"] + ["right"] * (len(headers) - 1)
     text: str = tabulate.tabulate(
@@ -81,40 +70,35 @@ def render(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return text
 
 
-def filled(text: str) -> str:
-    """A paragraph."""
-    return textwrap.fill(text, WIDTH)
-
-
-def indented(note: str) -> str:
-    """A line under a table."""
-    return textwrap.fill(note, WIDTH, initial_indent="  ", subsequent_indent="    ")
-
-
-def listed(point: str) -> str:
-    """A point of a list."""
-    return textwrap.fill(point, WIDTH, initial_indent="- ", subsequent_indent="  ")
-
-
-@dataclass(frozen=True)
-class Reached:
+class Reached(NamedTuple):
     """One target: what was measured, and whether that is what was wanted."""
 
     case: str
     figure: str
     target: str
-    status: Status
+    status: str
+    """``reached``, ``missed``, ``not measured``, ``no target``, or ``simulated``."""
 
 
-def at_most(case: str, value: float, most: float, figure: str, target: str) -> Reached:
-    """A figure that must not be above its target."""
-    return Reached(case, figure, target, "reached" if value <= most else "missed")
+def judge(
+    case: str, found: tuple[float, str] | None, bound: str, limit: float | None = None
+) -> Reached:
+    """Compare a figure with its target.
 
-
-def targets_table(lines: Sequence[Reached], heading: str) -> str:
-    """Every target with the figure of this run."""
-    rows = [[line.case, line.figure, line.target, line.status] for line in lines]
-    return render([heading, "measured", "target", ""], rows)
+    Args:
+        case: what the figure is of.
+        found: the figure and how it is shown; None if it was not measured.
+        bound: a comparison such as ``">= 12x"``, or ``"-"`` if there is no target.
+        limit: the number in ``bound``, if that is in another unit than the figure.
+    """
+    if found is None:
+        return Reached(case, NOTHING, bound, "not measured")
+    value, text = found
+    if bound == NOTHING:
+        return Reached(case, text, bound, "no target")
+    most = float(re.findall(r"[\d.]+", bound)[0]) if limit is None else limit
+    kept = value <= most if bound.startswith("<=") else value >= most
+    return Reached(case, text, bound, "reached" if kept else "missed")
 
 
 def targets_summary(lines: Sequence[Reached]) -> Iterator[str]:

@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .contestants import Family, Trainer
-from .workloads import Workload
+from .workloads import Loss, Workload
 
+Step = Callable[[], object]
+"""Makes one update."""
 Turn = Callable[[], float]
 """Runs a contestant once (or as often as a steady sample takes) and returns nanoseconds."""
 WALKED_BYTES = 64 * 2**20
@@ -30,14 +32,6 @@ SPIN_CYCLES_PER_NS = 2.0
 """No GPU's clock is faster, so the spin never ends before the launches are queued."""
 
 
-class Stepper(Protocol):
-    """Whatever makes one update when its ``step()`` is called."""
-
-    @property
-    def step(self) -> Callable[[], object]:
-        """Make the update."""
-
-
 @dataclass(frozen=True)
 class Budget:
     """How long one measure of one workload may take: ``seconds``, within bounds on its rounds.
@@ -46,7 +40,7 @@ class Budget:
     """
 
     seconds: float = 1.0
-    least: int = 5
+    least: int = 3
     most: int = 200
 
     def spent(self, rounds: int, seconds: float) -> bool:
@@ -94,53 +88,55 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def host_step(stepper: Stepper, device: torch.device) -> float:
-    """The time until ``step()`` returns, called as a user calls it, with an idle device."""
+def timed(run: Step, device: torch.device, *, wait: bool = False) -> float:
+    """The time until a call returns, begun on an idle device; with ``wait``, until that is idle."""
     wait_for(device)
     begin = time.perf_counter_ns()
-    stepper.step()
+    run()
+    if wait:
+        wait_for(device)
     end = time.perf_counter_ns()
     wait_for(device)
     return end - begin
 
 
-def warm_turn(stepper: Stepper, device: torch.device) -> Turn:
+def warm_turn(step: Step, device: torch.device) -> Turn:
     """Steps back to back: the median of as many as fill two milliseconds, after untimed ones.
 
     The untimed steps take the caches back from the contestant before. Tensors whose step takes more
     than 20 ms fit in no cache, so there is nothing to take back.
     """
     for _ in range(3):
-        stepper.step()
-    once = min(host_step(stepper, device) for _ in range(3))
-    timed = max(1, min(100, round(2e6 / once)))
-    untimed = min(10, timed) if once < 20e6 else 0
+        step()
+    once = min(timed(step, device) for _ in range(3))
+    count = max(1, min(100, round(2e6 / once)))
+    untimed = min(10, count) if once < 20e6 else 0
 
     def turn() -> float:
         for _ in range(untimed):
-            stepper.step()
-        return statistics.median(host_step(stepper, device) for _ in range(timed))
+            step()
+        return statistics.median(timed(step, device) for _ in range(count))
 
     return turn
 
 
-def cold_turn(stepper: Stepper, device: torch.device, walked: Tensor) -> Turn:
+def cold_turn(step: Step, device: torch.device, walked: Tensor) -> Turn:
     """One step after a walk through ``walked``, which is larger than the CPU's caches."""
 
     def turn() -> float:
         walked.add_(1)
-        return host_step(stepper, device)
+        return timed(step, device)
 
     return turn
 
 
-def device_turn(stepper: Stepper, device: torch.device, flushed: Tensor) -> Turn:
+def device_turn(step: Step, device: torch.device, flushed: Tensor) -> Turn:
     """GPU time between two events around one step, after the L2 was flushed.
 
     The GPU first spins until all launches of the step are queued; otherwise the events would
     measure how fast the host can launch.
     """
-    host = max(host_step(stepper, device) for _ in range(3))
+    host = max(timed(step, device) for _ in range(3))
     spin = int((2 * host + 50_000) * SPIN_CYCLES_PER_NS)
     cuda: Any = torch.cuda  # events and _sleep have no types
     begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
@@ -149,7 +145,7 @@ def device_turn(stepper: Stepper, device: torch.device, flushed: Tensor) -> Turn
         flushed.zero_()
         cuda._sleep(spin)
         begin.record()
-        stepper.step()
+        step()
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end)) * 1e6
@@ -157,44 +153,22 @@ def device_turn(stepper: Stepper, device: torch.device, flushed: Tensor) -> Turn
     return turn
 
 
-def one_iteration(workload: Workload, trainer: Trainer) -> Callable[[], None]:
-    """zero_grad, forward, backward and step on the workload's batch."""
-    loss = workload.loss
-    if loss is None:
-        raise ValueError(f"{workload.title} has no batch to iterate over")
+def iteration_turn(trainer: Trainer, loss: Loss, device: torch.device) -> Turn:
+    """zero_grad, forward, backward and step, until the device has finished; one is run before."""
 
     def run() -> None:
         trainer.zero_grad()
         trainer.backward(loss())
         trainer.step()
 
-    return run
-
-
-def run_turn(run: Callable[[], object], device: torch.device) -> Turn:
-    """A whole call, until the device has finished; it is run once before."""
     run()
-
-    def turn() -> float:
-        wait_for(device)
-        begin = time.perf_counter_ns()
-        run()
-        wait_for(device)
-        return time.perf_counter_ns() - begin
-
-    return turn
+    return lambda: timed(run, device, wait=True)
 
 
-@dataclass(frozen=True)
-class Pass:
-    """A reference for bandwidth: ``step`` moves ``size`` bytes with plain torch operations."""
-
-    step: Callable[[], object]
-    size: int
-
-
-def reference_passes(workload: Workload, device: torch.device, family: Family) -> dict[str, Pass]:
-    """What this machine's memory can do over as many bytes as the update must move.
+def reference_passes(
+    workload: Workload, device: torch.device, family: Family
+) -> dict[str, tuple[Step, int]]:
+    """What this machine's memory can do: plain torch operations, and the bytes that they move.
 
     ``read-modify-write`` reads and writes the same bytes as the update, once each, in flat tensors:
     ``p += g`` (12 bytes per fp32 element) and ``m *= -1`` for each buffer of the state (8 more). On
@@ -215,6 +189,6 @@ def reference_passes(workload: Workload, device: torch.device, family: Family) -
 
     size = family.step_bytes(workload.trainable, workload.hyper)
     return {
-        "reference/read-modify-write": Pass(read_modify_write, size),
-        "reference/copy": Pass(lambda: p.copy_(g), 2 * first.element_size() * elements),
+        "reference/read-modify-write": (read_modify_write, size),
+        "reference/copy": (lambda: p.copy_(g), 2 * first.element_size() * elements),
     }

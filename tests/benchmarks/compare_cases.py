@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
@@ -10,6 +9,8 @@ import torch
 
 pytest.importorskip("pandas", reason="compare.py needs pandas: pip install pandas")
 pytest.importorskip("tabulate", reason="compare.py needs tabulate: pip install tabulate")
+pytest.importorskip("tqdm", reason="compare.py needs tqdm: pip install tqdm")
+pytest.importorskip("matplotlib", reason="compare.py needs matplotlib: pip install matplotlib")
 
 from torch_freeze_bench.contestants import select
 from torch_freeze_bench.records import FACTS, Measured
@@ -24,29 +25,27 @@ GPUS = pytest.param(
         pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     ],
 )
-HELD = {"gradients": 102_228_128, "state": 102_228_128, "peak": 446_000_000, "step_allocations": 0}
 
 
 def setting(steps: int = 2, device: torch.device = CPU, **options: Any) -> Setting:
-    budget = Budget(seconds=60, least=steps, most=steps)
-    return Setting(device, budget, random.Random(0), **({"progress": str} | options))
+    return Setting(device, Budget(seconds=60, least=steps, most=steps), **options)
 
 
 def outcome(
     samples: dict[str, dict[str, list[float]]],
     *,
     device: str = "cpu",
-    suite: str = "models",
+    suite: str = "speed",
     gap: float | None = 0.0,
     title: str = "MobileNetV3-small, all but the head frozen",
 ) -> Measured:
     """An outcome with made-up samples, by contestant and measure."""
     details = " (92.0 % of the elements); 161 tensors; 109,483,778 elements; momentum 0.9"
-    found = Measured(suite, "made-up", title, details, batch="2 images" * (suite == "models"))
+    found = Measured(suite, "made-up", title, details)
     found.add(FACTS, frozen_tensors=159, step_bytes=20_000)
-    for contestant in select(any_frozen=True, compiled=True):
+    for contestant in select(any_frozen=True):
         if contestant.key in samples:
-            found.add(contestant.key, **samples[contestant.key], **HELD)
+            found.add(contestant.key, **samples[contestant.key])
             if gap is not None:
                 found.compare(contestant.key, gap, 1e-5)
     rounds = len(samples["ours"]["warm"])
@@ -61,6 +60,11 @@ def measured(ours: float, **stock: float) -> dict[str, dict[str, list[float]]]:
     """Two rounds of warm steps: ours, and stock as ``all_fused=...``."""
     times = {"ours": ours} | {name.replace("_", "/"): time for name, time in stock.items()}
     return {key: {"warm": [time, time]} for key, time in times.items()}
+
+
+def fact(found: Measured, name: str) -> float:
+    """A number that describes the workload itself."""
+    return found.samples[FACTS][name][0]
 
 
 def widest(text: str) -> int:

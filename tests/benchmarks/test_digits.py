@@ -15,12 +15,12 @@ pytest.importorskip("tqdm", reason="compare.py needs tqdm: pip install tqdm")
 pytest.importorskip("matplotlib", reason="compare.py needs matplotlib: pip install matplotlib")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
-from torch_freeze_bench import workloads
-from torch_freeze_bench.contestants import FROZEN_AWARE, REFERENCE, Contestant, select, stock
+from torch_freeze_bench import checks
+from torch_freeze_bench.contestants import FROZEN_AWARE, FUSED, REFERENCE, SGD, Contestant, select
 from torch_freeze_bench.records import OURS, Measured
 from torch_freeze_bench.suites import digits
 
-from tests.benchmarks.compare_cases import CPU, GPUS, setting
+from tests.benchmarks.compare_cases import CPU, GPUS, fact, setting
 
 
 @pytest.fixture(scope="module", params=["cpu", GPUS])
@@ -45,18 +45,12 @@ def test_everyone_follows_the_reference_curve(outcome: tuple[str, Measured]) -> 
 
 def test_the_training_trains(outcome: tuple[str, Measured]) -> None:
     _, found = outcome
-    assert found.fact("pretrained accuracy") > 80
+    before, pretrained = fact(found, "accuracy"), fact(found, "pretrained accuracy")
+    assert pretrained > 80
     for key in found.contestants:
         losses = found.of(key, "loss")
         assert losses[-1] < losses[0] / 2
-        assert (found.one(key, "accuracy") or 0) > found.fact("accuracy") + 20
-
-
-def test_gradients_and_state_of_the_head_alone_are_held(outcome: tuple[str, Measured]) -> None:
-    _, found = outcome
-    head = 4 * (128 * 5 + 5)
-    for key in found.contestants:
-        assert found.of(key, "gradients") == found.of(key, "state") == [head]
+        assert (found.one(key, "accuracy") or 0) > before + 20
 
 
 def test_the_halves_of_the_data_are_five_classes_each_and_do_not_overlap() -> None:
@@ -76,23 +70,21 @@ def test_the_batches_are_the_same_for_whoever_asks() -> None:
     assert sum(len(labels) for _, labels in first) == 2 * len(data[1])
 
 
-@pytest.mark.parametrize(
-    "contestant", [FROZEN_AWARE, REFERENCE, stock("fused")], ids=lambda c: c.key
-)
+@pytest.mark.parametrize("contestant", [FROZEN_AWARE, REFERENCE, FUSED], ids=lambda c: c.key)
 def test_the_backbone_stays_as_it_was(contestant: Contestant) -> None:
-    start = digits.DigitNet()
-    start.backbone.requires_grad_(False)
+    start = digits.digit_net()
+    start[0].requires_grad_(False)
     before = copy.deepcopy(start.state_dict())
-    run = digits.Run(contestant, start)
+    run = digits.Run(contestant, SGD, start)
     images, labels = torch.rand(8, 1, 8, 8), torch.arange(8) % 5
     for _ in range(3):
         run.iterate(images, labels)
     for name, tensor in run.model.state_dict().items():
-        assert torch.equal(tensor, before[name]) == name.startswith("backbone.")
+        assert torch.equal(tensor, before[name]) == name.startswith("0.")
     assert len(run.losses) == len(run.iteration) == 3
 
 
 def test_without_scikit_learn_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(workloads.MissingPackageError, match="pip install scikit-learn"):
+    with pytest.raises(checks.MissingPackageError, match="pip install scikit-learn"):
         digits.load_digits(0, CPU)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 
-from ..contestants import SGD, Contestant, Family, select
+from ..checks import Share, usable
+from ..contestants import SGD, Contestant, Family, Make, select
 from ..records import Measured
 from ..tables import Reached
 from ..timing import Budget
+from ..workloads import needs_of
 
 
 @dataclass(frozen=True)
@@ -21,36 +22,32 @@ class Setting:
 
     device: torch.device
     budget: Budget
-    rng: random.Random
-    progress: Callable[[str], object]
-    """Called with a few words whenever a part of a suite begins."""
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
     family: Family = SGD
-    compiled: bool = False
-    others: Sequence[str] = ()
+    packages: Mapping[str, Make] = field(default_factory=dict)
     """Other packages that are measured too."""
+    models: Sequence[str] | None = None
+    shares: Sequence[Share] | None = None
+    """The networks and the frozen shares that were asked for."""
+    quick: bool = False
+    simulated: bool = False
+    """Whether the GPU is simulated."""
     computes: bool = True
     """False if kernels do nothing: then neither results nor the GPU's time are looked at."""
 
     def select(self, *, any_frozen: bool) -> list[Contestant]:
         """The contestants for one workload."""
-        chosen = {"compiled": self.compiled, "others": self.others}
-        return select(self.family, any_frozen=any_frozen, **chosen)  # type: ignore[arg-type]
+        return select(any_frozen, self.packages)
+
+    def usable_models(
+        self, usual: Sequence[str], needs: Callable[[str], object] = needs_of
+    ) -> list[str]:
+        """The networks that were asked for, or those of ``usual`` that can be run."""
+        return usable(self.models or usual, needs, explicit=self.models is not None)
 
 
-class Report(Protocol):
-    """How the records of related suites are explained: a module with these functions."""
-
-    def table(self, found: Measured, family: Family) -> str:
-        """One workload."""
-
-    def legend(self, found: Sequence[Measured], setting: Setting) -> list[str]:
-        """What the columns of the tables mean, in sentences."""
-
-    def summary(self, found: Sequence[Measured], setting: Setting) -> list[str]:
-        """What the figures say in plain words, including where there is no gain."""
-
-    def draw(self, found: Sequence[Measured], setting: Setting) -> Any:
-        """One figure that explains itself, by matplotlib; None if there is nothing to draw."""
+Task = tuple[str, Callable[[], Measured]]
+"""One workload: a few words for the progress bar, and what measures it."""
 
 
 @dataclass
@@ -58,17 +55,11 @@ class Suite:
     """A set of measurements that is asked for by one name."""
 
     name: str
-    report: Report
-    run: Callable[[Setting], Iterator[Measured]]
-    parts: int
-    """How often a run reports its progress."""
-    seconds: float
-    """Roughly how long one of these parts takes on two idle cores."""
-    targets: Callable[[Sequence[Measured], Setting], Iterable[Reached]] = lambda found, setting: ()
+    tasks: list[Task]
+    targets: Callable[[Sequence[Measured]], Iterable[Reached]] = lambda found: ()
     """What the project wants to reach, and what a run reached."""
     heading: str = ""
     """Above the table of its targets."""
     tables: bool = True
     """Whether each workload gets a table of its own."""
     measured: list[Measured] = field(default_factory=list)
-    """What has been measured so far."""

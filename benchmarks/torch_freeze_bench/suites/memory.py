@@ -2,53 +2,38 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import gc
 import re
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
-from torch import nn
 
-from ..contestants import CHANGING, FAMILIES, WITH_STATE, WITHOUT_STATE, Contestant, Trainer, timed
+from ..checks import NotEnoughMemoryError, Share
+from ..contestants import DEFAULT, FOREACH, FUSED, IN_BACKWARD, Contestant, Family, Trainer
 from ..equality import Equality, Journal
-from ..memory import (
-    GradientProbe,
-    held_bytes,
-    in_child,
-    mark,
-    peak_rss,
-    record,
-    require_memory,
-    trim,
-)
-from ..records import FACTS, Measured
-from ..tables import megabytes
-from ..timing import Turn, interleave, run_turn, wait_for
-from ..workloads import HEAD, MODELS, Hyper, Loss, ModelSpec, freeze_share
-from .base import Setting
+from ..machine import available_bytes
+from ..memory import GradientProbe, held_bytes, mark, record, trim
+from ..records import FACTS, OURS, Measured
+from ..report import by_model, peak_of
+from ..tables import Reached, judge, megabytes, times
+from ..timing import Turn, interleave, iteration_turn, wait_for
+from ..workloads import MODELS, Loss, Network, describe_share, freeze_share
+from .base import Setting, Suite, Task
 
 MEMORY_MODELS = ("resnet50", "vit_b_16", "bert_base", "decoder_1b")
 QUICK_MEMORY_MODELS = ("mobilenet_v3_small",)
+SLOWER = 1.02
+"""How much longer an iteration may take that steps in backward."""
 
 _PHASES = ("zero_grad", "forward", "backward", "step")
-_COPIES = 6
-"""Of the weights: the initial and the trained ones, gradients, momentum, temporaries, and what
-malloc loses in gaps."""
 _PER_PERIOD = 2
 """Iterations with the same frozen set; the second one is steady."""
 _PERIODS = 4
 """Blocks that are trained in rotation, before it is the first one's turn again."""
-_WRITTEN_OF_LARGE = 4
-"""Of a model that is too large for a CPU to check, one in so many parameters is checked."""
-_SHARED = ("torchvision", "transformers")
-"""Packages of models, which children need not load again; a contestant's is part of its cost."""
 
 
 @dataclass(frozen=True)
@@ -63,154 +48,105 @@ class Case:
     """Whether a part does not train."""
     filtered: bool
     """Whether the optimizer is given only what trains."""
-    momentum: float = 0.9
-
-    @property
-    def hyper(self) -> Hyper:
-        """A learning rate at which two steps move the weights visibly."""
-        return Hyper(lr=0.05, momentum=self.momentum, weight_decay=1e-4)
-
-    @property
-    def contestants(self) -> tuple[Contestant, ...]:
-        """Everyone who can train in this way."""
-        return WITH_STATE if self.momentum else WITHOUT_STATE
-
-    def prepare(self, model: nn.Module, spec: ModelSpec, share: float | str) -> list[nn.Parameter]:
-        """Set ``requires_grad`` and return what the optimizer is given."""
-        freeze_share(model.named_parameters(), share if self.parted else 0, spec.head)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if not self.freezes:
-            model.requires_grad_(True)
-        return trained if self.filtered else list(model.parameters())
+    stateful: bool = True
+    """Whether the optimizer has a state."""
+    on_large: bool = False
+    """Whether a model that is large for a CPU is measured too."""
+    timed: bool = False
+    """Whether iterations are timed too."""
 
 
 CASES = (
-    Case("1", "case 1: nothing frozen", False, False, False),
-    Case("2", "case 2: {} frozen, all parameters handed over", True, True, False),
+    Case("1", "case 1: nothing frozen", False, False, False, on_large=True, timed=True),
+    Case("2", "case 2: {} frozen, all parameters handed over", True, True, False, timed=True),
     Case("3", "case 3: {} not handed over, but not frozen either", False, True, True),
-    Case("4", "case 4: {} frozen, the rest handed over", True, True, True),
-    Case("1 plain", "case 1 without momentum: nothing frozen", False, False, False, 0.0),
+    Case("4", "case 4: {} frozen, the rest handed over", True, True, True, on_large=True),
+    Case("1 plain", "case 1 without momentum: nothing frozen", False, False, False, stateful=False),
 )
-_ON_LARGE = _RSS_CASES = ("1", "4")
-"""The cases of a model that is large for a CPU; those whose processes' peaks are taken."""
-_TIMED_CASES = ("1", "2")
 
 
 @dataclass(frozen=True)
 class Plan:
     """A training run: who trains in each of its periods. Parameters are places in the model."""
 
+    kind: str
     key: str
     title: str
     periods: Sequence[frozenset[int]]
     """The parameters that train."""
     handed: Sequence[int]
     """The parameters that the optimizer is given."""
-    contestants: Sequence[Contestant]
-    hyper: Hyper
-    to_freeze: frozenset[int] = frozenset()
-    """Parameters that are watched like frozen ones before they are frozen."""
+    runs: str
+    """The contestants that take part, as ``Contestant.plans`` names them."""
+    hyper: str = "memory"
 
 
-class Subject:
-    """A model built once, of which every contestant gets a copy of its own.
+def _part(network: Network, share: Share) -> frozenset[int]:
+    """The places of the parameters that train when a share is frozen."""
+    freeze_share(network.model.named_parameters(), share, network.spec.head)
+    found = (place for place, p in enumerate(network.model.parameters()) if p.requires_grad)
+    return frozenset(found)
 
-    A copy, because some contestants leave hooks behind that cannot be removed.
+
+def case_plan(case: Case, network: Network, share: Share) -> Plan:
+    """One of the four ways to freeze."""
+    every = _part(network, 0)
+    part = _part(network, share) if case.parted else every
+    trains, handed = part if case.freezes else every, part if case.filtered else every
+    title = case.title.format(describe_share(share))
+    chosen = ("state", "memory") if case.stateful else ("plain", "plain")
+    return Plan("case", case.key, title, [trains], sorted(handed), *chosen)
+
+
+def midway_plan(network: Network, share: Share) -> Plan:
+    """Train everything, freeze a part between two iterations, and train on."""
+    every, kept = _part(network, 0), _part(network, share)
+    title = f"{describe_share(share)} frozen in the middle of a run"
+    return Plan("midway", "midway", title, [every, kept], sorted(every), "changes")
+
+
+def rotation_plan(network: Network, share: Share) -> Plan:
+    """Train one block at a time, as LISA does.
+
+    Source: Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language
+    Model Fine-Tuning", 2024 (arXiv 2403.17919).
     """
-
-    def __init__(self, key: str, device: torch.device) -> None:
-        self.key, self.device = key, device
-        self.spec = MODELS[key]
-        self.written = written(key, device)
-        torch.manual_seed(0)
-        self.model = self.spec.build().to(device).train()
-
-    def copy(self) -> tuple[nn.Module, Loss]:
-        """The model with its initial weights, and the loss of the same batch for everyone."""
-        trim()
-        model = copy.deepcopy(self.model)
-        torch.manual_seed(1)
-        return model, self.spec.make_loss(model, self.device)
-
-    def case(self, case: Case, share: float | str) -> Plan:
-        """One of the four ways to freeze."""
-        handed = {id(p) for p in case.prepare(self.model, self.spec, share)}
-        parameters = list(self.model.parameters())
-        trains = frozenset(i for i, p in enumerate(parameters) if p.requires_grad)
-        places = [i for i, p in enumerate(parameters) if id(p) in handed]
-        title = case.title.format(_part(share))
-        return Plan(case.key, title, [trains], places, case.contestants, case.hyper)
-
-    def midway(self, share: float | str) -> Plan:
-        """Train everything, freeze a part between two iterations, and train on."""
-        freeze_share(self.model.named_parameters(), share, self.spec.head)
-        trains = [p.requires_grad for p in self.model.parameters()]
-        every = frozenset(range(len(trains)))
-        kept = frozenset(i for i in every if trains[i])
-        title = f"{_part(share)} frozen in the middle of a run"
-        hyper = CASES[0].hyper
-        return Plan("midway", title, [every, kept], sorted(every), CHANGING, hyper, every - kept)
-
-    def rotation(self) -> Plan:
-        """Train one block at a time, as LISA does.
-
-        Source: Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language
-        Model Fine-Tuning", 2024 (arXiv 2403.17919).
-        """
-        names = [name for name, _ in self.model.named_parameters()]
-        blocks: dict[str, set[int]] = {}
-        for place, name in enumerate(names):
-            if found := re.match(self.spec.blocks, name):
-                blocks.setdefault(found.group(), set()).add(place)
-        every = [frozenset(block) for block in blocks.values()]
-        count = min(_PERIODS, len(every))
-        chosen = [every[i * (len(every) - 1) // max(1, count - 1)] for i in range(count)]
-        periods = [*chosen, chosen[0]]
-        title = f"one block at a time, {len(periods)} periods, the last as the first"
-        handed = range(len(names))
-        return Plan("rotation", title, periods, handed, CHANGING, CASES[0].hyper)
+    blocks: dict[str, set[int]] = {}
+    names = [name for name, _ in network.model.named_parameters()]
+    for place, name in enumerate(names):
+        if found := re.match(network.spec.blocks, name):
+            blocks.setdefault(found.group(), set()).add(place)
+    every = [frozenset(block) for block in blocks.values()]
+    count = min(_PERIODS, len(every))
+    chosen = [every[i * (len(every) - 1) // max(1, count - 1)] for i in range(count)]
+    periods = [*chosen, chosen[0]]
+    title = f"one block at a time, {len(periods)} periods, the last as the first"
+    return Plan("rotation", "rotation", title, periods, range(len(names)), "changes")
 
 
-def _part(share: float | str) -> str:
-    return "all but the head" if share == HEAD else f"{float(share):g} %"
-
-
-def written(key: str, device: torch.device) -> int:
-    """One in how many parameters is compared with stock."""
-    return _WRITTEN_OF_LARGE if MODELS[key].large and device.type == "cpu" else 1
-
-
-def size_of_model(key: str) -> int:
-    """Bytes of a model's parameters, without allocating them."""
-    with torch.device("meta"):
-        return sum(p.nbytes for p in MODELS[key].build().parameters())
+def _written(key: str, device: torch.device) -> int:
+    """One in how many parameters is compared with stock: not all of what is too large."""
+    return 4 if MODELS[key].large and device.type == "cpu" else 1
 
 
 def require_memory_for(key: str, device: torch.device) -> None:
-    """Check that package and memory for a model are there.
+    """Check that package and memory for a model are there, or raise a RequestError."""
+    with torch.device("meta"):
+        size = sum(p.nbytes for p in MODELS[key].build().parameters())
+    # The initial and the trained weights, gradients, momentum, temporaries, and what malloc loses
+    # in gaps; and the gradients in the journal.
+    wanted = int((6 + _PER_PERIOD / _written(key, device)) * size) + 2 * 10**9
+    found = available_bytes(device)
+    if found is not None and found < wanted:
+        where = "the GPU" if device.type == "cuda" else "this machine"
+        sizes = f"{wanted / 1e9:.1f} GB of memory and {where} has {found / 1e9:.1f} GB to give"
+        raise NotEnoughMemoryError(f"{key} needs {sizes}")
 
-    Raises:
-        workloads.MissingPackageError: the package the model comes from is not installed.
-        memory.NotEnoughMemoryError: the device has too little memory to give.
-    """
-    copies = _COPIES + _PER_PERIOD / written(key, device)
-    require_memory(int(copies * size_of_model(key)) + 2 * 10**9, device, key)
 
-
-def iterate(
-    trainer: Trainer, loss: Loss, index: int, device: torch.device, journal: Journal | None = None
-) -> int | None:
-    """One training iteration, marked on the timeline; dropout is the same for everyone.
-
-    Returns:
-        The most that was allocated on a GPU during it.
-    """
+def _iterate(trainer: Trainer, loss: Loss, index: int, device: torch.device) -> None:
+    """One training iteration, marked on the timeline; dropout is the same for everyone."""
     torch.manual_seed(index)
-    if journal:
-        journal.begin_iteration()
-    if device.type == "cuda":
-        wait_for(device)
-        torch.cuda.reset_peak_memory_stats(device)
+    wait_for(device)
     with mark(f"{index} zero_grad"):
         trainer.zero_grad()
     with mark(f"{index} forward"):
@@ -221,33 +157,28 @@ def iterate(
     with mark(f"{index} step"):
         trainer.step()
         wait_for(device)
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-Figures = Mapping[str, Sequence[float]]
 
 
 def train(
-    subject: Subject, plan: Plan, contestant: Contestant, *, write: bool
-) -> tuple[Figures, Equality | None]:
-    """Train a copy of the model and measure every iteration.
+    network: Network, plan: Plan, contestant: Contestant, family: Family, *, write: bool
+) -> tuple[dict[str, list[float]], Equality | None]:
+    """Train a copy of the model, because some contestants leave hooks behind.
 
     Returns:
         By measure one value per iteration. ``gradients``: the most bytes of gradients alive at
         once. ``state``: held after it. ``frozen gradients`` and ``frozen state``: held after it for
         frozen parameters. ``temporaries``: the most that step() takes for its own duration.
-        ``peak``: the most held above the model at any time. Once ``bucket``: gradients that are
+        ``peak``: the most held above the model at any time. Once ``bucket``: bytes that are
         collected before they are applied in backward. And with ``write``, whether stock agrees.
     """
-    device = subject.device
-    model, loss = subject.copy()
+    trim()
+    device, hyper = network.device, family.hyper[plan.hyper]
+    model, loss = network.copy()
     parameters = list(model.parameters())
     probe = GradientProbe(parameters)
-    journal = Journal(model, subject.written) if write else None
-    base = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    journal = Journal(model, _written(network.key, device)) if write else None
     handed = [parameters[place] for place in plan.handed]
     kept: list[Trainer] = []
-    allocated: list[int | None] = []
     found: dict[str, list[float]] = defaultdict(list)
 
     def run() -> None:
@@ -255,16 +186,20 @@ def train(
             for place, p in enumerate(parameters):
                 p.requires_grad_(place in trains)
             if number == 0:
-                kept.append(contestant.build([handed], plan.hyper, model))
+                kept.append(contestant.build(family, [handed], hyper, model))
             else:
                 kept[0].frozen_set_changed()
                 if journal:
                     journal.note_change()
             (trainer,) = kept
-            frozen = [p for i, p in enumerate(parameters) if i in plan.to_freeze or i not in trains]
+            # Midway those that will be frozen are watched before they are.
+            watched = plan.periods[-1] if plan.kind == "midway" else trains
+            frozen = [p for i, p in enumerate(parameters) if i not in watched]
             for _ in range(_PER_PERIOD):
                 probe.restart()
-                allocated.append(iterate(trainer, loss, len(allocated), device, journal))
+                if journal:
+                    journal.begin_iteration()
+                _iterate(trainer, loss, len(found["state"]), device)
                 found["gradients"].append(probe.peak)
                 found["state"].append(held_bytes(trainer.state()))
                 if len(plan.periods) > 1:
@@ -274,99 +209,52 @@ def train(
 
     timeline = record(run, device)
     (trainer,) = kept
-    for index, most in enumerate(allocated):
+    for index in range(len(found["state"])):
         found["temporaries"].append(timeline.temporaries(f"{index} step"))
-        peak = timeline.peak(*(f"{index} {phase}" for phase in _PHASES))
-        found["peak"].append(peak if most is None else most - base)  # on a GPU the allocator's own
-    found["bucket"].append(trainer.bucket)
-    start, equality = list(subject.model.parameters()), None
+        found["peak"].append(timeline.peak(*(f"{index} {phase}" for phase in _PHASES)))
+    found["bucket"].append(getattr(trainer.optimizer, "bucket_bytes", 0))
+    start, equality = list(network.model.parameters()), None
     if journal:
-        equality = journal.check(start, handed, trainer, contestant, plan.hyper)
+        equality = journal.check(start, handed, trainer, contestant, family, hyper)
     trainer.close()
     return found, equality
 
 
-def run_plan(subject: Subject, plan: Plan, setting: Setting) -> Measured:
+def run_plan(network: Network, plan: Plan, setting: Setting) -> Measured:
     """Let everyone train, and measure those who agree with stock.
 
     On a GPU the check waits for every gradient, so there the figures come from a second run.
     """
-    found = _described(subject, plan)
-    for known in plan.contestants:
-        contestant = replace(known, family=setting.family)
+    found, family = _described(network, plan), setting.family
+    for contestant in family.memory(plan.runs):
         try:
-            figures, equality = train(subject, plan, contestant, write=True)
+            figures, equality = train(network, plan, contestant, family, write=True)
             assert equality is not None  # with a journal it is there
-            if equality.holds and subject.device.type == "cuda":
-                figures, _ = train(subject, plan, contestant, write=False)
+            if equality.holds and network.device.type == "cuda":
+                figures, _ = train(network, plan, contestant, family, write=False)
         except (RuntimeError, NotImplementedError) as error:
-            if contestant.key == "ours":
-                raise
-            found.unavailable[contestant.label] = _first_line(error)
+            found.leave_out(contestant.key, error)
             continue
         finally:
-            if contestant.cyclic:
-                gc.collect()
-        found.compare(contestant.key, equality.gap, equality.tolerance)
+            gc.collect()  # LOMO's hooks hold the model
+        found.compare(contestant.key, *equality)
         if equality.holds:
             found.add(contestant.key, **figures)
     return found
 
 
-def _described(subject: Subject, plan: Plan) -> Measured:
-    parameters = list(subject.model.parameters())
-    handed, trains = set(plan.handed), plan.periods[0]
-    trained = [p.nbytes for i, p in enumerate(parameters) if i in handed and i in trains]
-    every, sizes = held_bytes(parameters), (sum(trained), max(trained))
+def _described(network: Network, plan: Plan) -> Measured:
+    parameters = list(network.model.parameters())
+    trained = [parameters[place].nbytes for place in plan.handed if place in plan.periods[0]]
+    sizes = (sum(p.nbytes for p in parameters), sum(trained), max(trained))
     details = ""
-    if len(plan.periods) == 1:
-        details = (
-            f"; parameters {megabytes(every)} MB, of which {megabytes(sizes[0])} train, the "
-            f"largest {megabytes(sizes[1])}; momentum {plan.hyper.momentum:g}"
-        )
-    title = f"{subject.spec.title}, {plan.title}"
-    found = Measured("memory", f"{subject.key}/{plan.key}", title, details)
-    found.add(FACTS, parameters=every, trained=sizes[0], largest=sizes[1])
+    if plan.kind == "case":
+        every, part, largest = map(megabytes, sizes)
+        details = f"; parameters {every} MB, of which {part} train, the largest {largest}"
+    title = f"{network.spec.title}, {plan.title}"
+    found = Measured("memory", f"{network.key}/{plan.key}", title, details, plan.kind)
+    found.add(FACTS, **dict(zip(("parameters", "trained", "largest"), sizes, strict=True)))
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _train_for_rss(
-    key: str, case_key: str, contestant_key: str, share: float | str, family: str
-) -> tuple[int, int]:
-    """Alone in a process: resident bytes with the model built, and at most in two iterations."""
-    torch.set_num_threads(1)
-    cpu = torch.device("cpu")
-    case = next(case for case in CASES if case.key == case_key)
-    contestant = next(c for c in case.contestants if c.key == contestant_key)
-    spec = MODELS[key]
-    model = spec.build().train()
-    loss = spec.make_loss(model, cpu)
-    handed = case.prepare(model, spec, share)
-    before = peak_rss()
-    trainer = replace(contestant, family=FAMILIES[family]).build([handed], case.hyper, model)
-    for index in range(_PER_PERIOD):
-        iterate(trainer, loss, index, cpu)
-    return before, peak_rss()
-
-
-def add_rss(found: Measured, share: float | str, setting: Setting) -> None:
-    """Let everyone train in a process of its own and record the most it had resident."""
-    imports = [name for name in _SHARED if name in sys.modules]
-    model, case = found.key.split("/")
-    everyone = [key for key in found.contestants if found.of(key, "peak")]
-
-    def measure(key: str) -> tuple[int, int]:
-        given = (model, case, key, share, setting.family.key)
-        taken: tuple[int, int] = in_child(_train_for_rss, *given, imports=imports)
-        return taken
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for key, (before, peak) in zip(everyone, pool.map(measure, everyone), strict=True):
-            found.add(key, rss=peak, rss_before=before)
 
 
 @contextmanager
@@ -383,35 +271,25 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run_times(subject: Subject, case: Case, share: float | str, setting: Setting) -> Measured:
+def run_times(network: Network, case: Case, share: Share, setting: Setting) -> Measured:
     """Whole iterations in interleaved turns, each contestant on a copy of the model."""
-    device = subject.device
-    title = f"{subject.spec.title}, {case.title.format(_part(share))}"
-    found = Measured("memory", f"{subject.key}/{case.key} time", title, ": time")
+    device, family = network.device, setting.family
+    plan = case_plan(case, network, share)
+    title = f"{network.spec.title}, {plan.title}"
+    found = Measured("memory", f"{network.key}/{case.key} time", title, ": time", "time")
     trainers: list[Trainer] = []
-
-    def make(contestant: Contestant) -> Turn:
-        model, loss = subject.copy()
-        handed = case.prepare(model, subject.spec, share)
-        trainer = contestant.build([handed], case.hyper, model)
-        trainers.append(trainer)
-
-        def iteration() -> None:
-            trainer.zero_grad()
-            trainer.backward(loss())
-            trainer.step()
-
-        return run_turn(iteration, device)
-
     turns: dict[str, Turn] = {}
-    for known in timed(device.type):
-        contestant = replace(known, family=setting.family)
+    for contestant in family.memory("time"):
+        model, loss = network.copy()
+        parameters = list(model.parameters())
+        for place, p in enumerate(parameters):
+            p.requires_grad_(place in plan.periods[0])
+        handed = [parameters[place] for place in plan.handed]
         try:
-            turns[contestant.key] = make(contestant)
+            trainers.append(contestant.build(family, [handed], family.hyper[plan.hyper], model))
+            turns[contestant.key] = iteration_turn(trainers[-1], loss, device)
         except RuntimeError as error:
-            if contestant.key == "ours":
-                raise
-            found.unavailable[contestant.label] = _first_line(error)
+            found.leave_out(contestant.key, error)
     for key, taken in interleave(turns, setting.budget, setting.rng).items():
         found.add(key, iteration=taken)
     for trainer in trainers:
@@ -419,37 +297,103 @@ def run_times(subject: Subject, case: Case, share: float | str, setting: Setting
     return found
 
 
-def parts(keys: Sequence[str], device: torch.device) -> int:
-    """One for each table."""
-    usual = len(CASES) + 2 + len(_TIMED_CASES)
-    return sum(len(_ON_LARGE) if written(key, device) > 1 else usual for key in keys)
-
-
-def run(
-    keys: Sequence[str], share: float | str, quick: bool, setting: Setting
-) -> Iterator[Measured]:
+def suite(setting: Setting) -> Suite:
     """Every case, freezing midway, blocks in rotation, and times, model by model."""
-    for key in keys:
-        subject = Subject(key, setting.device)
-        large, title = subject.written > 1, subject.spec.title
-        cases = [case for case in CASES if not large or case.key in _ON_LARGE]
-        plans: dict[str, Callable[[], Plan]] = {}
+    usual = QUICK_MEMORY_MODELS if setting.quick else MEMORY_MODELS
+    models = setting.usable_models(usual, partial(require_memory_for, device=setting.device))
+    share = next((share for share in setting.shares or [] if share), 50.0)
+    network = lru_cache(maxsize=1)(partial(Network, device=setting.device))
+
+    def counted(key: str, make: Callable[[Network, Share], Plan]) -> Measured:
+        with _one_thread():
+            return run_plan(network(key), make(network(key), share), setting)
+
+    def clocked(key: str, case: Case) -> Measured:
+        return run_times(network(key), case, share, setting)
+
+    tasks: list[Task] = []
+    for key in models:
+        title, large = MODELS[key].title, _written(key, setting.device) > 1
+        cases = [case for case in CASES if case.on_large or not large]
         for case in cases:
-            name = case.title.partition(":")[0]
-            plans[name] = functools.partial(subject.case, case, share)
+            if case.stateful or "plain" in setting.family.hyper:
+                name = f"{title}: {case.title.partition(':')[0]}"
+                tasks.append((name, partial(counted, key, partial(case_plan, case))))
         if not large:
-            plans["freezing"] = functools.partial(subject.midway, share)
-            plans["blocks in rotation"] = subject.rotation
-        for name, make in plans.items():
-            setting.progress(f"{title}: {name}")
-            plan = make()
-            with _one_thread():
-                found = run_plan(subject, plan, setting)
-            on_cpu = setting.device.type == "cpu"
-            if on_cpu and plan.key in _RSS_CASES and not (large or quick):
-                add_rss(found, share, setting)
-            yield found
-        for case in CASES:
-            if case.key in _TIMED_CASES and not large:
-                setting.progress(f"{title}: times")
-                yield run_times(subject, case, share, setting)
+            tasks.append((f"{title}: freezing", partial(counted, key, midway_plan)))
+            tasks.append((f"{title}: blocks in rotation", partial(counted, key, rotation_plan)))
+            timed = [case for case in cases if case.timed]
+            tasks += [(f"{title}: times", partial(clocked, key, case)) for case in timed]
+    return Suite("memory", tasks, partial(reached, family=setting.family), "memory to reach")
+
+
+Chosen = Callable[[Contestant], bool]
+_COMPARISONS: tuple[tuple[str, Chosen, Chosen], ...] = (
+    (
+        "peak of an ordinary step vs stock's",
+        lambda c: c.key == OURS,
+        lambda c: c in (DEFAULT, FOREACH, FUSED),
+    ),
+    (
+        "least peak vs all others'",
+        lambda c: c.ours and c.precision.itemsize == 4,
+        lambda c: not c.ours and c.precision.itemsize == 4,
+    ),
+    ("least peak vs 8 bits of state", lambda c: c.ours, lambda c: c.precision.itemsize == 1),
+)
+
+
+def reached(found: Sequence[Measured], family: Family) -> Iterator[Reached]:
+    """Every target of the suite with the figure of this run."""
+    for model, records in by_model(found):
+        lines = [line for of in records if of.kind == "case" if (line := _gradients(of))]
+        worst = max(lines, default=None)
+        live, bound, text = worst[1:] if worst else (0.0, 0.0, "")
+        figure = (live, text) if worst else None
+        yield judge(f"{model}: gradients in backward", figure, f"<= {megabytes(bound)} MB", bound)
+        for what, ours, others in _COMPARISONS:
+            kept = (of for of in records if of.kind != "time")
+            ratios = [r for of in kept if (r := _peaks(of, family, ours, others))]
+            yield judge(f"{model}: {what}", max(ratios, default=None), "<= 1x")
+        for of in records:
+            if of.kind == "midway":
+                mine = [c for c in family.memory("changes") if c.ours and of.of(c.key, "peak")]
+                gradients = [of.of(c.key, "frozen gradients")[2] for c in mine]
+                state = [of.of(c.key, "frozen state")[2] for c in mine if c.drops]
+                for what, left in (("gradients of it", gradients), ('state of it, "drop"', state)):
+                    figure = (max(left), f"{max(left):.0f} B") if left else None
+                    yield judge(f"{model}, frozen midway: {what}", figure, "<= 0 B")
+            elif of.kind == "time":
+                ratio = of.ratio(IN_BACKWARD.key, "iteration")
+                case = f"{of.title.partition(':')[0]}: time in backward vs ordinary"
+                yield judge(case, ratio and (ratio.median, times(ratio)), f"<= {SLOWER:g}x")
+
+
+def _gradients(of: Measured) -> tuple[float, float, float, str] | None:
+    """What is alive in backward, over its bound: one bucket and the largest gradient.
+
+    A bucket is at most a tenth of all. In case 3 most gradients are not the optimizer's to free.
+    """
+    case = of.key.partition("/")[2]
+    if case == "3" or not of.of(IN_BACKWARD.key, "peak"):
+        return None
+    trained, largest = (of.one(FACTS, name) or 0 for name in ("trained", "largest"))
+    bound = min(of.of(IN_BACKWARD.key, "bucket")[0], trained // 10) + largest
+    live = of.of(IN_BACKWARD.key, "gradients")[-1]
+    text = f"{megabytes(live)} of {megabytes(trained)} MB, case {case}"
+    return live / bound, live, bound, text
+
+
+def _peaks(of: Measured, family: Family, ours: Chosen, others: Chosen) -> tuple[float, str] | None:
+    """The least peak of ours over the least of the others.
+
+    To a thousandth: in backward ours keeps one element to detect a second backward.
+    """
+    everyone = [c for c in family.everyone if of.of(c.key, "peak")]
+    mine = [peak_of(of, c.key) for c in everyone if ours(c)]
+    theirs = [peak_of(of, c.key) for c in everyone if others(c)]
+    if not mine or not theirs:
+        return None
+    best, least, case = min(mine), min(theirs), of.key.partition("/")[2]
+    where = f"{megabytes(best)} of {megabytes(least)} MB, {'case ' * (of.kind == 'case')}{case}"
+    return round(best / least, 3), f"{best / least:.3f}x, {where}"

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from ..memory import held_bytes, record, step_allocations
-from ..records import OURS, Measured, Summary
-from ..speed_report import share_of_pass
-from ..tables import NOTHING, Reached, at_most, duration, multiple
-from ..workloads import MODELS, LoadedModel, Place, Workload, flat_set, many_groups
-from .base import Setting
-from .speed import BESIDE, run_models, run_synthetic, run_workload, steady
+from ..checks import HEAD, usable
+from ..memory import held_bytes, record
+from ..records import FACTS, OURS, Measured, Summary
+from ..report import share_of_pass
+from ..tables import NOTHING, Reached, duration, judge, multiple
+from ..workloads import DTYPES, MODELS, SINGLES, Network, Place, flat, needs_of
+from .base import Setting, Suite, Task
+from .speed import BESIDE, network_tasks, steady, tensors_task, tiny_tasks
 
 ON_CPU = ("resnet50", "vit_b_16", "mobilenet_v3_small")
 ON_CUDA = ("resnet50", "resnet18_batch_8", "bert_base_batch_4")
@@ -26,198 +27,148 @@ SIMULATED_SCALE = 1e-3
 
 @dataclass(frozen=True)
 class Target:
-    """A line of the table: a figure of one workload, and the bound that it is to keep."""
+    """A line of the table: a figure of one workload, and the bound that it is to keep.
+
+    The bound's unit says what is compared. ``x``: the time of the contestant ``against`` over ours.
+    ``ns``: what each frozen parameter adds to a step. ``%``: the bytes per second of a plain pass.
+    ``us``: the time until step() returns. And without a bound, the other that comes closest.
+    """
 
     case: str
     workload: str
-    figure: Callable[[Measured], tuple[float, str] | None]
-    """The value and how it is shown; None if it was not measured."""
     bound: str
-    """A comparison: ``">= 12x"``; or ``"-"`` if the figure is reported without a target."""
+    against: str = ""
+    """``ours``: on the workload beside, over the time of this one's."""
+    measure: str = "warm"
 
-    def line(self, found: Mapping[str, Measured]) -> Reached:
+    def line(self, found: dict[str, Measured]) -> Reached:
         """Compare the figure with its bound, by the workloads' keys."""
         of = found.get(self.workload)
-        taken = self.figure(of) if of else None
-        if taken is None:
-            return Reached(self.case, NOTHING, self.bound, "not measured")
-        value, text = taken
+        vs = f", vs stock {self.against.replace('/', ' ')}" if "/" in self.against else ""
+        return judge(self.case + vs, self._figure(of) if of else None, self.bound)
+
+    def _figure(self, of: Measured) -> tuple[float, str] | None:
+        ours, beside = of.time(OURS, self.measure), of.time(BESIDE, self.measure)
+        if ours is None:
+            return None
         if self.bound == NOTHING:
-            return Reached(self.case, text, self.bound, "no target")
-        sign, limit, *_ = self.bound.replace("x", " ").split()
-        kept = value >= float(limit) if sign == ">=" else value <= float(limit)
-        return Reached(self.case, text, self.bound, "reached" if kept else "missed")
+            best = of.fastest_other(self.measure)
+            return best and (best[1].median, f"{duration(ours.median)}; {best[0]}: {_x(best[1])}")
+        if self.against == OURS:
+            ratio = of.ratio(OURS, self.measure, to=BESIDE)
+            return ratio and (ratio.median, _x(ratio))
+        if self.against:
+            ratio = of.ratio(self.against, self.measure)
+            return ratio and (ratio.median, f"{_x(ratio)}, {duration(ours.median)}")
+        if self.bound.endswith("%") and (share := share_of_pass(of)):
+            median, low, high = (100 * value for value in share)
+            return median, f"{median:.0f} % [{low:.0f}-{high:.0f}]"
+        if self.bound.endswith("ns") and beside:
+            cost = (ours.median - beside.median) / (of.one(FACTS, "frozen tensors") or 1)
+            return cost, f"{cost:.2f} ns"
+        if self.bound.endswith("us"):
+            return ours.median / 1e3, "{} [{}-{}]".format(*map(duration, ours))
+        return None
 
 
-def _times(ratio: Summary) -> str:
+def _x(ratio: Summary) -> str:
     return f"{ratio.median:.2f}x [{multiple(ratio.low)}-{multiple(ratio.high)}]"
 
 
-def faster(case: str, key: str, against: str, least: float, measure: str = "warm") -> Target:
-    """Ours is to be at least ``least`` times as fast as one stock contestant."""
-
-    def figure(of: Measured) -> tuple[float, str] | None:
-        ratio, ours = of.ratio(against, measure), of.time(OURS, measure)
-        if ratio is None or ours is None:
-            return None
-        return ratio.median, f"{_times(ratio)}, {duration(ours.median)}"
-
-    case = f"{case}, vs stock {against.replace('/', ' ')}"
-    return Target(case, key, figure, f">= {least:g}x")
-
-
-def frozen_cost(case: str, key: str, most: float) -> Target:
-    """Each frozen parameter may add ``most`` nanoseconds to a warm step."""
-
-    def figure(of: Measured) -> tuple[float, str] | None:
-        ours, without = of.time(OURS, "warm"), of.time(BESIDE, "warm")
-        if ours is None or without is None:
-            return None
-        cost = (ours.median - without.median) / of.fact("frozen tensors")
-        return cost, f"{cost:.2f} ns"
-
-    return Target(case, key, figure, f"<= {most:g} ns")
-
-
-def bandwidth(case: str, key: str, least: float) -> Target:
-    """The update is to move its bytes at ``least`` percent of the reference pass's speed."""
-
-    def figure(of: Measured) -> tuple[float, str] | None:
-        share = share_of_pass(of)
-        if share is None:
-            return None
-        low, high = 100 * share.low, 100 * share.high
-        return 100 * share.median, f"{100 * share.median:.0f} % [{low:.0f}-{high:.0f}]"
-
-    return Target(case, key, figure, f">= {least:g} %")
-
-
-def host_time(case: str, key: str, most: float) -> Target:
-    """A step is to return within ``most`` microseconds when the GPU is idle."""
-
-    def figure(of: Measured) -> tuple[float, str] | None:
-        time = of.time(OURS, "warm")
-        if time is None:
-            return None
-        spread = f"[{duration(time.low)}-{duration(time.high)}]"
-        return time.median / 1e3, f"{duration(time.median)} {spread}"
-
-    return Target(case, key, figure, f"<= {most:g} us")
-
-
-def as_fast(case: str, key: str, most: float) -> Target:
-    """The GPU may take at most ``most`` times as long as for the workload measured beside."""
-
-    def figure(of: Measured) -> tuple[float, str] | None:
-        ratio = of.ratio(OURS, "device", to=BESIDE)
-        return (ratio.median, _times(ratio)) if ratio else None
-
-    return Target(case, key, figure, f"<= {most:g}x")
-
-
-def iteration(case: str, key: str) -> Target:
-    """A whole iteration compared with the other that comes closest, without a target."""
-
-    def figure(of: Measured) -> tuple[float, str] | None:
-        ours, best = of.time(OURS, "iteration"), of.fastest_other("iteration")
-        if ours is None or best is None:
-            return None
-        return best[1].median, f"{duration(ours.median)}; {best[0]}: {_times(best[1])}"
-
-    return Target(case, key, figure, NOTHING)
-
-
-_TINY = "161 one-element parameters"
-_FROZEN = "1000 parameters, 998 frozen"
+_SMALL, _FROZEN = "161 one-element parameters", "1000 parameters, 998 frozen"
 _MOBILENET = "mobilenet_v3_small/0"
 CPU_TARGETS = (
-    faster(f"{_TINY}, warm", "tiny161", "all/fused", 12),
-    faster(f"{_TINY}, warm", "tiny161", "all/default", 40),
-    faster(f"{_TINY}, cold", "tiny161", "all/fused", 5, "cold"),
-    faster(f"{_TINY}, cold", "tiny161", "all/default", 15, "cold"),
-    faster(f"{_FROZEN}, warm", "frozen998", "filter/fused", 4),
-    faster(f"{_FROZEN}, cold", "frozen998", "filter/fused", 4, "cold"),
-    frozen_cost(f"{_FROZEN}, warm, each frozen one", "frozen998", 5),
-    faster("ResNet-50", "resnet50/0", "all/default", 2.1),
-    faster("ResNet-50", "resnet50/0", "all/fused", 1.1),
-    faster("ViT-B/16", "vit_b_16/0", "all/default", 2.0),
-    faster("ViT-B/16", "vit_b_16/0", "all/fused", 1.03),
-    bandwidth("ViT-B/16, bandwidth of a read-modify-write pass", "vit_b_16/0", 90),
-    faster("MobileNetV3-small", _MOBILENET, "all/default", 3.3),
-    faster("MobileNetV3-small", _MOBILENET, "all/fused", 1.6),
-    faster("50 groups of 10 small tensors, warm", "groups50", "all/fused", 40),
+    Target(f"{_SMALL}, warm", "tiny161", ">= 12x", "all/fused"),
+    Target(f"{_SMALL}, warm", "tiny161", ">= 40x", "all/default"),
+    Target(f"{_SMALL}, cold", "tiny161", ">= 5x", "all/fused", "cold"),
+    Target(f"{_SMALL}, cold", "tiny161", ">= 15x", "all/default", "cold"),
+    Target(f"{_FROZEN}, warm", "frozen998", ">= 4x", "filter/fused"),
+    Target(f"{_FROZEN}, cold", "frozen998", ">= 4x", "filter/fused", "cold"),
+    Target(f"{_FROZEN}, warm, each frozen one", "frozen998", "<= 5 ns"),
+    Target("ResNet-50", "resnet50/0", ">= 2.1x", "all/default"),
+    Target("ResNet-50", "resnet50/0", ">= 1.1x", "all/fused"),
+    Target("ViT-B/16", "vit_b_16/0", ">= 2x", "all/default"),
+    Target("ViT-B/16", "vit_b_16/0", ">= 1.03x", "all/fused"),
+    Target("ViT-B/16, bandwidth of a read-modify-write pass", "vit_b_16/0", ">= 90 %"),
+    Target("MobileNetV3-small", _MOBILENET, ">= 3.3x", "all/default"),
+    Target("MobileNetV3-small", _MOBILENET, ">= 1.6x", "all/fused"),
+    Target("50 groups of 10 small tensors, warm", "groups50", ">= 40x", "all/fused"),
 )
-
-_LARGE = 64_000_000
-_SMALL = (100_000, 1_000_000, 3_000_000)
-_PLACED = 20_000_000
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_LARGE = [flat(64, 32, dtype) for dtype in DTYPES]
+_MIDDLE = [flat(millions, 20) for millions in (0.1, 1, 3)]
 _PLACES: tuple[Place, ...] = ("odd sizes", "gradients shifted", "parameters shifted")
+_PLACED = [flat(20, 20, dtype, place) for dtype in DTYPES for place in _PLACES]
 
 
 def _cuda_targets() -> Iterator[Target]:
-    for name in _DTYPES:
-        key, case = f"flat/{name}/{_LARGE}/aligned", f"{_LARGE / 1e6:g} M {name} elements"
-        yield bandwidth(f"{case}, bandwidth of a copy pass", key, 95)
-        yield faster(case, key, "all/fused", 1.0, "device")
-        yield faster(case, key, "all/foreach", 2, "device")
-    for elements in _SMALL:
-        case = f"{elements / 1e6:g} M fp32 elements in 20 tensors"
-        yield faster(case, f"flat/fp32/{elements}/aligned", "all/fused", 1.8, "device")
-    for name in _DTYPES:
-        for place in _PLACES:
-            key, case = f"flat/{name}/{_PLACED}/{place}", f"{_PLACED / 1e6:g} M {name}, {place}"
-            yield as_fast(f"{case}, vs aligned", key, 1.05)
-            yield faster(case, key, "all/fused", 1.5, "device")
-    yield host_time("ResNet-50, host", "resnet50/0", 15)
-    yield faster("ResNet-50, host", "resnet50/0", "all/fused", 8)
-    yield faster("ResNet-50, host", "resnet50/0", "all/default", 25)
-    yield host_time("ResNet-50, all but the head frozen, host", "resnet50/head", 6)
-    yield faster("ResNet-50, all but the head frozen, host", "resnet50/head", "filter/fused", 4)
-    yield faster("161 groups, host", "groups161", "all/fused", 30)
+    for each in _LARGE:
+        case = f"64 M {each.dtype} elements"
+        yield Target(f"{case}, bandwidth of a copy pass", each.key, ">= 95 %", measure="device")
+        yield Target(case, each.key, ">= 1x", "all/fused", "device")
+        yield Target(case, each.key, ">= 2x", "all/foreach", "device")
+    for each in _MIDDLE:
+        yield Target(each.title, each.key, ">= 1.8x", "all/fused", "device")
+    for each in _PLACED:
+        yield Target(f"{each.title}, vs aligned", each.key, "<= 1.05x", OURS, "device")
+        yield Target(each.title, each.key, ">= 1.5x", "all/fused", "device")
+    head = "ResNet-50, all but the head frozen, host"
+    yield Target("ResNet-50, host", "resnet50/0", "<= 15 us")
+    yield Target("ResNet-50, host", "resnet50/0", ">= 8x", "all/fused")
+    yield Target("ResNet-50, host", "resnet50/0", ">= 25x", "all/default")
+    yield Target(head, "resnet50/head", "<= 6 us")
+    yield Target(head, "resnet50/head", ">= 4x", "filter/fused")
+    yield Target("161 groups, host", "groups161", ">= 30x", "all/fused")
     for model in ON_CUDA[1:]:
         for share, what in (("0", "nothing"), ("50", "half")):
-            yield iteration(f"{MODELS[model].title}, {what} frozen, iteration", f"{model}/{share}")
+            case = f"{MODELS[model].title}, {what} frozen, iteration"
+            yield Target(case, f"{model}/{share}", NOTHING, measure="iteration")
 
 
 CUDA_TARGETS = tuple(_cuda_targets())
 
 
-def run_cuda(
-    setting: Setting, models: Sequence[str] = ON_CUDA, scale: float = 1.0
-) -> Iterator[Measured]:
-    """Measure every case of the GPU's table; ``scale`` makes the flat sets smaller for a trial.
+def suite(setting: Setting) -> Suite:
+    """Every workload of the device's table, but those of networks that cannot be built here."""
+    on_gpu = setting.device.type == "cuda"
+    wanted = ON_SIMULATED_CUDA if setting.simulated else ON_CUDA
+    models = usable(wanted if on_gpu else ON_CPU, needs_of, explicit=False)
+    if on_gpu:
+        tasks = cuda_tasks(models, setting, SIMULATED_SCALE if setting.simulated else 1.0)
+    else:
+        tasks = tiny_tasks("targets", setting)
+        tasks += network_tasks("targets", models, [0.0], setting, ("warm", "cold"))
+    heading = f"speed to reach on {'a GPU' if on_gpu else 'a CPU of 2 cores'}"
+    return Suite("targets", tasks, partial(reached, models, setting), heading, tables=on_gpu)
 
-    Cases of a network that is not in ``models`` are left out.
-    """
-    device, measures = setting.device, ("warm", "device")
 
-    def flat(dtype: torch.dtype, elements: int, tensors: int, place: Place = "aligned") -> Workload:
-        made = flat_set(device, int(elements * scale), tensors, dtype, place)
-        return replace(made, key=made.key.replace(f"{int(elements * scale)}", f"{elements}"))
+def cuda_tasks(models: Sequence[str], setting: Setting, scale: float = 1.0) -> list[Task]:
+    """Every case of the GPU's table; ``scale`` makes the flat sets smaller for a trial."""
+    measures = ("warm", "device")
+    sets = [[each] for each in (*_LARGE, *_MIDDLE, SINGLES)]
+    sets += [[each, flat(20, 20, each.dtype)] for each in _PLACED]
+    tasks = [tensors_task("targets", setting, measures, *each, scale=scale) for each in sets]
+    resnet = [model for model in models if model == "resnet50"]
+    tasks += network_tasks("targets", resnet, [0.0, HEAD], setting, measures)
+    others = [model for model in models if model != "resnet50"]
+    return tasks + network_tasks("targets", others, [0.0, 50.0], setting, ("iteration",))
 
-    for dtype in _DTYPES.values():
-        yield run_workload("targets", flat(dtype, _LARGE, 32), setting, measures)
-    for elements in _SMALL:
-        yield run_workload("targets", flat(torch.float32, elements, 20), setting, measures)
-    for dtype in _DTYPES.values():
-        for place in _PLACES:
-            placed, beside = flat(dtype, _PLACED, 20, place), flat(dtype, _PLACED, 20)
-            yield run_workload("targets", placed, setting, measures, beside=beside)
-    yield run_workload("targets", many_groups(device, 161, 1), setting, measures)
-    if "resnet50" in models:
-        yield from run_models(["resnet50"], [0.0, "head"], setting, suite="targets")
-    small = [model for model in models if model != "resnet50"]
-    yield from run_models(small, [0.0, 50.0], setting, ("iteration",), suite="targets")
+
+def reached(models: Sequence[str], setting: Setting, measured: Sequence[Measured]) -> list[Reached]:
+    """The device's table."""
+    on_gpu, found = setting.device.type == "cuda", {m.key: m for m in measured}
+    lines = [target.line(found) for target in (CUDA_TARGETS if on_gpu else CPU_TARGETS)]
+    if on_gpu:
+        lines.append(launch_line(setting))
+    lines += memory_lines(models[0], setting) if models else [judge("memory", None, "<= 0")]
+    return [line._replace(status="simulated") for line in lines] if setting.simulated else lines
 
 
 def launch_line(setting: Setting) -> Reached:
     """Count the kernels of a steady step over 161 groups."""
-    trainer = steady(many_groups(setting.device, 161, 1), setting)
+    trainer = steady(SINGLES.build(setting.device, setting.family), setting)
     count = record(trainer.step, setting.device, count_launches=True).launches
-    if not count:  # the profiler has no access to the GPU's counters
-        return Reached("161 groups, launches", NOTHING, "1", "not measured")
-    return at_most("161 groups, launches", count, 1, f"{count}", "1")
+    # Without access to the GPU's counters the profiler sees none.
+    return judge("161 groups, launches", (count, f"{count}") if count else None, "<= 1")
 
 
 def memory_lines(model: str, setting: Setting) -> Iterable[Reached]:
@@ -226,49 +177,15 @@ def memory_lines(model: str, setting: Setting) -> Iterable[Reached]:
     The frozen parameters have a gradient before the step, as they do when the network is frozen
     between a backward pass and a step.
     """
-    workload = LoadedModel(model, setting.device).workload("head")
+    workload = Network(model, setting.device).workload(HEAD, setting.family)
     trainer = steady(workload, setting)
-    count = step_allocations(trainer, setting.device)
+    count = record(trainer.step, setting.device).allocations
     frozen = [p for p in workload.parameters if not p.requires_grad]
     for p in frozen:
         p.grad = torch.zeros_like(p)
     before = held_bytes(p.grad for p in frozen)
     trainer.step()
     after = held_bytes(p.grad for p in frozen)
-    yield at_most("memory, allocations in a steady step", count, 0, f"{count}", "0")
+    yield judge("memory, allocations in a steady step", (count, f"{count}"), "<= 0")
     case = "memory, gradient bytes on frozen parameters after a step"
-    yield at_most(case, after, 0, f"{after} B (before: {before / 1e6:.1f} MB)", "0 B")
-
-
-def parts(models: Sequence[str], device: torch.device) -> int:
-    """Two for each workload, three with iterations, and one each for launches and memory."""
-    if device.type != "cuda":
-        return 3 * 2 + 2 * len(models) + bool(models)
-    flat = len(_DTYPES) * (1 + len(_PLACES)) + len(_SMALL) + 1
-    return 2 * flat + 6 * len(models) + 1 + bool(models)
-
-
-def run(models: Sequence[str], simulated: bool, setting: Setting) -> Iterator[Measured]:
-    """Every workload of the device's table, but those of a network not in ``models``."""
-    if setting.device.type == "cuda":
-        return run_cuda(setting, models, SIMULATED_SCALE if simulated else 1.0)
-    networks = run_models(models, [0.0], setting, ("warm", "cold"), suite="targets")
-    return chain(run_synthetic(setting, "targets"), networks)
-
-
-def reached(
-    models: Sequence[str], simulated: bool, measured: Sequence[Measured], setting: Setting
-) -> list[Reached]:
-    """The device's table."""
-    on_gpu = setting.device.type == "cuda"
-    found = {m.key: m for m in measured}
-    lines = [target.line(found) for target in (CUDA_TARGETS if on_gpu else CPU_TARGETS)]
-    if on_gpu:
-        setting.progress("targets: launches")
-        lines.append(launch_line(setting))
-    if models:
-        setting.progress("targets: memory")
-        lines += memory_lines(models[0], setting)
-    else:
-        lines.append(Reached("memory", NOTHING, "0", "not measured"))
-    return [replace(line, status="simulated") for line in lines] if simulated else lines
+    yield judge(case, (after, f"{after} B (before: {before / 1e6:.1f} MB)"), "<= 0 B")
