@@ -76,6 +76,9 @@ TORCH_FREEZE_INLINE bool is_power_of_two(float scale) {
   return (bits & 0x807fffffu) == 0 && bits != 0 && bits < 0x7f000000u;
 }
 
+// Whether a GradScaler found gradients that are not finite.
+TORCH_FREEZE_INLINE bool has_overflowed(const float* found_inf) { return found_inf != nullptr && *found_inf != 0; }
+
 namespace detail {
 
 // What the count of a tensor's updates gives: from the host, or in the memory of the device.
@@ -140,7 +143,7 @@ struct TileFormula {
   using Tensor = detail::TensorBrings<Formula, kStochastic>;
 
   static TORCH_FREEZE_INLINE bool skips(const Launch& launch) {
-    return launch.found_inf != nullptr && *launch.found_inf != 0;
+    return has_overflowed(launch.found_inf);
   }
 
   // The update of one tensor. Its branches are the same for all threads of a warp and taken once per vector, not
@@ -323,7 +326,7 @@ struct CountFormula {
   using Group = typename Formula::Counting;
   struct Tensor {};
   static TORCH_FREEZE_INLINE bool skips(const Launch& launch) {
-    return launch.found_inf != nullptr && *launch.found_inf != 0;
+    return has_overflowed(launch.found_inf);
   }
 
   struct Rule {

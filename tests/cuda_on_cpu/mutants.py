@@ -26,9 +26,11 @@ sys.path.insert(0, str(ROOT))
 from tests.cuda_on_cpu import build  # noqa: E402
 
 CUDA, PROMISES = "kernels/test_cuda.py", "kernels/test_cuda_promises.py"
+COUNTS = "kernels/test_cuda_counts.py"
 KERNELS = "kernels"  # the bodies that the simulation runs in place of the device code
 LAUNCHES = "csrc/optim/sgd_cuda.cu"
 STEPS = "csrc/optim/sgd.cpp"
+ADAM_LAUNCHES, ADAM_STEPS = "csrc/optim/adam_cuda.cu", "csrc/optim/adam.cpp"
 SECONDS = 900  # a fault may make a test go on for ever
 
 
@@ -46,7 +48,7 @@ class Fault(NamedTuple):
 
 LAUNCH = "csrc/kernels/launch_cuda.cuh"
 FORMULA = "csrc/kernels/tile_formula.h"
-SGD = "csrc/optim/sgd.h"
+SGD, ADAM = "csrc/optim/sgd.h", "csrc/optim/adam.h"
 TABLES = "csrc/kernels/tiles.h"
 STEP = "csrc/core/run_step.h"
 WALK = "csrc/core/param_walk.cpp"
@@ -219,8 +221,8 @@ FAULTS = (
     Fault(
         "writes though the gradients have overflowed",
         FORMULA,
-        "launch.found_inf != nullptr && *launch.found_inf != 0",
-        "false && launch.found_inf != nullptr",
+        "return found_inf != nullptr && *found_inf != 0;",
+        "return false && found_inf != nullptr;",
         f"{CUDA}::TestGradScaler",
         compiled=KERNELS,
     ),
@@ -243,8 +245,8 @@ FAULTS = (
     Fault(
         "reads a float64 learning rate as float32",
         FORMULA,
-        "const double lr = group.device_lr_is_double ?",
-        "const double lr = false ?",
+        "lr.device_is_double ?",
+        "false ?",
         f"{CUDA} -k learning_rate",
         compiled=KERNELS,
     ),
@@ -296,6 +298,94 @@ FAULTS = (
         f"{CUDA} -k bit_identical",
         compiled=KERNELS,
     ),
+    # Adam's formula, and its counts of updates.
+    Fault(
+        "forgets the largest second moment",
+        ADAM,
+        "return max_exp_avg_sq;",
+        "return exp_avg_sq;",
+        f"{COUNTS} -k trains",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "adds a decoupled decay to the gradient as well",
+        ADAM,
+        "} else if constexpr (Variant::kDecay) {",
+        "}\n    if constexpr (Variant::kDecay) {",
+        f"{COUNTS} -k trains",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "rounds all moments with the bits of the first",
+        FORMULA,
+        "buffer_key(tensor.rounding, k)",
+        "buffer_key(tensor.rounding, 0)",
+        f"{COUNTS} -k bfloat16",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "begins a count with what its memory holds",
+        FORMULA,
+        "return kArray == 0 && !fresh;",
+        "return kArray == 0;",
+        f"{COUNTS} -k trains",
+        compiled=KERNELS,
+    ),
+    Fault(
+        "corrects by the number of earlier updates",
+        FORMULA,
+        "update.fresh != 0 ? 1 : 1 + static_cast<double>",
+        "update.fresh != 0 ? 1 : static_cast<double>",
+        f"{COUNTS} -k trains",
+        compiled=ADAM_LAUNCHES,
+    ),
+    Fault(
+        "gives every tensor the count of the first",
+        FORMULA,
+        "Counted*>(counted_) + tensor;",
+        "Counted*>(counted_);",
+        f"{COUNTS} -k late",
+        compiled=ADAM_LAUNCHES,
+    ),
+    Fault(
+        "counts those on the host with the device's",
+        FORMULA,
+        "batch_.updates[tensor].count_on_host ? 0 : 1",
+        "1",
+        f"{COUNTS} -k both_places",
+        compiled=ADAM_LAUNCHES,
+    ),
+    Fault(
+        "does not count",
+        STEP,
+        "*update.count = update.fresh ? 1 : *update.count + 1;",
+        "",
+        f"{COUNTS} -k trains",
+        compiled=ADAM_STEPS,
+    ),
+    Fault(
+        "counts an update that overflowed on a GPU",
+        STEP,
+        "(walk_.has_fresh() || walk_.counts_gpu_on_host())",
+        "walk_.has_fresh()",
+        f"{COUNTS}::TestGradScaler",
+        compiled=ADAM_STEPS,
+    ),
+    Fault(
+        "captures counts on the host",
+        STEP,
+        "if (walk_.counts_gpu_on_host()) {",
+        "if (false) {",
+        f"{COUNTS}::TestGraphs",
+        compiled=ADAM_STEPS,
+    ),
+    Fault(
+        "keeps every new count on the host",
+        "csrc/optim/adam.cpp",
+        "return reader.flag(kCapturable) || reader.flag(kFused);",
+        "return false && reader.flag(kFused);",
+        f"{COUNTS} -k trains",
+    ),
     # What the step asks of tensors and devices before it launches.
     Fault(
         "leaves a learning rate on another device",
@@ -328,7 +418,7 @@ FAULTS = (
     Fault(
         "reads the overflow at every step",
         STEP,
-        "!found_inf.is_none() && walk_.has_fresh() &&",
+        "!found_inf.is_none() && (walk_.has_fresh() || walk_.counts_gpu_on_host()) &&",
         "!found_inf.is_none() &&",
         f"{CUDA}::TestGradScaler",
     ),

@@ -29,12 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # By torch's own packages: the toolkit's headers of another minor version come with the wheels.
 NVIDIA = Path(torch.__file__).parent.parent / "nvidia"
 HEADER = (ROOT / "csrc" / "kernels" / "tiles.h").read_text()
-WARPS, BLOCKS = (
-    int(re.search(rf"{name} = (\d+);", HEADER)[1])  # type: ignore[index]
-    for name in ("kWarps", "kBlocksPerMultiprocessor")
-)
-# The register file of a multiprocessor, shared by all of its threads, in steps of eight.
-MOST_REGISTERS = 65536 // (32 * WARPS * BLOCKS) // 8 * 8
+WARPS = int(re.search(r"kWarps = (\d+);", HEADER)[1])  # type: ignore[index]
 
 # How a triple of dtypes reads in a mangled name, with the bytes of a vector of parameters, of
 # gradients and of momentum.
@@ -49,6 +44,7 @@ TRIPLES = {
     "bf16 with stochastic momentum": (r"N3c108BFloat16E\w{1,8}Lb1E", (16, 16, 16)),
 }
 TABLES = (1024, 8192, 32760)
+ENTRY = (".entry ", ".entry ")  # what a kernel begins with in PTX, and where it ends
 every_kernel = pytest.mark.parametrize(
     ("triple", "table"),
     [
@@ -61,15 +57,19 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
 class Compiled(NamedTuple):
-    """The kernels' PTX, and the tools that go on from there."""
+    """An optimizer's kernels as PTX, and the tools that go on from there."""
 
+    optimizer: str
     ptx: Path
     ptxas: Path
     known: list[int]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+# The buffers of the optimizers whose kernels are looked at.
+BUFFERS = {"sgd": 1, "adam": 3}
+
+
+def compile_kernels(optimizer: str, folder: Path) -> Compiled:
     spec = importlib.util.spec_from_file_location("torch_freeze_setup", ROOT / "setup.py")
     if spec is None or spec.loader is None:
         raise ImportError(f"{ROOT / 'setup.py'} cannot be loaded")
@@ -88,7 +88,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
         if path != "/usr/include"
         for word in ("-isystem", path)
     ]
-    ptx = tmp_path_factory.mktemp("ptx") / "sgd_cuda.ptx"
+    ptx = folder / f"{optimizer}_cuda.ptx"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_HOME", str(toolkit.home))  # the build sets it
         patch.setenv("DEBUG", "0")
@@ -98,10 +98,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     flags += ["-ptx", "-arch=compute_80", "-std=c++20", f"-I{ROOT / 'csrc'}"]
     flags += ["--expt-relaxed-constexpr", "-DWITH_CUDA", "-o", str(ptx)]
     nvcc = str(toolkit.home / "bin" / "nvcc")
-    source = str(ROOT / "csrc" / "optim" / "sgd_cuda.cu")
+    source = str(ROOT / "csrc" / "optim" / f"{optimizer}_cuda.cu")
     done = subprocess.run([nvcc, *flags, *includes, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return Compiled(ptx, toolkit.home / "bin" / "ptxas", toolkit.known)
+    return Compiled(optimizer, ptx, toolkit.home / "bin" / "ptxas", toolkit.known)
+
+
+@pytest.fixture(scope="module", params=BUFFERS)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    return compile_kernels(request.param, tmp_path_factory.mktemp("ptx"))
 
 
 def kernel_name(triple: str, table: int) -> re.Pattern[str]:
@@ -129,7 +134,7 @@ def assembled(
     architecture: str = request.param
     if int(architecture.removeprefix("sm_")) not in compiled.known:
         pytest.skip(f"this nvcc does not know {architecture}")
-    cubin = tmp_path_factory.mktemp(architecture) / "sgd_cuda.cubin"
+    cubin = tmp_path_factory.mktemp(architecture) / "kernels.cubin"
     command = [compiled.ptxas, "-v", f"-arch={architecture}", "-o", cubin, compiled.ptx]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -137,26 +142,30 @@ def assembled(
 
 
 def test_no_kernel_spills_and_registers_leave_room_for_every_block(
-    assembled: tuple[str, Path],
+    assembled: tuple[str, Path], ptx: str
 ) -> None:
     report, _ = assembled
     for triple in TRIPLES:
         for table in TABLES:
+            blocks = re.search(r"\.minnctapersm (\d+)", body_of(ptx, triple, table, *ENTRY))
+            assert blocks and int(blocks[1]) >= 3
+            # The register file of a multiprocessor, shared by all threads, in steps of eight.
+            most = 65536 // (32 * WARPS * int(blocks[1])) // 8 * 8
             end = "Compiling entry function"
             text = body_of(report, triple, table, "Compiling entry function '", end)
             assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text
             used = re.search(r"Used (\d+) registers", text)
-            assert used and int(used[1]) <= MOST_REGISTERS, f"{triple}: {text}"
+            assert used and int(used[1]) <= most, f"{triple}: {text}"
 
 
 Run = Callable[[Any, int, int], None]
 
 
 @pytest.fixture(scope="module")
-def kernels(compiled: Compiled, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """The kernels' PTX as functions of (table, blocks, threads), by the kernels' names."""
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """SGD's PTX as functions of (table, blocks, threads), by the kernels' names."""
     folder = tmp_path_factory.mktemp("translated")
-    source, names = ptx_to_cpp.translate(compiled.ptx.read_text())
+    source, names = ptx_to_cpp.translate(compile_kernels("sgd", folder).ptx.read_text())
     (folder / "kernels.cpp").write_text(source)
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O0", "-w", "-ffp-contract=off"]
     command += ["-shared", "-fPIC", "-o", "kernels.so", "kernels.cpp"]
@@ -243,8 +252,10 @@ def check_step(
 
 
 @every_kernel
-def test_vectors_of_sixteen_bytes(triple: str, table: int, ptx: str) -> None:
-    body = body_of(ptx, triple, table, ".entry ", ".entry ")
+def test_vectors_of_sixteen_bytes(
+    triple: str, table: int, ptx: str, compiled: Compiled
+) -> None:
+    body = body_of(ptx, triple, table, *ENTRY)
     widths = {"u8": 1, "u16": 2, "b16": 2, "u32": 4, "b32": 4, "f32": 4, "u64": 8, "b64": 8}
     widths["f64"] = 8
 
@@ -252,10 +263,11 @@ def test_vectors_of_sixteen_bytes(triple: str, table: int, ptx: str) -> None:
         found = re.findall(rf"\b{kind}(?:\.v(\d))?\.(\w\d+)", body)
         return sum(int(times or 1) * widths[name] == size for times, name in found)
 
-    # Parameter and momentum, two vectors of each under way; the gradient streamed.
-    param, grad, momentum = TRIPLES[triple][1]
-    for size in (param, momentum):
-        vectors = 2 * (param, momentum).count(size)
+    # Parameter and buffers, two vectors of each under way; the gradient streamed.
+    param, grad, buffer = TRIPLES[triple][1]
+    written = (param, *[buffer] * BUFFERS[compiled.optimizer])
+    for size in (param, buffer):
+        vectors = 2 * written.count(size)
         assert count(r"ld\.global", size) >= vectors
         assert count(r"st\.global", size) >= vectors
     assert count(r"ld\.global\.cs", grad) >= 2
@@ -263,9 +275,9 @@ def test_vectors_of_sixteen_bytes(triple: str, table: int, ptx: str) -> None:
 
 @every_kernel
 def test_arithmetic_rounds_as_written(triple: str, table: int, ptx: str) -> None:
-    body = body_of(ptx, triple, table, ".entry ", ".entry ")
+    body = body_of(ptx, triple, table, *ENTRY)
     assert re.search(r"\bfma\.rn\.f(32|64)\b", body)
-    assert not re.search(r"\.ftz\b|\.approx\b|\.full\b|\bmad\.f", body)
+    assert not re.search(r"\.ftz\.f32\b|\.approx\.f32\b|\.full\b|\bmad\.f", body)
 
 
 def disassembler() -> str | None:
