@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.training_args import ParallelMode
 
+from torch_freeze._fitting import fitting
 from torch_freeze.plateau import AdvanceOnPlateau
 from torch_freeze.report import report
 from torch_freeze.schedule import FreezeSchedule
@@ -42,9 +43,9 @@ class FreezeTrainerCallback(FreezeOptions, TrainerCallback):
     """Freeze parts of the model a Transformers Trainer trains, for good or by a schedule.
 
     Give the Trainer an optimizer over all parameters, too:
-    `Trainer(..., optimizers=(FrozenAwareSGD(model.parameters(), lr=...), None))`. The None leaves
-    the learning-rate schedule to the TrainingArguments. The optimizer that a Trainer builds itself
-    never trains what is frozen at that moment.
+    `Trainer(..., optimizers=(FrozenAwareAdamW(model.parameters(), lr=...), None))`. The None leaves
+    the learning-rate schedule to the TrainingArguments. An optimizer that a Trainer builds itself,
+    also from `optimizer_cls_and_kwargs`, never trains what is frozen at that moment.
 
     A resumed run continues in the middle of the schedule. The position follows from the Trainer's
     own count of epochs and steps, or from the metrics it has logged, so nothing is added to the
@@ -85,7 +86,7 @@ class FreezeTrainerCallback(FreezeOptions, TrainerCallback):
         >>> import torch
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> from transformers import Trainer, TrainingArguments
-        >>> from torch_freeze import FrozenAwareSGD
+        >>> from torch_freeze import FrozenAwareAdamW
         >>> from torch_freeze.integrations.transformers import FreezeTrainerCallback
         >>> model = BertForSequenceClassification(BertConfig(
         ...     vocab_size=8, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
@@ -98,7 +99,7 @@ class FreezeTrainerCallback(FreezeOptions, TrainerCallback):
         ...     TrainingArguments(tempfile.mkdtemp(), max_steps=2, report_to=[], save_strategy="no",
         ...                       disable_tqdm=True, logging_strategy="no", use_cpu=True),
         ...     train_dataset=data,
-        ...     optimizers=(FrozenAwareSGD(model.parameters(), lr=0.1), None),
+        ...     optimizers=(FrozenAwareAdamW(model.parameters(), lr=1e-3), None),
         ...     callbacks=[FreezeTrainerCallback("bert.embeddings", "bert.encoder.layer.0")],
         ... )
         >>> _ = trainer.train()  # doctest: +ELLIPSIS
@@ -133,7 +134,8 @@ class FreezeTrainerCallback(FreezeOptions, TrainerCallback):
                 model,
                 [kwargs["optimizer"]],
                 self._caller,
-                "Give the Trainer optimizers=(FrozenAwareSGD(model.parameters(), lr=...), None).",
+                f"Make {fitting([kwargs['optimizer']])} from model.parameters(), all of them, and "
+                "give it to the Trainer: optimizers=(optimizer, None).",
             )
             # It begins at the start: catching up with the count of units restores what is frozen.
             self.schedule = self._make_schedule(model, self._plan)
