@@ -44,8 +44,9 @@ class FreezeTrainerCallback(FreezeOptions, TrainerCallback):
 
     Give the Trainer an optimizer over all parameters, too:
     `Trainer(..., optimizers=(FrozenAwareAdamW(model.parameters(), lr=...), None))`. The None leaves
-    the learning-rate schedule to the TrainingArguments. An optimizer that a Trainer builds itself,
-    also from `optimizer_cls_and_kwargs`, never trains what is frozen at that moment.
+    the learning-rate schedule to the TrainingArguments. An optimizer that a Trainer builds itself
+    never trains what is frozen at that moment. A schedule has not begun by then, so with a schedule
+    alone `optimizer_cls_and_kwargs=(FrozenAwareAdamW, {"lr": ...})` works as well.
 
     A resumed run continues in the middle of the schedule. The position follows from the Trainer's
     own count of epochs and steps, or from the metrics it has logged, so nothing is added to the
