@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from . import optim
-from .optim._base import FrozenAware, frozen_aware
+from .optim._base import FrozenAware, unwrapped
 
 _OFFERED: list[type[FrozenAware]] = [getattr(optim, name) for name in optim.__all__]
 
@@ -24,11 +24,11 @@ def fitting(optimizers: Iterable[torch.optim.Optimizer]) -> str:
 
 
 def _fits(optimizer: torch.optim.Optimizer) -> str | None:
-    aware = frozen_aware(optimizer)
-    if aware is not None:
-        return type(aware).__name__
+    own = type(unwrapped(optimizer))
+    if issubclass(own, FrozenAware):
+        return own.__name__
     # AdamW is a kind of Adam in torch, so the nearest class decides.
-    for kind in type(getattr(optimizer, "optimizer", optimizer)).__mro__:
+    for kind in own.__mro__:
         for ours in _OFFERED:
             if kind is _stock(ours):
                 return ours.__name__

@@ -20,7 +20,7 @@ from ._fitting import fitting
 from ._hold import held_by, is_norm, is_spectral_norm
 from ._thawed import just_thawed
 from ._tree import ModuleEntry, ParamEntry, Tree, check_model, is_lazy
-from .optim._base import FrozenAware, frozen_aware, state_names
+from .optim._base import FrozenAware, frozen_aware, state_names, unwrapped
 from .report import as_optimizers, state_bytes, tensor_bytes
 
 Level = Literal["error", "warning", "info"]
@@ -292,7 +292,7 @@ def _on_parameters(
 
 def _is_lbfgs(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it is LBFGS, which keeps the state of all its parameters under the first one."""
-    return isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.LBFGS)
+    return isinstance(unwrapped(optimizer), torch.optim.LBFGS)
 
 
 def _owned(optimizers: Iterable[torch.optim.Optimizer] | None) -> dict[int, int]:
@@ -334,7 +334,7 @@ def _gradients(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> It
             ),
         )
     elif optimizers:
-        each = [o for o in optimizers if not _is_lbfgs(o)]
+        each = [unwrapped(o) for o in optimizers if not _is_lbfgs(o)]
         stepped = {id(p) for o in each for p, kept in o.state.items() if kept}
         if stepped:
             yield from _on_parameters(
@@ -361,7 +361,7 @@ def _stale(
     movers: dict[int, str] = {}
     for optimizer in optimizers:
         if frozen_aware(optimizer) is None:
-            kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
+            kind = type(unwrapped(optimizer)).__name__
             movers.update(dict.fromkeys(_owned([optimizer]), kind))
     yield from _remembered(tree, optimizers)
     freed = _owned(aware).keys() - applied.keys()
@@ -853,7 +853,7 @@ def _kept_state(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator
     for optimizer in optimizers:
         aware = frozen_aware(optimizer)
         option = state_names(aware).policy if aware is not None else ""
-        for group in optimizer.param_groups:
+        for group in unwrapped(optimizer).param_groups:
             policy = _BECOMES_ELSEWHERE
             if option:
                 policy = _BECOMES[group.get(option, "keep")].format(option)

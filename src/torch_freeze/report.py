@@ -15,6 +15,7 @@ from . import _format
 from ._flow import Facts, Kind, Leaf, Reasons, estimate_flow, measure_flow
 from ._hold import held_by, is_norm
 from ._tree import ModuleEntry, ParamEntry, Tree, check_model, is_lazy
+from .optim._base import unwrapped
 
 _MAX_ROWS = 40
 
@@ -490,7 +491,7 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
 def state_bytes(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> int:
     """Bytes of all tensors an optimizer keeps for a parameter."""
     # state is a defaultdict: [] would add an entry, get() does not.
-    state = optimizer.state.get(parameter)
+    state = unwrapped(optimizer).state.get(parameter)
     if not isinstance(state, Mapping):
         return 0
     return sum(tensor_bytes(v) for v in state.values() if isinstance(v, torch.Tensor))

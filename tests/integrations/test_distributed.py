@@ -186,7 +186,15 @@ def on_ddp(device: str, kind: str, how: str) -> Result:
         train(wrapped, optimizer, range(3 * i, 3 * i + 3), rank, size, device)
         at_phases.append(weights(wrapped))
     owner = optimizer.optim if how == "zero" else optimizer
-    return {"phases": at_phases, "last": at_phases[-1], "state": states(owner, names)}
+    frozen = model.get_parameter("body.0.weight")
+    frozen.grad = torch.ones_like(frozen)
+    return {
+        "phases": at_phases,
+        "last": at_phases[-1],
+        "state": states(owner, names),
+        "reported": torch_freeze.report(model, optimizer).total.state_bytes,
+        "errors": [str(f) for f in torch_freeze.audit(model, optimizer) if f.level == "error"],
+    }
 
 
 @each_optimizer
@@ -218,6 +226,9 @@ def test_zero_redundancy_optimizer_with_a_changing_frozen_set_equals_one_process
     owned = [name for result in results for name in result["state"]]
     assert sorted(owned) == sorted(expected["state"])
     for result in results:
+        # report and audit see the optimizer inside, and the share that it has.
+        assert result["reported"] == sum(tensor.nbytes for tensor in result["state"].values())
+        assert result["errors"] == []
         assert_same(result["state"], {n: expected["state"][n] for n in result["state"]})
 
 

@@ -254,7 +254,7 @@ class FreezeTrainerCallback(FreezeOptions, TrainerCallback):
 
     def _show(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if self._log and _logger.isEnabledFor(logging.INFO):
-            _logger.info("%s", report(model, getattr(optimizer, "optimizer", optimizer)))
+            _logger.info("%s", report(model, optimizer))
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
