@@ -628,3 +628,36 @@ def test_by_itself_a_distributed_checkpoint_misses_what_was_frozen(
 ) -> None:
     for said in world.run(on_plain_load, str(tmp_path), kind):
         assert "Missing key in checkpoint state_dict: optimizer.state.body.0" in said
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ({"other": {"lr": 0.1}}, "holds nothing under key='optimizer'; its keys are: 'other'"),
+        (
+            {"optimizer": {"state": {"weight": {"block": {"scale": torch.ones(2)}}}}},
+            r"'optimizer\.state\.weight\.block\.scale' is inside a container",
+        ),
+    ],
+    ids=["no optimizer in it", "a state with containers"],
+)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_distributed_checkpoint_that_cannot_be_loaded_is_refused(
+    tmp_path: Path, state: dict[str, Any], says: str
+) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    from torch_freeze.integrations.checkpoint import frozen_as_saved
+
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    model = nn.Linear(2, 2)
+    optimizer = make("AdamW", model.parameters())
+    optimizer.state[model.weight]["kept"] = True
+    freeze(model, "bias")
+    with (
+        pytest.raises(ValueError, match=f"frozen_as_saved: .*{says}"),
+        frozen_as_saved(model, optimizer, tmp_path),
+    ):
+        pass
+    assert optimizer.state[model.weight] == {"kept": True}
+    assert [p.requires_grad for p in model.parameters()] == [True, False]
