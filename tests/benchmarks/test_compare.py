@@ -711,7 +711,7 @@ class TestCommand:
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
         assert command.main([*self.ARGUMENTS, "--frozen", "0,head", "--results", "a/new one"]) == 0
         printed, bar = capsys.readouterr()
-        assert printed.count("\nFrozenAwareSGD  ") == 5
+        assert printed.count("\nFrozenAwareSGD  ") == 6
         assert "\nVerdict\n" in printed
         assert widest(printed) <= 80
         assert re.search(r"\d\d:\d\d, about \d\d:\d\d left", bar)
@@ -886,7 +886,7 @@ class TestCommand:
         (quick,) = command.make_suites(
             arguments("--suite speed"), setting(models=["tiny"], quick=True)
         )
-        assert [len(suite.tasks) for suite in (usual, quick)] == [3 + 3, 3 + 2]
+        assert [len(suite.tasks) for suite in (usual, quick)] == [4 + 3, 4 + 2]
         budgets = [command.budget_of(arguments(f"--quick {text}")) for text in ("", "--seconds 9")]
         assert [budget.seconds for budget in budgets] == [0.2, 9]
         assert command.budget_of(arguments("--steps 7")).spent(7, 0.0)
