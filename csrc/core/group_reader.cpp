@@ -26,9 +26,8 @@ bool is_small_int(PyObject* value) {
 }  // namespace
 
 GroupKeys::GroupKeys(
-    const char* function, std::initializer_list<const char*> names, const char* frozen_state,
-    const char* buffer_dtype, const char* rounding_seed)
-    : function(function), count(names.size()), extra_names{frozen_state, buffer_dtype, rounding_seed} {
+    const char* function, c10::ArrayRef<const char*> names, const std::array<const char*, kExtras>& extra_names)
+    : function(function), count(names.size()), extra_names(extra_names) {
   std::copy(names.begin(), names.end(), this->names.begin());
   std::transform(names.begin(), names.end(), keys.begin(), intern);
   std::transform(extra_names.begin(), extra_names.end(), extra_keys.begin(), intern);

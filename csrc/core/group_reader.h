@@ -3,12 +3,12 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
+#include <c10/util/ArrayRef.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 
 namespace torch_freeze {
 
@@ -19,12 +19,11 @@ enum class FrozenState : uint8_t { kKeep, kReset, kDrop };
 // enters them, "params" first; the others are torch_freeze's own options, which a group may lack.
 class GroupKeys {
  public:
-  GroupKeys(
-      const char* function, std::initializer_list<const char*> names, const char* frozen_state,
-      const char* buffer_dtype, const char* rounding_seed);
-
   static constexpr size_t kMost = 16;
   enum Extra : size_t { kFrozenState, kBufferDtype, kRoundingSeed, kExtras };
+
+  GroupKeys(
+      const char* function, c10::ArrayRef<const char*> names, const std::array<const char*, kExtras>& extra_names);
 
   const char* function;  // names the caller in error messages
   size_t count = 0;

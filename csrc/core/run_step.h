@@ -4,13 +4,14 @@
 //   kClass, kStep, kZeroGrad   the names of the Python class and of two of its methods, for error messages
 //   kBuffersName               what its state holds, likewise
 //   Formula                    see kernels/tile_formula.h; Formula::Group holds a group's hyper-parameters
-//   kLr                        the index of the learning rate in group_keys()
-//   group_keys(), state_keys()
+//   kLr                        the index of the learning rate in kOptions
 //   read(reader)               a group's hyper-parameters, short of learning rate and rounding seed
 //   buffers(group)             how many buffers the state holds for each of its parameters
+//   count_on_device(reader)    where updates are counted: whether a new count lies on the parameter's device
 //   wants_stock_form(reader)   whether torch's own implementation is asked for
 //   difference(a, b)           the name of the first option that differs, or null
-//   step_cpu(batch), step_cuda(batch)
+//   group_keys(), state_keys()
+// core/optimizer_base.h has what most of them have in common.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -315,7 +316,14 @@ class StepRunner {
   }
 
   static void launch(const Batch& batch) {
-    batch.kind.device.is_cuda() ? Optimizer::step_cuda(batch) : Optimizer::step_cpu(batch);
+    if (batch.kind.device.is_cpu()) {
+      launch_cpu(batch);
+    }
+#ifdef WITH_CUDA
+    if (batch.kind.device.is_cuda()) {
+      launch_cuda(batch);
+    }
+#endif
     if constexpr (State::kCounts) {
       const bool overflow = batch.kind.device.is_cpu() && batch.found_inf != nullptr && *batch.found_inf != 0;
       for (int64_t i = 0; i < batch.count && !overflow; ++i) {

@@ -67,12 +67,25 @@ struct UpdateBatch {
   const float* found_inf = nullptr;
 };
 
+// Updates everything that a batch covers. kernels/launch_cpu.h and kernels/launch_cuda.cuh define these, and files
+// of each optimizer compile them for its formula.
+template <class Formula>
+void launch_cpu(const UpdateBatch<Formula>& batch);
+template <class Formula>
+void launch_cuda(const UpdateBatch<Formula>& batch);
+
 // A learning rate as a number, or on the tensors' own device (one float, or one double where `device_is_double`),
 // where it is read, so that a step captured in a CUDA graph follows it.
 struct LearningRate {
   double number = 0;  // where `device` is null
   const void* device = nullptr;
   bool device_is_double = false;
+};
+
+// What the hyper-parameters of every param group begin with.
+struct GroupOptions {
+  LearningRate lr;
+  uint64_t rounding_seed = 0;  // another one for every group and step; where buffers are rounded stochastically
 };
 
 }  // namespace torch_freeze

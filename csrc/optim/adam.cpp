@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "core/optimizer_base.h"
 #include "core/run_step.h"
 #include "optim/bind_optimizer.h"
 #include "optim/bindings.h"
@@ -15,11 +16,10 @@ namespace {
 namespace py = pybind11;
 
 template <bool kDecoupled>
-struct Adam {
+struct Adam : OptimizerBase<Adam<kDecoupled>> {
   static constexpr const char* kClass = kDecoupled ? "FrozenAwareAdamW" : "FrozenAwareAdam";
   static constexpr const char* kStep = kDecoupled ? "FrozenAwareAdamW.step" : "FrozenAwareAdam.step";
   static constexpr const char* kZeroGrad = kDecoupled ? "FrozenAwareAdamW.zero_grad" : "FrozenAwareAdam.zero_grad";
-  static constexpr const char* kBuffersName = "moments";
   using Formula = AdamFormula;
 
   // In the order in which torch.optim.Adam enters them.
@@ -37,19 +37,10 @@ struct Adam {
     kFused,
     kDecoupledDecay
   };
-  static const GroupKeys& group_keys() {
-    static const GroupKeys keys(
-        kStep,
-        {"params", "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "capturable",
-         "differentiable", "fused", "decoupled_weight_decay"},
-        "frozen_state", "moment_dtype", "moment_seed");
-    return keys;
-  }
-  static const StateKeys& state_keys() {
-    static const StateKeys keys(
-        std::array{"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"}, "state_stale", "moment_dtype");
-    return keys;
-  }
+  static constexpr std::array kOptions{
+      "params",  "lr",         "betas",          "eps",   "weight_decay",          "amsgrad", "maximize",
+      "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"};
+  static constexpr std::array kState{"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"};
 
   static AdamGroup read(const GroupReader& reader) {
     AdamGroup group;
@@ -84,13 +75,6 @@ struct Adam {
            : a.maximize != b.maximize                                       ? "maximize"
            : a.decoupled != b.decoupled                                     ? "decoupled_weight_decay"
                                                                             : nullptr;
-  }
-
-  static void step_cpu(const AdamBatch& batch) { adam_step_cpu(batch); }
-  static void step_cuda([[maybe_unused]] const AdamBatch& batch) {
-#ifdef WITH_CUDA
-    adam_step_cuda(batch);
-#endif
   }
 };
 

@@ -5,13 +5,13 @@
 #include <cstdint>
 
 #include "core/tensor_update.h"
+#include "kernels/formula_base.h"
 #include "kernels/host_device.h"
 
 namespace torch_freeze {
 
 // The hyper-parameters of one param group, as the user wrote them.
-struct AdamGroup {
-  LearningRate lr;
+struct AdamGroup : GroupOptions {
   double beta1 = 0.9;
   double beta2 = 0.999;
   double eps = 1e-8;
@@ -19,8 +19,6 @@ struct AdamGroup {
   bool amsgrad = false;
   bool maximize = false;
   bool decoupled = false;  // AdamW's weight decay
-  uint64_t rounding_seed =
-      0;  // another one for every group and step; where the moments are rounded stochastically
 };
 
 // A branch of the formula, fixed for a whole tensor and so hoisted out of every loop.
@@ -32,10 +30,9 @@ struct AdamVariant {
   static constexpr bool kAmsgrad = (kBits & 4) != 0;
 };
 
-struct AdamFormula {
+// Its state is exp_avg, exp_avg_sq, max_exp_avg_sq and the count.
+struct AdamFormula : FormulaBase<StateLayout<3, true>> {
   static constexpr const char* kName = "adam step";
-  using State = StateLayout<3, true>;  // exp_avg, exp_avg_sq, max_exp_avg_sq
-  static constexpr int kBuffers = State::kBuffers;
   static constexpr bool kRoots = true;
   using Group = AdamGroup;
 
@@ -159,8 +156,5 @@ struct AdamFormula {
 };
 
 using AdamBatch = UpdateBatch<AdamFormula>;
-
-void adam_step_cpu(const AdamBatch& batch);
-void adam_step_cuda(const AdamBatch& batch);
 
 }  // namespace torch_freeze

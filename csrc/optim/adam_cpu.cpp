@@ -1,8 +1,4 @@
 #include "kernels/launch_cpu.h"
 #include "optim/adam.h"
 
-namespace torch_freeze {
-
-void adam_step_cpu(const AdamBatch& batch) { launch_cpu<AdamFormula>(batch); }
-
-}  // namespace torch_freeze
+template void torch_freeze::launch_cpu(const torch_freeze::AdamBatch&);

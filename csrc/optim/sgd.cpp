@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "core/optimizer_base.h"
 #include "core/run_step.h"
 #include "optim/bind_optimizer.h"
 #include "optim/bindings.h"
@@ -15,7 +16,7 @@ namespace {
 namespace py = pybind11;
 using namespace py::literals;
 
-struct Sgd {
+struct Sgd : OptimizerBase<Sgd> {
   static constexpr const char* kClass = "FrozenAwareSGD";
   static constexpr const char* kStep = "FrozenAwareSGD.step";
   static constexpr const char* kZeroGrad = "FrozenAwareSGD.zero_grad";
@@ -35,18 +36,11 @@ struct Sgd {
     kDifferentiable,
     kFused
   };
-  static const GroupKeys& group_keys() {
-    static const GroupKeys keys(
-        kStep,
-        {"params", "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach",
-         "differentiable", "fused"},
-        "frozen_momentum", "momentum_dtype", "momentum_seed");
-    return keys;
-  }
-  static const StateKeys& state_keys() {
-    static const StateKeys keys(std::array{"momentum_buffer"}, "momentum_stale", "momentum_dtype");
-    return keys;
-  }
+  static constexpr std::array kOptions{"params",   "lr",       "momentum", "dampening",      "weight_decay",
+                                       "nesterov", "maximize", "foreach",  "differentiable", "fused"};
+  static constexpr std::array kOwnOptions{"frozen_momentum", "momentum_dtype", "momentum_seed"};
+  static constexpr std::array kState{"momentum_buffer"};
+  static constexpr const char* kStale = "momentum_stale";
 
   static SgdGroup read(const GroupReader& reader) {
     SgdGroup group;
@@ -73,13 +67,6 @@ struct Sgd {
            : a.nesterov != b.nesterov                     ? "nesterov"
            : a.maximize != b.maximize                     ? "maximize"
                                                           : nullptr;
-  }
-
-  static void step_cpu(const SgdBatch& batch) { sgd_step_cpu(batch); }
-  static void step_cuda([[maybe_unused]] const SgdBatch& batch) {
-#ifdef WITH_CUDA
-    sgd_step_cuda(batch);
-#endif
   }
 };
 

@@ -4,19 +4,18 @@
 #include <cstdint>
 
 #include "core/tensor_update.h"
+#include "kernels/formula_base.h"
 #include "kernels/host_device.h"
 
 namespace torch_freeze {
 
 // The hyper-parameters of one param group, as the user wrote them.
-struct SgdGroup {
-  LearningRate lr;
+struct SgdGroup : GroupOptions {
   double momentum = 0;
   double undamped = 1;  // 1 - dampening
   double weight_decay = 0;
   bool nesterov = false;
   bool maximize = false;
-  uint64_t rounding_seed = 0;  // another one for every group and step; where momentum is rounded stochastically
 };
 
 // A branch of the formula, fixed for a whole tensor and so hoisted out of every loop.
@@ -28,11 +27,9 @@ struct SgdVariant {
   static constexpr bool kNesterov = (kBits & 4) != 0;
 };
 
-struct SgdFormula {
+// Its state is the momentum buffer.
+struct SgdFormula : FormulaBase<StateLayout<1, false>> {
   static constexpr const char* kName = "sgd step";
-  using State = StateLayout<1, false>;  // the momentum buffer
-  static constexpr int kBuffers = State::kBuffers;
-  static constexpr bool kRoots = false;
   using Group = SgdGroup;
 
   // What the formula multiplies by: formed in double, rounded once to the type of the arithmetic.
@@ -109,8 +106,5 @@ struct SgdFormula {
 };
 
 using SgdBatch = UpdateBatch<SgdFormula>;
-
-void sgd_step_cpu(const SgdBatch& batch);
-void sgd_step_cuda(const SgdBatch& batch);
 
 }  // namespace torch_freeze

@@ -1,8 +1,4 @@
 #include "kernels/launch_cpu.h"
 #include "optim/sgd.h"
 
-namespace torch_freeze {
-
-void sgd_step_cpu(const SgdBatch& batch) { launch_cpu<SgdFormula>(batch); }
-
-}  // namespace torch_freeze
+template void torch_freeze::launch_cpu(const torch_freeze::SgdBatch&);

@@ -1,8 +1,4 @@
 #include "kernels/launch_cuda.cuh"
 #include "optim/sgd.h"
 
-namespace torch_freeze {
-
-void sgd_step_cuda(const SgdBatch& batch) { launch_cuda<SgdFormula>(batch); }
-
-}  // namespace torch_freeze
+template void torch_freeze::launch_cuda(const torch_freeze::SgdBatch&);

@@ -46,7 +46,8 @@ def test_the_pages_code() -> None:
         train(names)
         state, frozen = names["optimizer"].state, names["model"][0].weight
         assert (frozen in state) == (code is narrow)
-    assert state[names["model"][2].weight]["momentum_buffer"].dtype is torch.bfloat16
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert state[names["model"][2].weight][moment].dtype is torch.bfloat16
 
 
 def test_all_options_together() -> None:
@@ -59,6 +60,59 @@ def test_all_options_together() -> None:
     assert names["optimizer"].step_in_backward
 
 
-@pytest.mark.parametrize("name", ["step_in_backward", "frozen_momentum", "momentum_dtype"])
-def test_what_the_page_names_are_options(name: str) -> None:
-    assert f"{name}" in torch_freeze.FrozenAwareSGD.__init__.__kwdefaults__
+@pytest.mark.parametrize(
+    ("optimizer", "names"),
+    [
+        (torch_freeze.FrozenAwareSGD, ["frozen_momentum", "momentum_dtype", "momentum_seed"]),
+        (torch_freeze.FrozenAwareAdam, ["frozen_state", "moment_dtype", "moment_seed"]),
+        (torch_freeze.FrozenAwareAdamW, ["frozen_state", "moment_dtype", "moment_seed"]),
+    ],
+)
+def test_what_the_page_names_are_options(optimizer: Any, names: list[str]) -> None:
+    options = optimizer.__init__.__kwdefaults__
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    for name in (*names, "step_in_backward", "clip_value", "bucket_mb"):
+        assert name in options and name in page
+
+
+class TestDifferences:
+    """What docs/differences.md says that Adam and AdamW do here."""
+
+    @staticmethod
+    def make(**options: Any) -> tuple[torch.Tensor, torch_freeze.FrozenAwareAdamW]:
+        param = torch.ones(4, requires_grad=True)
+        param.grad = torch.ones(4)
+        return param, torch_freeze.FrozenAwareAdamW([param], lr=0.1, weight_decay=0, **options)
+
+    def test_amsgrad_may_be_set_later(self) -> None:
+        param, optimizer = self.make()
+        optimizer.step()
+        optimizer.param_groups[0]["amsgrad"] = True
+        optimizer.step()
+        state = optimizer.state[param]
+        assert torch.equal(state["max_exp_avg_sq"], state["exp_avg_sq"])
+
+    def test_capturable_works_on_the_cpu(self) -> None:
+        plain, optimizer = self.make()
+        capturable, other = self.make(capturable=True)
+        for _ in range(3):
+            optimizer.step()
+            other.step()
+        torch.testing.assert_close(capturable, plain)
+
+    @pytest.mark.parametrize("overflow", [False, True])
+    def test_a_scaler_hands_over_its_scale_with_the_defaults(self, overflow: bool) -> None:
+        param, optimizer = self.make()
+        assert optimizer._step_supports_amp_scaling
+        optimizer.grad_scale = torch.tensor(4.0)  # type: ignore[attr-defined]
+        optimizer.found_inf = torch.tensor(float(overflow))  # type: ignore[attr-defined]
+        optimizer.step()
+        assert (param in optimizer.state) != overflow
+        if not overflow:
+            assert torch.allclose(optimizer.state[param]["exp_avg"], torch.full((4,), 0.025))
+
+    def test_float16_stays_finite(self) -> None:
+        param = torch.ones(4, dtype=torch.float16, requires_grad=True)
+        param.grad = torch.full((4,), 1e-4, dtype=torch.float16)
+        torch_freeze.FrozenAwareAdamW([param], lr=0.1).step()
+        assert param.isfinite().all() and not torch.equal(param, torch.ones_like(param))

@@ -105,7 +105,7 @@ def measure() -> Measured:
             mark = re.search(r"Client Request: (.+)/(\d+)", text)
             total = re.search(r"^summary: (\d+)", text, re.MULTILINE)
             if mark and mark[1] == walk_cost_run.ONE_LAUNCH:
-                launches = calls_of("torch_freeze::sgd_step_cpu", text)
+                launches = calls_of("torch_freeze::launch_cpu<torch_freeze::SgdFormula>", text)
             elif mark and total:
                 counts.setdefault(mark[1], {})[int(mark[2])] = int(total[1])
     few, many = walk_cost_run.COUNTS

@@ -16,7 +16,7 @@ from torch.optim import optimizer as _torch
 
 from torch_freeze._build import load_extension, without_extension
 from torch_freeze._state_names import StateNames
-from torch_freeze.optim import _stock
+from torch_freeze.optim import _stock, _strategy
 from torch_freeze.optim._strategy import IN_STEP, InBackward, InStep
 
 _C = load_extension()
@@ -60,16 +60,25 @@ class FrozenAware(torch.optim.Optimizer):
 
     def _configure(
         self,
-        frozen_state: FrozenState,
-        buffer_dtype: torch.dtype | None,
-        rounding_seed: int,
-        backward: tuple[float | None, float | None] | None,
+        *,
+        step_in_backward: bool = False,
+        bucket_mb: float | None = None,
+        clip_value: float | None = None,
+        differentiable: bool = False,
+        **own: Any,
     ) -> None:
+        """Keep the options that torch's optimizer does not have, once they are checked.
+
+        Those in `own` are named as in ``_state_names`` and may be set per param group.
+        """
+        backward = _strategy.check_options(step_in_backward, bucket_mb, clip_value, differentiable)
         names = self._state_names
-        given = {names.policy: frozen_state, names.dtype: buffer_dtype, names.seed: rounding_seed}
         defaults = {names.policy: "keep", names.dtype: None, names.seed: 0}
+        for name in own:
+            if name not in defaults:
+                raise TypeError(f"{type(self).__name__} has no argument {name!r}")
         # Options left at their defaults stay out of the param groups, which are then torch's.
-        self._own_defaults = {k: v for k, v in given.items() if v != defaults[k]}
+        self._own_defaults = {k: v for k, v in own.items() if v != defaults[k]}
         self._check_own_options(self._own_defaults)
         self._backward_options = backward
 
@@ -276,7 +285,7 @@ class FrozenAware(torch.optim.Optimizer):
             self._check_stock(self.param_groups[index], index, params)
         if found_inf is not None and float(found_inf) != 0:
             return
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             for index, params in rest:
                 if grad_scale is not None:
                     for p in params:

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused, _get_s
 
 from torch_freeze._build import load_extension
 from torch_freeze._state_names import ADAM
-from torch_freeze.optim import _stock, _strategy
+from torch_freeze.optim import _stock
 from torch_freeze.optim._base import FrozenAware, FrozenState
 
 _C = load_extension()
@@ -200,8 +200,15 @@ class FrozenAwareAdamW(_Adam, torch.optim.AdamW):
         moment_dtype: torch.dtype | None = None,
         moment_seed: int = 0,
     ) -> None:
-        backward = _strategy.check_options(step_in_backward, bucket_mb, clip_value, differentiable)
-        self._configure(frozen_state, moment_dtype, moment_seed, backward)
+        self._configure(
+            step_in_backward=step_in_backward,
+            bucket_mb=bucket_mb,
+            clip_value=clip_value,
+            differentiable=differentiable,
+            frozen_state=frozen_state,
+            moment_dtype=moment_dtype,
+            moment_seed=moment_seed,
+        )
         super().__init__(
             params,
             lr,
@@ -278,8 +285,15 @@ class FrozenAwareAdam(_Adam, torch.optim.Adam):
         moment_dtype: torch.dtype | None = None,
         moment_seed: int = 0,
     ) -> None:
-        backward = _strategy.check_options(step_in_backward, bucket_mb, clip_value, differentiable)
-        self._configure(frozen_state, moment_dtype, moment_seed, backward)
+        self._configure(
+            step_in_backward=step_in_backward,
+            bucket_mb=bucket_mb,
+            clip_value=clip_value,
+            differentiable=differentiable,
+            frozen_state=frozen_state,
+            moment_dtype=moment_dtype,
+            moment_seed=moment_seed,
+        )
         super().__init__(
             params,
             lr,

@@ -12,7 +12,7 @@ from torch.optim.sgd import sgd
 
 from torch_freeze._build import load_extension
 from torch_freeze._state_names import SGD
-from torch_freeze.optim import _stock, _strategy
+from torch_freeze.optim import _stock
 from torch_freeze.optim._base import FrozenAware, FrozenState
 
 _C = load_extension()
@@ -120,8 +120,15 @@ class FrozenAwareSGD(FrozenAware, torch.optim.SGD):
         momentum_dtype: torch.dtype | None = None,
         momentum_seed: int = 0,
     ) -> None:
-        backward = _strategy.check_options(step_in_backward, bucket_mb, clip_value, differentiable)
-        self._configure(frozen_momentum, momentum_dtype, momentum_seed, backward)
+        self._configure(
+            step_in_backward=step_in_backward,
+            bucket_mb=bucket_mb,
+            clip_value=clip_value,
+            differentiable=differentiable,
+            frozen_momentum=frozen_momentum,
+            momentum_dtype=momentum_dtype,
+            momentum_seed=momentum_seed,
+        )
         super().__init__(
             params,
             lr,
