@@ -371,7 +371,7 @@ ADAMW = ADAM._replace(ours=FrozenAwareAdamW, stock=torch.optim.AdamW, reference=
 FAMILIES = {"SGD": SGD, "Adam": ADAM, "AdamW": ADAMW}
 
 
-# Adam's formula differs from AdamW's by its decay alone, so slow tests of something else leave it out.
+# Adam's formula differs from AdamW's by its decay alone: slow tests of anything else leave it out.
 UNLIKE_FAMILIES = {name: family for name, family in FAMILIES.items() if name != "Adam"}
 
 
@@ -530,13 +530,15 @@ def assert_same_training(
     what: str = "",
     *,
     exact: bool = True,
+    arithmetic: torch.dtype | None = None,
     ignore: tuple[str, ...] = (),
 ) -> None:
     """Parameters, buffers, state keys and hyper-parameters are equal, bit for bit.
 
     Unless that is to be `exact`, tensors may differ by a few roundings of their largest element,
-    because one that goes the other way shifts the next. Groups may differ in `foreach`, `fused`
-    and what is to be ignored.
+    because one that goes the other way shifts the next; `arithmetic` is its dtype if it is coarser
+    than theirs. Groups may differ in `foreach`, `fused` and
+    what is to be ignored.
     """
 
     def assert_same(a: Tensor | None, b: Tensor | None, name: str) -> None:
@@ -547,7 +549,8 @@ def assert_same_training(
             finite = b.isfinite()
             assert torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()), name
             roundings = 8 if a.dtype in NARROW_DTYPES.values() else 256
-            assert_close(a[finite], b[finite], name, roundings * torch.finfo(a.dtype).eps)
+            tolerance = roundings * torch.finfo(arithmetic or a.dtype).eps
+            assert_close(a[finite], b[finite], name, tolerance)
 
     assert len(optimizer.param_groups) == len(reference.param_groups)
     for g, (ours, theirs) in enumerate(
@@ -561,8 +564,10 @@ def assert_same_training(
             assert (p in optimizer.state) == (q in reference.state), f"{name}: state entry"
             if p in optimizer.state:
                 assert list(optimizer.state[p]) == list(reference.state[q]), f"{name}: state keys"
-            for key in reference.state[q] if q in reference.state else ():
+            for key in reference.state.get(q, ()):
                 held = buffer_of(optimizer, p, key), buffer_of(reference, q, key)
+                if key == "step":  # on the host or the device
+                    held = held[0].cpu(), held[1].cpu()
                 if isinstance(held[1], Tensor):
                     assert_same(*held, f"{name} {key}")
                 else:
