@@ -548,8 +548,9 @@ def assert_same_training(
             assert a.dtype == b.dtype and a.shape == b.shape, name
             finite = b.isfinite()
             assert torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()), name
-            roundings = 8 if a.dtype in NARROW_DTYPES.values() else 256
-            tolerance = roundings * torch.finfo(arithmetic or a.dtype).eps
+            rounded_to = arithmetic or a.dtype
+            roundings = 8 if rounded_to in NARROW_DTYPES.values() else 256
+            tolerance = roundings * torch.finfo(rounded_to).eps
             assert_close(a[finite], b[finite], name, tolerance)
 
     assert len(optimizer.param_groups) == len(reference.param_groups)
