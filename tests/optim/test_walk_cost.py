@@ -152,7 +152,7 @@ def test_a_frozen_parameter_costs_a_tenth_of_a_trainable_one(
 
 
 def test_a_frozen_parameter_costs_every_optimizer_the_same(measured: Measured) -> None:
-    assert measured.each["AdamW: frozen"] == pytest.approx(measured.each["frozen"], rel=0.02)
+    assert measured.each["AdamW: frozen"] == pytest.approx(measured.each["frozen"], rel=0.1)
 
 
 def test_momentum_that_a_state_dict_shares_takes_one_launch(measured: Measured) -> None:
