@@ -51,9 +51,10 @@ class _Adam(FrozenAware):
             tensor = isinstance(value, Tensor)
             if not (tensor or isinstance(value, Real)) or (tensor and value.is_complex()):
                 raise TypeError(f"{where} has {name}={value!r}; it must be a real number")
-            if tensor and value.numel() != 1:
+            if tensor and (value.numel() != 1 or value.is_meta):
                 raise ValueError(
-                    f"{where} has a tensor of {value.numel()} elements for {name}; it must have one"
+                    f"{where} has a tensor of {value.numel()} elements on {value.device} for "
+                    f"{name}; it must have one, and a value"
                 )
             if name[0] == "b" and not tensor and (value < 0 or value >= 1):
                 raise ValueError(f"{where} has {name}={value!r}; it must be at least 0 and below 1")
@@ -101,7 +102,8 @@ class _Adam(FrozenAware):
             if id(p) not in ready:  # else it is listed twice
                 ready[id(p)] = self._ready(group, p)
         states = [ready[id(p)] for p in params]
-        grads = [p.grad for p in params if p.grad is not None]
+        # torch's form cannot take apart a complex number whose conjugation is pending.
+        grads = [p.grad.resolve_conj() for p in params if p.grad is not None]
         counts, averages, squares = (
             [state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq")
         )
