@@ -495,7 +495,7 @@ def assert_same_training(
             assert (p in optimizer.state) == (q in reference.state), f"{name}: state entry"
             if p in optimizer.state:
                 assert list(optimizer.state[p]) == list(reference.state[q]), f"{name}: state keys"
-            for key in reference.state[q] if q in reference.state else ():
+            for key in reference.state.get(q, ()):
                 held = buffer_of(optimizer, p, key), buffer_of(reference, q, key)
                 if isinstance(held[1], Tensor):
                     assert_same_bits(*held, f"{name} {key}")

@@ -98,8 +98,8 @@ def _set(key: str, value: Any) -> Build:
 
 
 def _hyper_cases() -> Iterator[tuple[str, Case]]:
-    keys = {key: ("SGD",) for key in ("momentum", "dampening")} | {"eps": ("AdamW",)}
-    keys |= {key: ("SGD", "AdamW") for key in ("lr", "weight_decay")}
+    keys = dict.fromkeys(("momentum", "dampening"), ("SGD",)) | {"eps": ("AdamW",)}
+    keys |= dict.fromkeys(("lr", "weight_decay"), ("SGD", "AdamW"))
     for key, families in keys.items():
         for name, value in HYPER_VALUES.items():
             alone = key == "eps" and name == "a meta tensor"  # stock adds one as if it were 0
