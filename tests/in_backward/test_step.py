@@ -151,10 +151,6 @@ def assert_same(a: tuple[Net, Any, int], b: tuple[Net, Any, int]) -> None:
 @pytest.mark.parametrize(
     ("family", "hyper"),
     cases.per_family(lambda family: {} if family is cases.ADAM else family.some_hypers),
-        case
-        for case in cases.per_family(lambda f: f.some_hypers)
-        if case.values[0] is not cases.ADAM
-    ],
 )
 @pytest.mark.parametrize(
     ("bucket", "freezing"),
