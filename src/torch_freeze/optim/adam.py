@@ -84,7 +84,8 @@ class _Adam(FrozenAware):
                 f"on {count.device}; it must be one real number that can be written to. Replace "
                 f"it, or {delete}."
             )
-        if not (_is_plain(param) and _is_plain(grad) and (average is None or _is_plain(average))):
+        plain = _is_plain(param) and (average is None or _is_plain(average))
+        if not plain or grad is None or not _is_plain(grad):
             return
         added = grad.dtype
         if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
