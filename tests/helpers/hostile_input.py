@@ -1,7 +1,7 @@
 """Hostile input: a clear error with nothing written, or stock's result; never a crash.
 
-Every case builds an optimizer, spoils something and steps twice, in a process of its own, with
-FrozenAwareSGD and with stock. Where stock steps, the same bits have to come out; where it raises,
+Every case builds an optimizer, spoils something and steps twice, in a process of its own, with an
+optimizer here and with stock. Where stock steps, the same bits have to come out; where it raises,
 an error has to say so. A case that names an `error` has to raise that, whatever stock does, and one
 that is `alone` has no counterpart in stock, which crashes or gives up there.
 """
@@ -21,10 +21,31 @@ from torch import Tensor
 
 from tests.helpers import apart, hostile
 from tests.helpers import optim_cases as cases
-from tests.helpers.optim_cases import FrozenAwareSGD
 
-Make = Callable[..., torch.optim.SGD]
-Build = Callable[[Make], torch.optim.SGD]
+
+@dataclass(frozen=True)
+class Make:
+    """Makes an optimizer of a family: the one here, or stock's for-loop."""
+
+    family: str
+    ours: bool
+
+    def __call__(self, params: Any, **hyper: Any) -> Any:
+        hyper = _USUAL[self.family] | hyper
+        if self.ours:
+            return cases.FAMILIES[self.family].ours(params, **hyper)
+        return self.stock(params, **({"foreach": False} | hyper))
+
+    @property
+    def stock(self) -> Any:
+        return cases.FAMILIES[self.family].stock
+
+
+_USUAL: dict[str, dict[str, Any]] = {"SGD": {"lr": 0.1, "momentum": 0.9}, "AdamW": {"lr": 0.1}}
+Build = Callable[[Make], torch.optim.Optimizer]
+
+# The optimizer whose state has a buffer.
+BUFFERS = {"momentum_buffer": "SGD", "exp_avg": "AdamW", "exp_avg_sq": "AdamW"}
 
 
 CLEAR = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError, OverflowError)
@@ -37,6 +58,8 @@ class Case(hostile.Case):
     build: Build
     error: str = ""  # what the message has to say
     alone: bool = False
+    families: tuple[str, ...] = ("SGD", "AdamW")
+    broken: str = ""  # why it fails as yet
     around: Callable[[], Any] = contextlib.nullcontext  # the steps
 
 
@@ -48,18 +71,20 @@ def make_params(count: int = 3, dtype: torch.dtype = torch.float32) -> list[torc
     return params
 
 
-def trained(make: Make, params: list[Any] | None = None, **hyper: Any) -> torch.optim.SGD:
+def trained(make: Callable[..., Any], params: list[Any] | None = None, **hyper: Any) -> Any:
     params = make_params() if params is None else params
-    optimizer = make(params, **({"lr": 0.1, "momentum": 0.9} | hyper))
+    optimizer = make(params, **hyper)
     optimizer.step()
     return optimizer
 
 
-def edit_buffer(edit: Callable[[Tensor, dict[str, Any]], Any]) -> Build:
-    def build(make: Make) -> torch.optim.SGD:
-        optimizer = trained(make)
+def edit_state(key: str, value: Callable[[Tensor, dict[str, Any]], Any], **hyper: Any) -> Build:
+    """Replaces what the state of one parameter has under a key."""
+
+    def build(make: Make) -> torch.optim.Optimizer:
+        optimizer = trained(make, **hyper)
         p = optimizer.param_groups[0]["params"][1]
-        edit(p, optimizer.state[p])
+        optimizer.state[p][key] = value(p, optimizer.state[p])
         return optimizer
 
     return build
@@ -74,7 +99,7 @@ class Outcome:
 
 
 def _values(optimizer: Any) -> list[str]:
-    """Every parameter and buffer, as text exact to the bit."""
+    """Every parameter and tensor of the state, as text exact to the bit."""
     values = []
     try:
         lists = [group["params"] for group in optimizer.param_groups]
@@ -85,8 +110,9 @@ def _values(optimizer: Any) -> list[str]:
         if not isinstance(p, Tensor):
             continue
         entry = optimizer.state.get(p) if isinstance(optimizer.state, dict) else None
-        buffer = entry.get("momentum_buffer") if isinstance(entry, dict) else None
-        values += [_text(p), _text(buffer)]
+        values += [_text(p)]
+        for key, value in entry.items() if isinstance(entry, dict) else ():
+            values += [f"{key}: {_text(value)}"]
     return values
 
 
@@ -130,31 +156,29 @@ def outcome_of(case: Case, make: Make, device: str) -> Outcome:
     return Outcome(None, True, True, _values(optimizer))
 
 
-def stock(*args: Any, **kwargs: Any) -> torch.optim.SGD:
-    """Stock's for-loop, whatever a checkpoint says about foreach."""
-    return torch.optim.SGD(*args, **({"foreach": False} | kwargs))
-
-
 def each(table: hostile.Table[Case], on_gpu: Iterable[str] = ()) -> pytest.MarkDecorator:
-    """Parametrize by `case` and `device`: all on the CPU, those named on a GPU too."""
-    runs = [pytest.param(case, "cpu", id=name) for name, case in table.items()]
-    runs += [
-        pytest.param(table[name], "cuda", id=f"{name}-cuda", marks=pytest.mark.gpu)
-        for name in on_gpu
-    ]
-    return pytest.mark.parametrize(("case", "device"), runs)
+    """Parametrize by case, family and device: all on the CPU, those named on a GPU too."""
+    runs = []
+    for device, marks, names in (("cpu", [], table), ("cuda", [pytest.mark.gpu], on_gpu)):
+        for name in names:
+            case = table[name]
+            broken = [pytest.mark.xfail(strict=True, reason=case.broken)] if case.broken else []
+            for family in case.families:
+                run = f"{family}: {name}" + ("-cuda" if marks else "")
+                runs.append(pytest.param(case, family, device, id=run, marks=[*marks, *broken]))
+    return pytest.mark.parametrize(("case", "family", "device"), runs)
 
 
-def check(case: Case, device: str) -> None:
-    """Run the case with FrozenAwareSGD and, where it has a counterpart there, with stock."""
-    ours: Outcome = apart.run(outcome_of, case, FrozenAwareSGD, device)
+def check(case: Case, family: str, device: str) -> None:
+    """Run the case with an optimizer here and, where it has a counterpart there, with stock."""
+    ours: Outcome = apart.run(outcome_of, case, Make(family, ours=True), device)
     assert ours.clear, f"no clear error: {ours.error}"
     assert ours.untouched, f"written to before it raised {ours.error}"
     if case.error:
         assert ours.error is not None, "stepped"
         assert re.search(case.error, ours.error), ours.error
     elif not case.alone:
-        theirs: Outcome = apart.run(outcome_of, case, stock, device)
+        theirs: Outcome = apart.run(outcome_of, case, Make(family, ours=False), device)
         assert (ours.error is None) == (theirs.error is None), (
             f"{ours.error}; stock: {theirs.error}"
         )

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from tests.helpers import apart, hostile
 from tests.helpers import optim_cases as cases
-from tests.helpers.optim_cases import FrozenAwareSGD
+from tests.helpers.optim_cases import FrozenAwareAdamW, FrozenAwareSGD
 
-Make = Callable[..., FrozenAwareSGD]
+Make = Callable[..., Any]
 Scenario = Callable[[Make], Any]
 
 
@@ -33,6 +33,7 @@ class Case(hostile.Case):
     scenario: Scenario
     error: str = ""  # what the message has to say
     ordinary_raises: bool = False  # an ordinary step raises an error, too
+    sgd_only: bool = False  # stock AdamW refuses it, or has no such option
     forks: bool = False  # after a backward, which torch does not allow where it sees a GPU
 
 
@@ -55,6 +56,36 @@ BUCKETS: dict[str, dict[str, Any]] = {
 
 def ordinary(params: Any, **hyper: Any) -> FrozenAwareSGD:
     return FrozenAwareSGD(params, **({"lr": 0.1, "momentum": 0.9} | hyper))
+
+
+# The options that the two call by different names.
+_OWN_NAMES = dict(zip(cases.SGD.state[3:], cases.ADAMW.state[3:], strict=True))
+
+
+def ordinary_adamw(params: Any, **hyper: Any) -> FrozenAwareAdamW:
+    """The scenarios call the options by SGD's names."""
+
+    def renamed(options: dict[str, Any]) -> dict[str, Any]:
+        return {_OWN_NAMES.get(key, key): value for key, value in options.items()}
+
+    if isinstance(params, list) and params and isinstance(params[0], dict):
+        params = [renamed(group) for group in params]
+    return FrozenAwareAdamW(params, **({"lr": 0.1} | renamed(hyper)))
+
+
+MAKES: dict[str, Make] = {"SGD": ordinary, "AdamW": ordinary_adamw}
+
+
+def is_ordinary(make: Make) -> bool:
+    """Whether what it makes steps in `step`."""
+    return make in MAKES.values()
+
+
+def stock_of(optimizer: Any, params: Any) -> torch.optim.Optimizer:
+    """Stock's optimizer of the same family."""
+    if isinstance(optimizer, FrozenAwareSGD):
+        return torch.optim.SGD(params, lr=0.2, momentum=0.8)
+    return torch.optim.AdamW(params, lr=0.2)
 
 
 def net(width: int = 6, depth: int = 4, dtype: torch.dtype = torch.float32) -> Any:
@@ -157,16 +188,21 @@ CLEAR = re.compile("^(ValueError|TypeError|RuntimeError|KeyError|NotImplementedE
 
 
 def each_use(table: Table) -> pytest.MarkDecorator:
-    """Everything on the CPU. On a GPU what makes steps: refusals do not ask where tensors lie."""
+    """Everything on the CPU. On a GPU what makes steps: refusals do not ask where tensors lie.
+
+    AdamW makes the steps too, in small buckets: who refuses is the same code for all optimizers.
+    """
     runs = []
     for name, case in table.items():
         for words, bucket in BUCKETS.items():
-            runs.append(pytest.param(case, bucket, "cpu", id=f"{name}-{words}"))
+            runs.append(pytest.param(case, "SGD", bucket, "cpu", id=f"{name}-{words}"))
+        bucket = BUCKETS["small buckets"]
+        if not case.error and not case.sgd_only:
+            runs.append(pytest.param(case, "AdamW", bucket, "cpu", id=f"{name}-AdamW"))
         if not case.error and not case.forks:
-            bucket = BUCKETS["small buckets"]
             words = f"{name}-cuda"
-            runs.append(pytest.param(case, bucket, "cuda", id=words, marks=pytest.mark.gpu))
-    return pytest.mark.parametrize(("case", "bucket", "device"), runs)
+            runs.append(pytest.param(case, "SGD", bucket, "cuda", id=words, marks=pytest.mark.gpu))
+    return pytest.mark.parametrize(("case", "family", "bucket", "device"), runs)
 
 
 def each_case(table: Table) -> pytest.MarkDecorator:
@@ -176,20 +212,20 @@ def each_case(table: Table) -> pytest.MarkDecorator:
 _ordinary_outcomes: dict[tuple[str, ...], Outcome] = {}
 
 
-def ordinary_outcome(case: Case, device: str = "cpu") -> Outcome:
+def ordinary_outcome(case: Case, family: str = "SGD", device: str = "cpu") -> Outcome:
     """What comes of ordinary steps; each case makes them once."""
     if case.forks and torch.cuda.is_available():
         pytest.skip("where torch sees a GPU, no fork of a process that ran backward can")
-    key = (*case.where, device)
+    key = (*case.where, family, device)
     if key not in _ordinary_outcomes:
-        _ordinary_outcomes[key] = apart.run(_outcome_on, case, ordinary, device)
+        _ordinary_outcomes[key] = apart.run(_outcome_on, case, MAKES[family], device)
     return _ordinary_outcomes[key]
 
 
-def check_use(case: Case, bucket: dict[str, Any], device: str) -> None:
+def check_use(case: Case, family: str, bucket: dict[str, Any], device: str) -> None:
     """Train in backward, and compare with ordinary steps or with the error to be raised."""
-    in_backward = functools.partial(ordinary, step_in_backward=True, **bucket)
-    theirs = None if case.error else ordinary_outcome(case, device)
+    in_backward = functools.partial(MAKES[family], step_in_backward=True, **bucket)
+    theirs = None if case.error else ordinary_outcome(case, family, device)
     ours: Outcome = apart.run(_outcome_on, case, in_backward, device)
     if theirs is None:
         assert ours.error, "made a step"
@@ -213,9 +249,9 @@ def both_tests(table: Table) -> tuple[Callable[..., None], Callable[..., None]]:
     @pytest.mark.filterwarnings("ignore")
     @each_use(table)
     def test_hostile_use_gives_the_ordinary_steps_bits_or_an_error(
-        case: Case, bucket: dict[str, Any], device: str
+        case: Case, family: str, bucket: dict[str, Any], device: str
     ) -> None:
-        check_use(case, bucket, device)
+        check_use(case, family, bucket, device)
 
     @pytest.mark.filterwarnings("ignore")
     @each_case(table)

@@ -229,13 +229,15 @@ def mix_bits(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def rounding_bits(seed: int, index: int, first: int, count: int) -> np.ndarray:
+def rounding_bits(seed: int, index: int, first: int, count: int, buffer: int = 0) -> np.ndarray:
     """The sixteen bits by which elements from `first` on are rounded, worked out apart from C++."""
     mask, golden = 2**64 - 1, 0x9E3779B97F4A7C15
     key = mix_bits(mix_bits(seed + golden & mask) + (index + 1) * golden & mask)
     place = np.arange(first, first + count, dtype=np.uint64)
     low, high = place.astype(np.uint32), (place >> np.uint64(32)).astype(np.uint32)
-    x = np.uint32(key & 0xFFFFFFFF) + low * np.uint32(key >> 32 | 1)
+    start = (key & 0xFFFFFFFF) ^ (buffer * 0x9E3779B9 & 0xFFFFFFFF)
+    stride = (key >> 32 | 1) ^ (buffer * 0x85EBCA6A & 0xFFFFFFFF)
+    x = np.uint32(start) + low * np.uint32(stride)
     x ^= x >> np.uint32(16)
     x *= np.uint32(2) * x + np.uint32(1)
     x += high * np.uint32(0x9E3779B9)

@@ -15,15 +15,16 @@ from tests.helpers.hostile_use import (
     Case,
     Make,
     Table,
-    bits,
     both_tests,
     loss_of,
     net,
     of_parameters,
     randn,
     result,
+    stock_of,
     train,
 )
+from torch_freeze.optim._base import state_names
 
 CASES = Table(__name__)
 
@@ -50,10 +51,10 @@ def loaded_within(make: Make) -> Any:
     optimizer.step()
 
 
-@CASES.case("a checkpoint of stock SGD, with weights_only=True")
+@CASES.case("a checkpoint of stock, with weights_only=True")
 def stock_checkpoint(make: Make) -> Any:
     model = net()
-    stock = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.8)
+    stock = stock_of(make(net().parameters()), model.parameters())
     train(model, stock)
     file = io.BytesIO()
     torch.save(stock.state_dict(), file)
@@ -76,7 +77,9 @@ def narrow(make: Make) -> Any:
         ],
         **NARROW,
     )
-    return train(model, optimizer, steps=6), [g["momentum_seed"] for g in optimizer.param_groups]
+    return train(model, optimizer, steps=6), [
+        g[state_names(optimizer).seed] for g in optimizer.param_groups
+    ]
 
 
 @CASES.case("momentum in bfloat16, saved, loaded with weights_only=True and resumed")
@@ -97,14 +100,21 @@ def narrow_resumed(make: Make) -> Any:
     return straight
 
 
-@CASES.case("momentum in bfloat16 from a checkpoint of stock SGD in float32")
+@CASES.case("momentum in bfloat16 from a checkpoint of stock in float32")
 def narrow_from_stock(make: Make) -> Any:
     model = net()
-    stock = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.8)
+    stock = stock_of(make(net().parameters()), model.parameters())
     train(model, stock)
     optimizer = make(model.parameters(), **NARROW)
     optimizer.load_state_dict(stock.state_dict())
-    return train(model, optimizer), [bits(s["momentum_buffer"]) for s in optimizer.state.values()]
+    values = train(model, optimizer)
+    assert all(
+        s[name].dtype is torch.bfloat16
+        for s in optimizer.state.values()
+        for name in state_names(optimizer).buffers
+        if name in s
+    )
+    return values
 
 
 @CASES.case("momentum in bfloat16 of parameters listed twice")
@@ -154,7 +164,8 @@ for _policy_name in ("reset", "drop"):
         " in bfloat16 with dampening": NARROW | {"dampening": 0.4},
     }.items():
         CASES[f"frozen_momentum={_policy_name}{_words}"] = Case(
-            functools.partial(_policy, frozen_momentum=_policy_name, **_hyper)
+            functools.partial(_policy, frozen_momentum=_policy_name, **_hyper),
+            sgd_only="dampening" in _hyper or "nesterov" in _hyper,
         )
 
 

@@ -49,7 +49,7 @@ def data_set_within(make: Make) -> Any:
     return result(model, optimizer)
 
 
-@CASES.case("model.double() between steps")
+@CASES.case("model.double() between steps", sgd_only=True)
 def to_double(make: Make) -> Any:
     model = net()
     optimizer = make(model.parameters())
@@ -58,7 +58,7 @@ def to_double(make: Make) -> Any:
     return train(model, optimizer, loss=lambda m, s: loss_of(m, s, torch.float64))
 
 
-@CASES.case("model.double() by swap_tensors between steps")
+@CASES.case("model.double() by swap_tensors between steps", sgd_only=True)
 def to_double_by_swap(make: Make) -> Any:
     model = net()
     optimizer = make(model.parameters())

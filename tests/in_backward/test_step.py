@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 from tests.helpers import optim_cases as cases
-from tests.helpers.optim_cases import FrozenAwareSGD, Hyper
+from tests.helpers.optim_cases import ADAMW, SGD, Family, FrozenAwareSGD, Hyper
 
 KIB = 1 / 1024
 """Of a bucket, in MiB."""
@@ -104,11 +104,15 @@ BUCKETS: dict[str, dict[str, Any]] = {
 
 
 def train(
-    freezing: Callable[[nn.Module, int], None], steps: int = 7, device: str = "cpu", **options: Any
-) -> tuple[Net, FrozenAwareSGD, int]:
+    freezing: Callable[[nn.Module, int], None],
+    steps: int = 7,
+    device: str = "cpu",
+    family: Family = SGD,
+    **options: Any,
+) -> tuple[Net, Any, int]:
     """The model, the optimizer, and the most gradient bytes held when any gradient arrived."""
     model = network(device=device)
-    optimizer = FrozenAwareSGD(in_groups(model), **({"lr": 0.05} | options))
+    optimizer = family.ours(in_groups(model), **({"lr": 0.05} | options))
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)
     peak = 0
 
@@ -128,7 +132,7 @@ def train(
     return model, optimizer, peak
 
 
-def assert_same(a: tuple[Net, FrozenAwareSGD, int], b: tuple[Net, FrozenAwareSGD, int]) -> None:
+def assert_same(a: tuple[Net, Any, int], b: tuple[Net, Any, int]) -> None:
     for (name, p), q in zip(a[0].state_dict().items(), b[0].state_dict().values(), strict=True):
         if p.is_floating_point():
             cases.assert_same_bits(p, q, name)
@@ -144,7 +148,10 @@ def assert_same(a: tuple[Net, FrozenAwareSGD, int], b: tuple[Net, FrozenAwareSGD
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
+@pytest.mark.parametrize(
+    ("family", "hyper"),
+    cases.per_family(lambda family: {} if family is cases.ADAM else family.some_hypers),
+)
 @pytest.mark.parametrize(
     ("bucket", "freezing"),
     cases.ids(
@@ -161,10 +168,15 @@ def assert_same(a: tuple[Net, FrozenAwareSGD, int], b: tuple[Net, FrozenAwareSGD
     ),
 )
 def test_results_equal_those_of_the_ordinary_step(
-    bucket: dict[str, Any], freezing: Callable[[nn.Module, int], None], hyper: Hyper, device: str
+    bucket: dict[str, Any],
+    freezing: Callable[[nn.Module, int], None],
+    family: Family,
+    hyper: Hyper,
+    device: str,
 ) -> None:
-    ordinary = train(freezing, device=device, **hyper)
-    ours = train(freezing, device=device, step_in_backward=True, **bucket, **hyper)
+    how = {"device": device, "family": family} | hyper
+    ordinary = train(freezing, **how)
+    ours = train(freezing, step_in_backward=True, **bucket, **how)
     assert_same(ours, ordinary)
 
 
@@ -179,11 +191,28 @@ def test_results_equal_those_of_the_ordinary_step(
             "momentum dropped": {"frozen_momentum": "drop"},
             "bfloat16 momentum": {"momentum_dtype": torch.bfloat16, "momentum_seed": 7},
             "a tensor lr": {"lr": torch.tensor(0.05)},
+            "AdamW, stock's loop": {"family": ADAMW, "foreach": False},
+            "AdamW, stock's foreach": {"family": ADAMW, "foreach": True},
+            "AdamW, counts on the device": {"family": ADAMW, "fused": True},
+            "AdamW, moments reset": {"family": ADAMW, "frozen_state": "reset", "amsgrad": True},
+            "AdamW, moments dropped": {"family": ADAMW, "frozen_state": "drop"},
+            "AdamW, bfloat16 moments": {
+                "family": ADAMW,
+                "amsgrad": True,
+                "moment_dtype": torch.bfloat16,
+                "moment_seed": 7,
+            },
+            "AdamW, a tensor lr": {"family": ADAMW, "lr": torch.tensor(0.05)},
+            "AdamW, tensor betas": {
+                "family": ADAMW,
+                "betas": (torch.tensor(0.8), torch.tensor(0.9)),
+            },
         }
     ),
 )
 def test_every_option_gives_the_same(options: dict[str, Any], device: str) -> None:
-    options = {"momentum": 0.9, "device": device} | options
+    usual = {} if "family" in options else {"momentum": 0.9}
+    options = usual | {"device": device} | options
     ordinary = train(rolling, **copy.deepcopy(options))
     assert_same(train(rolling, step_in_backward=True, bucket_mb=2 * KIB, **options), ordinary)
 
@@ -199,6 +228,18 @@ def test_a_version_counter_that_parameters_share_is_no_write() -> None:
     assert float(first.detach()) == -0.1 and torch.equal(flat, torch.tensor([0.0, -0.1]))
 
 
+def test_counts_advance_once_per_step_whatever_the_buckets() -> None:
+    for bucket in BUCKETS.values():
+        model, optimizer, _ = train(nothing, 3, step_in_backward=True, family=ADAMW, **bucket)
+        counts = {float(entry["step"]) for entry in optimizer.state.values()}
+        assert counts == {3.0}
+        model.wide.requires_grad_(False)
+        loss_of(model).backward()
+        optimizer.step()
+        assert optimizer.state[model.wide.weight]["step"] == 3
+        assert optimizer.state[model.head.weight]["step"] == 4
+
+
 def test_it_trains_at_all() -> None:
     before = dict(network().named_parameters())
     after = train(nothing, step_in_backward=True)[0].named_parameters()
@@ -210,7 +251,7 @@ def test_it_trains_at_all() -> None:
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("bound", [0.001, 0.05])
 def test_clipping_by_value_is_exact(bound: float, device: str) -> None:
-    def clipped() -> tuple[Net, FrozenAwareSGD, int]:
+    def clipped() -> tuple[Net, Any, int]:
         model = network(device=device)
         optimizer = FrozenAwareSGD(in_groups(model), 0.05, 0.9)
         for step in range(5):
@@ -223,7 +264,7 @@ def test_clipping_by_value_is_exact(bound: float, device: str) -> None:
             optimizer.step()
         return model, optimizer, 0
 
-    def in_backward() -> tuple[Net, FrozenAwareSGD, int]:
+    def in_backward() -> tuple[Net, Any, int]:
         model = network(device=device)
         optimizer = FrozenAwareSGD(
             in_groups(model),
@@ -244,7 +285,7 @@ def test_clipping_by_value_is_exact(bound: float, device: str) -> None:
 
 @pytest.mark.parametrize("device", cases.DEVICES)
 def test_a_closure_runs_forward_backward_and_the_step(device: str) -> None:
-    def run(**options: Any) -> tuple[Net, FrozenAwareSGD, int]:
+    def run(**options: Any) -> tuple[Net, Any, int]:
         model = network(device=device)
         optimizer = FrozenAwareSGD(in_groups(model), 0.05, 0.9, **options)
 
@@ -336,7 +377,7 @@ def halve(p: Tensor) -> None:
 
 @pytest.mark.parametrize("device", cases.DEVICES)
 def test_a_users_hook_may_change_the_gradient(device: str) -> None:
-    def run(**options: Any) -> tuple[Net, FrozenAwareSGD, int]:
+    def run(**options: Any) -> tuple[Net, Any, int]:
         model = network(device=device)
         model.head.weight.register_hook(lambda grad: grad * 2)
         model.wide.weight.register_post_accumulate_grad_hook(halve)
@@ -444,8 +485,10 @@ def test_close_takes_the_hooks_off() -> None:
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
-def test_closing_in_mid_step_leaves_the_rest_to_step(device: str) -> None:
-    options: dict[str, Any] = {"momentum": 0.9, "device": device}
+@pytest.mark.parametrize("family", cases.ids({"SGD": (SGD,), "AdamW": (ADAMW,)}))
+def test_closing_in_mid_step_leaves_the_rest_to_step(family: Family, device: str) -> None:
+    hyper = {"momentum": 0.9} if family is SGD else {}
+    options: dict[str, Any] = {"device": device, "family": family} | hyper
     model, optimizer, _ = train(nothing, **options)
     other, closed, _ = train(nothing, step_in_backward=True, bucket_mb=2 * KIB, **options)
     for each, by in ((model, optimizer), (other, closed)):
@@ -541,13 +584,15 @@ def test_a_second_backward_names_a_stock_optimizer_that_stepped() -> None:
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("bucket_mb", [0, 4 * KIB, None], ids=["no bucket", "4 KiB", "the usual"])
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("family", cases.ids({"SGD": (SGD,), "AdamW": (ADAMW,)}))
 def test_zero_grad_gives_up_a_backward_that_other_code_interrupted(
-    kind: type[BaseException], bucket_mb: float | None, device: str
+    family: Family, kind: type[BaseException], bucket_mb: float | None, device: str
 ) -> None:
     """As in a loop that skips a batch: what was applied before the error stays."""
     model = network(device=device)
-    optimizer = FrozenAwareSGD(
-        model.parameters(), 0.1, 0.9, step_in_backward=True, bucket_mb=bucket_mb
+    hyper = {"momentum": 0.9} if family is SGD else {}
+    optimizer = family.ours(
+        model.parameters(), 0.1, step_in_backward=True, bucket_mb=bucket_mb, **hyper
     )
     train_once = functools.partial(_iterate, model, optimizer)
     train_once(0)
@@ -565,7 +610,7 @@ def test_zero_grad_gives_up_a_backward_that_other_code_interrupted(
     assert all(p.grad is None for p in model.parameters())
     # From here on it trains like an optimizer that starts from the same weights and momentum.
     twin = copy.deepcopy(model)
-    ordinary = FrozenAwareSGD(twin.parameters(), 0.1, 0.9)
+    ordinary = family.ours(twin.parameters(), 0.1, **hyper)
     ordinary.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for step in range(2, 5):
         train_once(step)
@@ -639,6 +684,15 @@ def new_momentum(model: Net, optimizer: FrozenAwareSGD) -> None:
     optimizer.step()
 
 
+def set_between(key: str, value: Any) -> Callable[[Net, Any], None]:
+    def misuse(model: Net, optimizer: Any) -> None:
+        loss_of(model).backward()
+        optimizer.param_groups[0][key] = value
+        optimizer.step()
+
+    return misuse
+
+
 def frozen_after(model: Net, optimizer: FrozenAwareSGD) -> None:
     loss_of(model).backward()
     model.wide.requires_grad_(False)
@@ -675,17 +729,39 @@ REFUSED: dict[str, tuple[Callable[[Net, FrozenAwareSGD], None], str]] = {
     "sparse gradients": (sparse, "layout Sparse"),
     "reentrant checkpoints of one layer": (reentrant, "for the second time"),
 }
+REFUSED_OF_ADAMW: dict[str, tuple[Callable[[Net, Any], None], str]] = {
+    key: (set_between(key, value), rf"{key} of param_groups\[0\] was changed")
+    for key, value in {
+        "betas": (0.5, 0.5),
+        "eps": 1.0,
+        "weight_decay": 0.5,
+        "amsgrad": True,
+        "maximize": True,
+        "decoupled_weight_decay": False,
+    }.items()
+}
+REFUSED_OF_ADAMW |= {name: REFUSED[name] for name in ("clipping by norm", "a GradScaler")}
+REFUSED_OF_ANY = [
+    pytest.param(family, *case, id=f"{family_name}: {name}")
+    for family_name, family, table in (("SGD", SGD, REFUSED), ("AdamW", ADAMW, REFUSED_OF_ADAMW))
+    for name, case in table.items()
+]
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("bucket_mb", [0, 4 * KIB], ids=["no bucket", "4 KiB"])
-@pytest.mark.parametrize(("misuse", "message"), cases.ids(REFUSED))
+@pytest.mark.parametrize(("family", "misuse", "message"), REFUSED_OF_ANY)
 def test_what_cannot_be_one_step_is_refused(
-    misuse: Callable[[Net, FrozenAwareSGD], None], message: str, bucket_mb: float, device: str
+    family: Family,
+    misuse: Callable[[Net, Any], None],
+    message: str,
+    bucket_mb: float,
+    device: str,
 ) -> None:
     model = network(device=device)
-    optimizer = FrozenAwareSGD(
-        model.parameters(), 0.1, 0.9, step_in_backward=True, bucket_mb=bucket_mb
+    hyper = {"momentum": 0.9} if family is SGD else {}
+    optimizer = family.ours(
+        model.parameters(), 0.1, step_in_backward=True, bucket_mb=bucket_mb, **hyper
     )
     if misuse is clip_norm and bucket_mb == 0:
         message += "|more than one element"  # torch's error: the placeholder cannot be written to

@@ -1,7 +1,8 @@
 """Stochastic rounding of momentum to bfloat16: what is random about it, and that nothing else is.
 
 The kernels are run without the optimizer, the CPU's own and the CUDA kernel's body on the CPU.
-Every dtype, layout and variant is covered by test_body.py.
+Every dtype, layout and variant is covered by test_body.py. An optimizer with more than one buffer
+differs in the random bits alone, which each of its buffers has of its own: see the end.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from tests.helpers.kernels import (
     rounding_bits,
     step,
 )
+from torch_freeze import FrozenAwareAdamW
 
 ROUNDED = {name: triple for name, triple in TRIPLES.items() if triple.stochastic}
 FULL = TRIPLES["fp32 with stochastic bf16 momentum"]
@@ -304,6 +306,7 @@ def test_the_parameter_moves_by_the_momentum_before_its_rounding(run: Run, tripl
 
 
 COUNT = 1 << 20
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 BITS: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {
     **{
         f"elements {lag} apart": lambda lag=lag: (  # type: ignore[misc]
@@ -333,6 +336,21 @@ BITS: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {
         np.concatenate([rounding_bits(seed, 0, 0, 64) for seed in range(COUNT >> 6)]),
         np.concatenate([rounding_bits(seed + 1, 0, 0, 64) for seed in range(COUNT >> 6)]),
     ),
+    **{
+        f"{MOMENTS[i]} and {MOMENTS[j]}{words}": lambda i=i, j=j, lag=lag: (  # type: ignore[misc]
+            rounding_bits(1, 0, 0, COUNT, i),
+            rounding_bits(1, 0, lag, COUNT, j),
+        )
+        for i, j in ((0, 1), (0, 2), (1, 2))
+        for words, lag in (("", 0), (", an element on", 1))
+    },
+    **{
+        f"{MOMENTS[i]} and {MOMENTS[j]} from seed to seed": lambda i=i, j=j: (  # type: ignore[misc]
+            np.concatenate([rounding_bits(seed, 0, 0, 64, i) for seed in range(COUNT >> 6)]),
+            np.concatenate([rounding_bits(seed, 0, 0, 64, j) for seed in range(COUNT >> 6)]),
+        )
+        for i, j in ((0, 1), (0, 2), (1, 2))
+    },
 }
 
 
@@ -472,3 +490,67 @@ def test_a_row_of_the_table_holds_its_key() -> None:
         assert size == same_size
         assert tensors == pytest.approx(fewer * 40 / 32, abs=1.25)
     assert accesses([(1 << 20, 2 << 20, 3 << 20, 0, 0, 0, False)], HALF) == []
+
+
+# ------------------------------------------------------------------------ more than one buffer each
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def trained_moments(amsgrad: bool, threads: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """What the reference makes of each moment, and what the kernel made of it."""
+    gen = torch.Generator().manual_seed(0)
+    sizes = (5000, 1, 40001, 3)
+    params = [torch.nn.Parameter(torch.randn(n, generator=gen)) for n in sizes]
+    wide = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    how = {"amsgrad": amsgrad, "betas": (0.8, 0.9)}
+    narrow = {"moment_dtype": BF16, "moment_seed": 41}
+    optimizer = FrozenAwareAdamW([{"params": params[:3]}, {"params": params[3:]}], **how, **narrow)
+    exact = FrozenAwareAdamW([{"params": wide[:3]}, {"params": wide[3:]}], **how)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    pairs = []
+    for step_number in range(3):
+        for p, q in zip(params, wide, strict=True):
+            p.grad = torch.randn(p.shape, generator=gen)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        exact.step()
+        for (g, i), p, q in zip(((0, 0), (0, 1), (0, 2), (1, 0)), params, wide, strict=True):
+            assert_same(p.detach(), q.detach(), "param")
+            for k, name in enumerate(MOMENTS[: 3 if amsgrad else 2]):
+                full = exact.state[q][name]
+                bits = rounding_bits(41 + step_number + (g << 48), i, 0, p.numel(), k)
+                pairs.append((round_stochastically(full, bits), optimizer.state[p][name].clone()))
+                full.copy_(optimizer.state[p][name])
+    torch.set_num_threads(before)
+    return pairs
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["two moments", "amsgrad"])
+def test_each_moment_is_rounded_by_its_own_bits(amsgrad: bool, threads: int) -> None:
+    """Whatever the step, the tensor and its group; the parameter moves by the moments before."""
+    for wanted, moment in trained_moments(amsgrad, threads):
+        assert_same(moment, wanted, "a moment")
+
+
+@pytest.mark.compiled
+@pytest.mark.usefixtures("one_thread")
+def test_the_moments_of_a_constant_gradient_arrive() -> None:
+    """Where rounding to nearest would stop on the way, the mean of many elements arrives."""
+    value = between(37, 0, 127 - 20)
+    p = torch.nn.Parameter(torch.zeros(4096))
+    optimizer = FrozenAwareAdamW([p], lr=0.0, betas=(0.9, 0.95), moment_dtype=BF16)
+    means = {"exp_avg": 0.0, "exp_avg_sq": 0.0}
+    for number in range(500):
+        p.grad = torch.full((4096,), value)
+        optimizer.step()
+        if number >= 400:
+            for name in means:
+                means[name] += float(optimizer.state[p][name].double().mean()) / 100
+    # As for momentum: half the distance of two numbers in one rounding, added up over the past.
+    for name, limit, beta in (("exp_avg", value, 0.9), ("exp_avg_sq", value**2, 0.95)):
+        spread = limit * 2.0**-8 / math.sqrt(1 - beta**2) / math.sqrt(4096)
+        assert abs(means[name] - limit) < 5 * spread, name

@@ -12,8 +12,16 @@ import torch
 from torch import Tensor
 
 from tests.helpers import optim_cases as cases
-from tests.helpers.optim_cases import FrozenAwareSGD, Hyper
+from tests.helpers.optim_cases import ADAMW, SGD, Family, FrozenAwareSGD, Hyper
 
+each_hyper = pytest.mark.parametrize(
+    ("family", "hyper"),
+    cases.per_family(lambda family: {} if family is cases.ADAM else family.some_hypers),
+)
+MOMENTUM = {"lr": 0.1, "momentum": 0.9}
+each_family = pytest.mark.parametrize(
+    ("family", "hyper"), cases.ids({"SGD": (SGD, MOMENTUM), "AdamW": (ADAMW, {"lr": 0.1})})
+)
 IMPLEMENTATIONS: dict[str, Hyper] = {
     "foreach and fused unset": {},
     "fused=True": {"fused": True},
@@ -38,16 +46,16 @@ def _scale_grads(params: list[Any], scale: float) -> None:
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("implementation", cases.ids(IMPLEMENTATIONS))
 @pytest.mark.parametrize("dtype", cases.ids(cases.WIDE_DTYPES))
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
+@each_hyper
 def test_scaled_training_equals_stock(
-    hyper: Hyper, dtype: torch.dtype, implementation: Hyper, device: str
+    family: Family, hyper: Hyper, dtype: torch.dtype, implementation: Hyper, device: str
 ) -> None:
     """The scale is a power of two, so that stock's multiplication and a division agree in bits."""
     gen = cases.generator(0)
     ours = cases.make_parameters((5, 70, 9), gen, dtype, device)
     theirs = cases.twin(ours)
-    optimizer = FrozenAwareSGD(ours, **hyper, **implementation)
-    reference = torch.optim.SGD(theirs, **hyper, foreach=device == "cuda")
+    optimizer = family.ours(ours, **hyper, **implementation)
+    reference = family.stock(theirs, **hyper, foreach=device == "cuda")
     scalers = _scaler(device), _scaler(device)
     for step in range(8):
         cases.set_grads(ours, theirs, gen, skip=lambda i, step=step: i == 2 and step < 2)
@@ -88,14 +96,16 @@ def test_any_scale_divides_as_stock_fused_does(
 
 
 @pytest.mark.parametrize("dtype", cases.ids(cases.NARROW_DTYPES))
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
-def test_narrow_gradients_are_unscaled_in_fp32(hyper: Hyper, dtype: torch.dtype) -> None:
+@each_hyper
+def test_narrow_gradients_are_unscaled_in_fp32(
+    family: Family, hyper: Hyper, dtype: torch.dtype
+) -> None:
     """By a power of two, which is exact: the result is that of the unscaled gradients."""
     gen = cases.generator(0)
     start = torch.randn(700, generator=gen).to(dtype)
     grad = torch.randn(700, generator=gen).to(dtype)
     p, q = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    optimizer, reference = FrozenAwareSGD([p], **hyper), cases.Reference([q], **hyper)
+    optimizer, reference = family.ours([p], **hyper), family.reference([q], **hyper)
     for _ in range(3):
         p.grad, q.grad = grad * 4, grad.clone()
         scaler = _scaler("cpu", 4.0)
@@ -115,14 +125,15 @@ class Recorder:
         seen: list[Any] = [len(self.optimizer.state)]
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                buffer = cases.buffer_of(self.optimizer, p)
-                seen.append(
-                    (
-                        cases.bits(p).tolist(),
-                        p in self.optimizer.state,
-                        None if buffer is None else (id(buffer), cases.bits(buffer).tolist()),
-                    )
+                entry = self.optimizer.state.get(p)
+                held = (
+                    None
+                    if entry is None
+                    else [
+                        (key, id(value), cases.bits(value).tolist()) for key, value in entry.items()
+                    ]
                 )
+                seen.append((cases.bits(p).tolist(), held))
         return seen
 
     def assert_unchanged(self) -> None:
@@ -136,9 +147,14 @@ BAD_VALUES = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 @pytest.mark.parametrize("value", cases.ids(BAD_VALUES))
 @pytest.mark.parametrize("steps_before", [0, 2], ids=["on the first step", "later"])
 @pytest.mark.parametrize("dtype", cases.ids(cases.WIDE_DTYPES))
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
+@each_hyper
 def test_an_overflow_touches_nothing_but_frozen_gradients(
-    hyper: Hyper, dtype: torch.dtype, steps_before: int, value: float, device: str
+    family: Family,
+    hyper: Hyper,
+    dtype: torch.dtype,
+    steps_before: int,
+    value: float,
+    device: str,
 ) -> None:
     """Afterwards training goes on as if the step had not happened: first buffers are still first.
 
@@ -147,8 +163,8 @@ def test_an_overflow_touches_nothing_but_frozen_gradients(
     gen = cases.generator(0)
     ours = cases.make_parameters((5, 70, 9), gen, dtype, device)
     theirs = cases.twin(ours)
-    optimizer = FrozenAwareSGD(ours, **hyper)
-    reference = cases.Reference(theirs, **hyper)
+    optimizer = family.ours(ours, **hyper)
+    reference = family.reference(theirs, **hyper)
     scaler = _scaler(device)
     for _ in range(steps_before):
         cases.set_grads(ours, theirs, gen)
@@ -176,10 +192,13 @@ def test_an_overflow_touches_nothing_but_frozen_gradients(
         cases.assert_same_training(optimizer, reference, f"after the overflow, step {step + 1}:")
 
 
-def test_overflow_with_an_existing_buffer_in_part_of_the_tensors() -> None:
+@each_family
+def test_overflow_with_an_existing_buffer_in_part_of_the_tensors(
+    family: Family, hyper: Hyper
+) -> None:
     gen = cases.generator(0)
     ours = cases.make_parameters((5, 70), gen)
-    optimizer = FrozenAwareSGD(ours, lr=0.1, momentum=0.9, dampening=0.5)
+    optimizer = family.ours(ours, **hyper)
     ours[0].grad = torch.ones(5)
     optimizer.step()
     ours[1].grad = torch.full((70,), math.inf)
@@ -204,13 +223,13 @@ def test_an_infinite_stale_gradient_of_a_frozen_parameter_costs_one_step() -> No
         assert torch.equal(frozen, torch.ones(3)) and frozen.grad is None
 
 
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
-def test_unscale_before_the_step_is_not_unscaled_twice(hyper: Hyper) -> None:
+@each_hyper
+def test_unscale_before_the_step_is_not_unscaled_twice(family: Family, hyper: Hyper) -> None:
     """This is how clipping is done; then `grad_scale` is None, but `found_inf` is not."""
     gen = cases.generator(0)
     ours = cases.make_parameters((5, 70), gen)
     theirs = cases.twin(ours)
-    optimizer, reference = FrozenAwareSGD(ours, **hyper), cases.Reference(theirs, **hyper)
+    optimizer, reference = family.ours(ours, **hyper), family.reference(theirs, **hyper)
     scaler = _scaler("cpu")
     for overflow in (False, True, False):
         cases.set_grads(ours, theirs, gen)
@@ -225,6 +244,32 @@ def test_unscale_before_the_step_is_not_unscaled_twice(hyper: Hyper) -> None:
         if not overflow:
             reference.step()
         cases.assert_same_training(optimizer, reference)
+
+
+@each_family
+def test_the_scale_grows_and_shrinks_as_with_stock(family: Family, hyper: Hyper) -> None:
+    """Overflows now and then: counts, moments and scale stay those of stock."""
+    gen = cases.generator(0)
+    ours = cases.make_parameters((5, 70), gen)
+    theirs = cases.twin(ours)
+    optimizer, reference = family.ours(ours, **hyper), family.stock(theirs, **hyper, foreach=False)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2) for _ in range(2)]
+    scales = []
+    for step in range(9):
+        cases.set_grads(ours, theirs, gen)
+        for params, scaler, each in zip(
+            (ours, theirs), scalers, (optimizer, reference), strict=True
+        ):
+            scaler.scale(torch.ones(()))
+            _scale_grads(params, scaler.get_scale())
+            if step in (0, 4, 5):
+                params[1].grad[3] = math.inf
+            scaler.step(each)
+            scaler.update()
+        scales.append([scaler.get_scale() for scaler in scalers])
+        cases.assert_same_training(optimizer, reference, f"after step {step + 1}:")
+    assert all(a == b for a, b in scales)
+    assert {a for a, _ in scales} == {2.0, 4.0, 8.0}
 
 
 def test_a_disabled_scaler_is_a_plain_step() -> None:
@@ -270,19 +315,33 @@ def _sparse(gen: torch.Generator) -> Tensor:
 
 
 @pytest.mark.parametrize("overflow", [False, True], ids=["", "with an overflow"])
-@pytest.mark.parametrize("kind", ["sparse", "strided parameter", "fp64 buffer"])
-def test_what_the_kernels_do_not_cover_is_scaled_too(kind: str, overflow: bool) -> None:
+@pytest.mark.parametrize(
+    ("family", "hyper", "kind"),
+    [
+        *((SGD, MOMENTUM, kind) for kind in ("sparse", "strided parameter", "fp64 buffer")),
+        *((ADAMW, {"lr": 0.1}, kind) for kind in ("strided parameter", "fp64 buffer")),
+    ],
+    ids=lambda value: value.ours.__name__ if isinstance(value, Family) else None,
+)
+def test_what_the_kernels_do_not_cover_is_scaled_too(
+    family: Family, hyper: Hyper, kind: str, overflow: bool
+) -> None:
     gen = cases.generator(0)
     value = cases.randn((10, 4), gen)
     storage = value.repeat_interleave(2, 1)
     p = torch.nn.Parameter(storage[:, ::2] if kind == "strided parameter" else value.clone())
     beside = torch.nn.Parameter(torch.ones(3))
     q, q_beside = torch.nn.Parameter(value.clone()), torch.nn.Parameter(torch.ones(3))
-    optimizer = FrozenAwareSGD([beside, p], lr=0.1, momentum=0.9)
-    reference = torch.optim.SGD([q_beside, q], lr=0.1, momentum=0.9, foreach=False)
+    optimizer = family.ours([beside, p], **hyper)
+    reference = family.stock([q_beside, q], **hyper, foreach=False)
     if kind == "fp64 buffer":
         for sgd, x in ((optimizer, p), (reference, q)):
-            sgd.state[x]["momentum_buffer"] = torch.ones(10, 4, dtype=torch.float64)
+            if family is SGD:
+                sgd.state[x]["momentum_buffer"] = torch.ones(10, 4, dtype=torch.float64)
+            else:
+                sgd.state[x]["step"] = torch.tensor(3.0)
+                sgd.state[x]["exp_avg"] = torch.ones(10, 4)
+                sgd.state[x]["exp_avg_sq"] = torch.ones(10, 4, dtype=torch.float64)
     scaler = _scaler("cpu")
     for step in range(4):
         grad = _sparse(gen) if kind == "sparse" else cases.randn((10, 4), gen)
@@ -328,12 +387,13 @@ def test_scaling_is_advertised_where_the_kernels_read_it() -> None:
         assert copy.deepcopy(optimizer)._step_supports_amp_scaling is True
 
 
-def test_autocast_training_with_a_scaler() -> None:
+@each_family
+def test_autocast_training_with_a_scaler(family: Family, hyper: Hyper) -> None:
     torch.manual_seed(0)
     models = [torch.nn.Linear(8, 3) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    optimizer = FrozenAwareSGD(models[0].parameters(), lr=0.1, momentum=0.9)
-    reference = torch.optim.SGD(models[1].parameters(), lr=0.1, momentum=0.9, foreach=False)
+    optimizer = family.ours(models[0].parameters(), **hyper)
+    reference = family.stock(models[1].parameters(), **hyper, foreach=False)
     gen = cases.generator(0)
     scalers = _scaler("cpu"), _scaler("cpu")
     for _ in range(5):

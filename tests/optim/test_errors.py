@@ -12,84 +12,114 @@ import torch
 from torch import Tensor
 
 from tests.helpers import optim_cases as cases
-from tests.helpers.optim_cases import FrozenAwareSGD, Hyper
+from tests.helpers.optim_cases import ADAMW, SGD, Family, FrozenAwareSGD
 
 MOMENTUM = cases.SOME_HYPERS["momentum, dampening and decay"]
+AMSGRAD = {"lr": 0.05, "weight_decay": 0.1, "amsgrad": True}
+families = pytest.mark.parametrize("family", cases.ids({"SGD": (SGD,), "AdamW": (ADAMW,)}))
+
+
+def _hyper(family: Family) -> cases.Hyper:
+    return MOMENTUM if family is SGD else AMSGRAD
+
 
 # What spoils one parameter of shape [4, 6], and what the message must then say.
-Spoil = Callable[[FrozenAwareSGD, Tensor], None]
+Spoil = Callable[[Any, Tensor], None]
 
 
-def _grad_of_other_shape(optimizer: FrozenAwareSGD, p: Tensor) -> None:
+def _grad_of_other_shape(optimizer: Any, p: Tensor) -> None:
     p.grad = torch.ones(4, 6)
     p.data = torch.ones(4, 3)
 
 
-def _grad_that_would_broadcast(optimizer: FrozenAwareSGD, p: Tensor) -> None:
+def _grad_that_would_broadcast(optimizer: Any, p: Tensor) -> None:
     p.grad = torch.ones(4, 6)
     p.grad.data = torch.ones(6)
 
 
-def _grad_of_same_count(optimizer: FrozenAwareSGD, p: Tensor) -> None:
+def _grad_of_same_count(optimizer: Any, p: Tensor) -> None:
     p.grad = torch.ones(4, 6)
     p.data = torch.ones(6, 4)
 
 
-def _complex_grad(optimizer: FrozenAwareSGD, p: Tensor) -> None:
+def _complex_grad(optimizer: Any, p: Tensor) -> None:
     p.grad = torch.ones(4, 6)
     p.grad.data = torch.ones(4, 6, dtype=torch.complex64)
 
 
-def _buffer(value: Any) -> Spoil:
-    def spoil(optimizer: FrozenAwareSGD, p: Tensor) -> None:
-        optimizer.state[p]["momentum_buffer"] = value() if callable(value) else value
+def _holds(key: str, value: Any) -> Spoil:
+    def spoil(optimizer: Any, p: Tensor) -> None:
+        optimizer.state[p][key] = value() if callable(value) else value
 
     return spoil
 
 
-def _state_no_dict(optimizer: FrozenAwareSGD, p: Tensor) -> None:
+def _state_no_dict(optimizer: Any, p: Tensor) -> None:
     optimizer.state[p] = [torch.ones(4, 6)]
 
 
-BAD_TENSORS: dict[str, tuple[Spoil, str]] = {
+BAD_GRADIENTS: dict[str, tuple[Spoil, str]] = {
     "a gradient of another shape": (_grad_of_other_shape, r"\[4, 6\].*\[4, 3\]"),
     "a gradient that would broadcast": (_grad_that_would_broadcast, r"\[6\].*\[4, 6\]"),
     "a gradient of the same count": (_grad_of_same_count, r"\[4, 6\].*\[6, 4\]"),
     "a complex gradient": (_complex_grad, r"(?i)complex.*float"),
-    "a buffer of another shape": (
-        _buffer(lambda: torch.ones(4, 4)),
-        r"momentum_buffer.*\[4, 4\].*\[4, 6\]",
-    ),
-    "a buffer that would broadcast": (
-        _buffer(lambda: torch.ones(1, 6)),
-        r"momentum_buffer.*\[1, 6\].*\[4, 6\]",
-    ),
-    "a buffer of the same count": (
-        _buffer(lambda: torch.ones(24)),
-        r"momentum_buffer.*\[24\].*\[4, 6\]",
-    ),
-    "a 0-dim buffer": (_buffer(lambda: torch.ones(())), r"momentum_buffer.*\[\].*\[4, 6\]"),
-    "a buffer on another device": (
-        _buffer(lambda: torch.ones(4, 6, device="meta")),
-        r"momentum_buffer.*meta.*cpu",
-    ),
-    "a complex buffer": (
-        _buffer(lambda: torch.ones(4, 6, dtype=torch.complex64)),
-        r"(?i)momentum_buffer.*complex.*float",
-    ),
-    "an integer buffer": (
-        _buffer(lambda: torch.ones(4, 6, dtype=torch.int64)),
-        r"(?i)momentum_buffer.*(int|long).*float",
-    ),
-    "a bool buffer": (
-        _buffer(lambda: torch.ones(4, 6, dtype=torch.bool)),
-        r"(?i)momentum_buffer.*bool.*float",
-    ),
-    "a buffer that is no tensor": (_buffer("a string"), r"momentum_buffer.*str"),
-    "a buffer that is a float": (_buffer(1.0), r"momentum_buffer.*float"),
-    "an expanded buffer": (_buffer(lambda: torch.ones(1, 6).expand(4, 6)), r"(?i)memory|overlap"),
     "a state entry that is no dict": (_state_no_dict, r"state.*list"),
 }
+BAD_BUFFERS: dict[str, tuple[Any, str]] = {
+    "of another shape": (lambda: torch.ones(4, 4), r"KEY.*\[4, 4\].*\[4, 6\]"),
+    "that would broadcast": (lambda: torch.ones(1, 6), r"KEY.*\[1, 6\].*\[4, 6\]"),
+    "of the same count": (lambda: torch.ones(24), r"KEY.*\[24\].*\[4, 6\]"),
+    "of no dimensions": (lambda: torch.ones(()), r"KEY.*\[\].*\[4, 6\]"),
+    "on another device": (lambda: torch.ones(4, 6, device="meta"), r"KEY.*meta.*cpu"),
+    "that is complex": (
+        lambda: torch.ones(4, 6, dtype=torch.complex64),
+        r"(?i)KEY.*complex.*float",
+    ),
+    "of integers": (
+        lambda: torch.ones(4, 6, dtype=torch.int64),
+        r"(?i)KEY.*(int|long).*float",
+    ),
+    "of bools": (lambda: torch.ones(4, 6, dtype=torch.bool), r"(?i)KEY.*bool.*float"),
+    "that is no tensor": ("a string", r"KEY.*str"),
+    "that is a float": (1.0, r"KEY.*float"),
+    "that is expanded": (lambda: torch.ones(1, 6).expand(4, 6), r"(?i)memory|overlap"),
+}
+# Those of the count, of which AdamW takes anything that is one real number.
+BAD_COUNTS: dict[str, tuple[Any, str]] = {
+    "of the parameter's shape": (lambda: torch.ones(4, 6), r"step .*\[4, 6\].*one real number"),
+    "of none": (lambda: torch.ones(0), r"step .*\[0\].*one real number"),
+    "on the meta device": (lambda: torch.ones((), device="meta"), "step .* meta"),
+    "that is complex": (lambda: torch.tensor(1j), "step .*complex"),
+    "of bools": (lambda: torch.tensor(True), "step .*bool"),
+    "that is a float": (3.0, "step .*float"),
+    "that is missing": (None, "no step"),
+}
+
+
+def _bad_tensors() -> list[Any]:
+    """(family, spoil, what the message says)."""
+    made = []
+    for family_name, family in (("SGD", SGD), ("AdamW", ADAMW)):
+        for name, (spoil, says) in BAD_GRADIENTS.items():
+            made.append(pytest.param(family, spoil, says, id=f"{family_name}: {name}"))
+        for key in family.state.buffers:
+            for name, (value, says) in BAD_BUFFERS.items():
+                spoil = _holds(key, value)
+                says = says.replace("KEY", key)
+                made.append(pytest.param(family, spoil, says, id=f"{family_name}: {key} {name}"))
+    for name, (value, says) in BAD_COUNTS.items():
+        made.append(pytest.param(ADAMW, _holds("step", value), says, id=f"AdamW: step {name}"))
+    for key in ADAMW.state.buffers[:2]:
+        spoil, says = _holds(key, None), f"no {key}"
+        made.append(pytest.param(ADAMW, spoil, says, id=f"AdamW: {key} that is missing"))
+        spoil, says = _holds(key, lambda: torch.ones(4, 6).double()), "exp_avg .*float64.*float32"
+        if key == "exp_avg":  # torch's form takes another second moment
+            made.append(pytest.param(ADAMW, spoil, says, id=f"AdamW: {key} of another dtype"))
+    return made
+
+
+BAD_TENSORS = _bad_tensors()
+FEW_BAD_TENSORS = [case for case in BAD_TENSORS if "exp_avg_sq" not in str(case.id)]
 
 PLACES = {
     "first of the first group": (0, 0),
@@ -102,11 +132,11 @@ PLACES = {
 class Trained:
     """Three groups of four, one step taken; the last of each frozen with a stale gradient."""
 
-    def __init__(self, hyper: Hyper, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, family: Family = SGD, dtype: torch.dtype = torch.float32) -> None:
         self.gen = cases.generator(0)
         self.params = cases.make_parameters([(4, 6)] * 12, self.gen, dtype)
-        self.optimizer = FrozenAwareSGD(
-            [{"params": self.params[i : i + 4]} for i in (0, 4, 8)], **hyper
+        self.optimizer = family.ours(
+            [{"params": self.params[i : i + 4]} for i in (0, 4, 8)], **_hyper(family)
         )
         self.give_grads()
         self.optimizer.step()
@@ -123,12 +153,12 @@ class Trained:
 
 
 @pytest.mark.parametrize("place", cases.ids({name: (at,) for name, at in PLACES.items()}))
-@pytest.mark.parametrize(("spoil", "says"), cases.ids(BAD_TENSORS))
+@pytest.mark.parametrize(("family", "spoil", "says"), BAD_TENSORS)
 def test_bad_tensors_raise_before_anything_is_written(
-    spoil: Spoil, says: str, place: tuple[int, int]
+    family: Family, spoil: Spoil, says: str, place: tuple[int, int]
 ) -> None:
     """The message names group and index, what it got and what it wanted."""
-    trained = Trained(MOMENTUM)
+    trained = Trained(family)
     spoil(trained.optimizer, trained.at(place))
     if isinstance(trained.optimizer.state.get(trained.at(place)), list):
         before = None
@@ -144,36 +174,36 @@ def test_bad_tensors_raise_before_anything_is_written(
     assert re.search(where, message), message
 
 
-@pytest.mark.parametrize(("spoil", "says"), cases.ids(BAD_TENSORS))
-def test_the_step_after_the_fix_is_right(spoil: Spoil, says: str) -> None:
-    trained = Trained(MOMENTUM)
+@pytest.mark.parametrize(("family", "spoil", "says"), FEW_BAD_TENSORS)
+def test_the_step_after_the_fix_is_right(family: Family, spoil: Spoil, says: str) -> None:
+    trained = Trained(family)
     victim = trained.at((1, 1))
     kept = trained.optimizer.state[victim]
-    buffer = kept["momentum_buffer"]
+    entries = dict(kept)
     data = victim.detach().clone()
     spoil(trained.optimizer, victim)
     with pytest.raises((ValueError, TypeError, RuntimeError)):
         trained.optimizer.step()
     trained.optimizer.state[victim] = kept
-    kept["momentum_buffer"] = buffer
+    kept.update(entries)
     victim.grad = None
     victim.data = data
     twins = cases.twin(trained.params)
-    reference = cases.Reference([{"params": twins[i : i + 4]} for i in (0, 4, 8)], **MOMENTUM)
+    reference = family.reference(
+        [{"params": twins[i : i + 4]} for i in (0, 4, 8)], **_hyper(family)
+    )
     for p, q in zip(trained.params, twins, strict=True):
         q.grad = None if p.grad is None else p.grad.clone()
-        reference.state[q]["momentum_buffer"] = trained.optimizer.state[p][
-            "momentum_buffer"
-        ].clone()
+        reference.state[q].update({k: v.clone() for k, v in trained.optimizer.state[p].items()})
     trained.optimizer.step()
     reference.step()
     cases.assert_same_training(trained.optimizer, reference, "after the fix:")
 
 
-@pytest.mark.parametrize(("spoil", "says"), cases.ids(BAD_TENSORS))
-def test_what_is_frozen_is_not_checked(spoil: Spoil, says: str) -> None:
+@pytest.mark.parametrize(("family", "spoil", "says"), FEW_BAD_TENSORS)
+def test_what_is_frozen_is_not_checked(family: Family, spoil: Spoil, says: str) -> None:
     """A frozen tensor's gradient is dropped and its state left alone, whatever they are."""
-    trained = Trained(MOMENTUM)
+    trained = Trained(family)
     frozen = trained.params[3]
     spoil(trained.optimizer, frozen)
     trained.optimizer.step()
@@ -193,7 +223,7 @@ def test_what_is_frozen_is_not_checked(spoil: Spoil, says: str) -> None:
 )
 @pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
 def test_a_gradient_of_another_float_dtype_is_stepped_as_stock(
-    hyper: Hyper, dtype: torch.dtype, grad_dtype: torch.dtype
+    hyper: cases.Hyper, dtype: torch.dtype, grad_dtype: torch.dtype
 ) -> None:
     """This is valid input: torch's `p.grad_dtype` asks for such gradients; stock promotes them."""
     gen = cases.generator(0)
@@ -228,15 +258,32 @@ BAD_HYPER: dict[str, tuple[str, Any]] = {
     "weight_decay is a string": ("weight_decay", "fast"),
     "weight_decay is None": ("weight_decay", None),
     "weight_decay is a tensor of two elements": ("weight_decay", torch.tensor([0.1, 0.2])),
+    "eps is a string": ("eps", "small"),
+    "eps is None": ("eps", None),
+    "eps is a tensor of two elements": ("eps", torch.tensor([0.1, 0.2])),
+    "betas are None": ("betas", None),
+    "betas are one number": ("betas", 0.9),
+    "betas are three": ("betas", (0.9, 0.99, 0.999)),
+    "a beta is a string": ("betas", (0.9, "a")),
+    "a beta is None": ("betas", (None, 0.9)),
+    "a beta is complex": ("betas", (1j, 0.9)),
+    "a beta is a tensor of two elements": ("betas", (torch.tensor([0.9, 0.8]), 0.9)),
+    "a beta that is a tensor is complex": ("betas", (torch.tensor(1j), 0.9)),
 }
+BAD_HYPER_OF = [
+    pytest.param(family, key, value, id=f"{family_name}: {name}")
+    for family_name, family in (("SGD", SGD), ("AdamW", ADAMW))
+    for name, (key, value) in BAD_HYPER.items()
+    if key in family.stock([torch.ones(1)]).defaults
+]
 
 
 @pytest.mark.parametrize("group", [0, 1, 2], ids=["first group", "middle group", "last group"])
-@pytest.mark.parametrize(("key", "value"), cases.ids(BAD_HYPER))
+@pytest.mark.parametrize(("family", "key", "value"), BAD_HYPER_OF)
 def test_bad_hyper_parameters_raise_before_anything_is_written(
-    key: str, value: Any, group: int
+    family: Family, key: str, value: Any, group: int
 ) -> None:
-    trained = Trained(MOMENTUM)
+    trained = Trained(family)
     trained.optimizer.param_groups[group][key] = value
     before = cases.Snapshot(trained.optimizer)
     with pytest.raises((ValueError, TypeError, RuntimeError)) as raised:
@@ -247,10 +294,15 @@ def test_bad_hyper_parameters_raise_before_anything_is_written(
 
 
 @pytest.mark.parametrize(
-    "key", ["params", "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"]
+    ("family", "key"),
+    [
+        pytest.param(family, key, id=f"{name}: {key}")
+        for name, family in (("SGD", SGD), ("AdamW", ADAMW))
+        for key in ("params", *family.stock([torch.ones(1)]).defaults)
+    ],
 )
-def test_a_missing_key_raises_as_stock(key: str) -> None:
-    trained = Trained(MOMENTUM)
+def test_a_missing_key_raises_as_stock(family: Family, key: str) -> None:
+    trained = Trained(family)
     before = cases.Snapshot(trained.optimizer)
     value = trained.optimizer.param_groups[1].pop(key)
     with pytest.raises(KeyError, match=key):
@@ -265,7 +317,7 @@ NOT_A_TENSOR: dict[str, Any] = {"None": None, "a float": 1.0, "a list": [1.0], "
 
 @pytest.mark.parametrize("value", cases.ids(NOT_A_TENSOR))
 def test_a_parameter_that_is_no_tensor(value: Any) -> None:
-    trained = Trained(MOMENTUM)
+    trained = Trained()
     before = cases.Snapshot(trained.optimizer)
     kept = trained.optimizer.param_groups[1]["params"]
     trained.optimizer.param_groups[1]["params"] = [*kept[:2], value, *kept[2:]]
@@ -288,7 +340,7 @@ BAD_CONTAINERS: dict[str, Callable[[FrozenAwareSGD], None]] = {
 def test_bad_containers_raise_before_anything_is_written(
     spoil: Callable[[FrozenAwareSGD], None],
 ) -> None:
-    trained = Trained(MOMENTUM)
+    trained = Trained()
     before = [
         (p.detach().clone(), None if p.grad is None else p.grad.clone()) for p in trained.params
     ]
@@ -303,7 +355,7 @@ def test_bad_containers_raise_before_anything_is_written(
 @pytest.mark.gpu
 def test_a_gradient_on_another_device_raises_before_anything_is_written() -> None:
     """`p.data = p.data.cuda()` leaves the gradient behind."""
-    trained = Trained(MOMENTUM)
+    trained = Trained()
     victim = trained.at((1, 1))
     victim.data = victim.data.cuda()
     before = cases.Snapshot(trained.optimizer)
@@ -356,20 +408,59 @@ def test_hyper_parameters_that_are_not_finite_step_as_stock(
                 cases.assert_same_bits(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0), key)
 
 
-@pytest.mark.parametrize("key", ["lr", "momentum", "dampening", "weight_decay"])
-def test_nan_is_accepted_or_refused_by_the_constructor_as_stock_does(key: str) -> None:
+@pytest.mark.parametrize("value", cases.ids(NOT_FINITE))
+@pytest.mark.parametrize("key", ["lr", "eps", "weight_decay", "beta1", "beta2"])
+@pytest.mark.parametrize("dtype", cases.ids(cases.WIDE_DTYPES))
+def test_adamws_hyper_parameters_that_are_not_finite_step_as_stock(
+    dtype: torch.dtype, key: str, value: float
+) -> None:
+    if key.startswith("beta") and math.isinf(value):
+        pytest.skip("stock takes a root of a negative number")
+    gen = cases.generator(0)
+    ours = cases.make_parameters((3, 70), gen, dtype)
+    theirs = cases.twin(ours)
+    optimizer = ADAMW.ours(ours, amsgrad=True)
+    stock = ADAMW.stock(theirs, amsgrad=True, foreach=False)
+    betas = {"beta1": (value, 0.9), "beta2": (0.9, value)}
+    for adamw in (optimizer, stock):
+        adamw.param_groups[0].update({"betas": betas[key]} if key in betas else {key: value})
+    for _ in range(3):
+        cases.set_grads(ours, theirs, gen)
+        optimizer.step()
+        stock.step()
+        for p, q in zip(ours, theirs, strict=True):
+            state = zip(optimizer.state[p].values(), stock.state[q].values(), strict=True)
+            pairs = [(p, q), *state]
+            for a, b in pairs:
+                assert torch.equal(a.isnan(), b.isnan())
+                cases.assert_same_bits(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0), key)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    cases.ids(
+        {f"SGD: {key}": (SGD, key, math.nan) for key in ("lr", "momentum", "dampening")}
+        | {f"AdamW: {key}": (ADAMW, key, math.nan) for key in ("lr", "eps", "weight_decay")}
+        | {"AdamW: beta1": (ADAMW, "betas", (math.nan, 0.9))}
+        | {"SGD: weight_decay": (SGD, "weight_decay", math.nan)}
+    ),
+)
+def test_nan_is_accepted_or_refused_by_the_constructor_as_stock_does(
+    family: Family, key: str, value: Any
+) -> None:
     outcomes = []
-    for make in (FrozenAwareSGD, torch.optim.SGD):
+    for make in (family.ours, family.stock):
         try:
-            make([torch.nn.Parameter(torch.ones(1))], **{key: math.nan})
+            make([torch.nn.Parameter(torch.ones(1))], **{key: value})
             outcomes.append("accepted")
         except ValueError as error:
             outcomes.append(str(error))
     assert outcomes[0] == outcomes[1]
 
 
-def test_an_exception_in_a_closure_changes_nothing() -> None:
-    trained = Trained(MOMENTUM)
+@families
+def test_an_exception_in_a_closure_changes_nothing(family: Family) -> None:
+    trained = Trained(family)
     before = cases.Snapshot(trained.optimizer)
 
     def closure() -> float:
@@ -380,8 +471,9 @@ def test_an_exception_in_a_closure_changes_nothing() -> None:
     before.assert_unchanged()
 
 
-def test_an_exception_in_a_pre_hook_changes_nothing() -> None:
-    trained = Trained(MOMENTUM)
+@families
+def test_an_exception_in_a_pre_hook_changes_nothing(family: Family) -> None:
+    trained = Trained(family)
     before = cases.Snapshot(trained.optimizer)
 
     def hook(*_: Any) -> None:

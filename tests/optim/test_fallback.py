@@ -16,7 +16,12 @@ from torch import Tensor
 
 import torch_freeze
 from tests.helpers import optim_cases as cases
-from tests.helpers.optim_cases import FrozenAwareSGD, Hyper
+from tests.helpers.optim_cases import Family, FrozenAwareSGD, Hyper
+
+each_hyper = pytest.mark.parametrize(
+    ("family", "hyper"),
+    cases.per_family(lambda family: {} if family is cases.ADAM else family.some_hypers),
+)
 
 # ------------------------------------------------------------------------------------------ sparse
 
@@ -141,8 +146,10 @@ COMPLEX = {"complex64": torch.complex64, "complex128": torch.complex128}
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("dtype", cases.ids(COMPLEX))
 @pytest.mark.parametrize("conjugate", [False, True], ids=["plain gradient", "conjugated gradient"])
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
-def test_complex_parameters(hyper: Hyper, conjugate: bool, dtype: torch.dtype, device: str) -> None:
+@each_hyper
+def test_complex_parameters(
+    family: Family, hyper: Hyper, conjugate: bool, dtype: torch.dtype, device: str
+) -> None:
     gen = cases.generator(0)
 
     def values(*shape: int) -> Tensor:
@@ -151,8 +158,8 @@ def test_complex_parameters(hyper: Hyper, conjugate: bool, dtype: torch.dtype, d
     start = values(7, 3)
     p, q = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     beside = torch.nn.Parameter(torch.ones(3, device=device))
-    optimizer = FrozenAwareSGD([beside, p], **hyper)
-    reference = torch.optim.SGD([q], **hyper, foreach=device == "cuda")
+    optimizer = family.ours([beside, p], **hyper)
+    reference = family.stock([q], **hyper, foreach=device == "cuda")
     for step in range(4):
         grad = values(7, 3)
         p.grad = grad.conj() if conjugate else grad.clone()
@@ -218,13 +225,13 @@ class Wrapper(Tensor):
 
 
 @pytest.mark.parametrize("dtype", cases.ids(cases.WIDE_DTYPES))
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
-def test_a_subclass_of_parameter(hyper: Hyper, dtype: torch.dtype) -> None:
+@each_hyper
+def test_a_subclass_of_parameter(family: Family, hyper: Hyper, dtype: torch.dtype) -> None:
     gen = cases.generator(0)
     ours = [PlainSubclass(cases.randn(n, gen, dtype)) for n in (5, 70)]
     theirs = cases.twin(ours)
-    optimizer = FrozenAwareSGD(ours, **hyper)
-    reference = torch.optim.SGD(theirs, **hyper, foreach=False)
+    optimizer = family.ours(ours, **hyper)
+    reference = family.stock(theirs, **hyper, foreach=False)
     for step in range(4):
         cases.set_grads([p.data for p in ours], theirs, gen)
         for p, q in zip(ours, theirs, strict=True):
@@ -239,14 +246,14 @@ def test_a_subclass_of_parameter(hyper: Hyper, dtype: torch.dtype) -> None:
         cases.assert_same_training(optimizer, reference, f"after step {step + 1}:")
 
 
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
-def test_a_torch_function_subclass_sees_its_operations(hyper: Hyper) -> None:
+@each_hyper
+def test_a_torch_function_subclass_sees_its_operations(family: Family, hyper: Hyper) -> None:
     gen = cases.generator(0)
     start = cases.randn(5, gen)
     p = torch.nn.Parameter(start.clone().as_subclass(FunctionSubclass))
     q = torch.nn.Parameter(start.clone())
-    optimizer = FrozenAwareSGD([p], **hyper)
-    reference = torch.optim.SGD([q], **hyper, foreach=False)
+    optimizer = family.ours([p], **hyper)
+    reference = family.stock([q], **hyper, foreach=False)
     for step in range(3):
         grad = cases.randn(5, gen)
         p.grad, q.grad = grad.clone().as_subclass(FunctionSubclass), grad.clone()
@@ -377,10 +384,10 @@ BY_NAME: dict[str, Hyper] = {
 @pytest.mark.parametrize("per_group", [False, True], ids=["per optimizer", "per group"])
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("dtype", cases.ids(cases.DTYPES))
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
+@each_hyper
 @pytest.mark.parametrize("name", cases.ids(BY_NAME))
 def test_an_implementation_asked_for_by_name_is_stocks(
-    name: Hyper, hyper: Hyper, dtype: torch.dtype, device: str, per_group: bool
+    name: Hyper, family: Family, hyper: Hyper, dtype: torch.dtype, device: str, per_group: bool
 ) -> None:
     """Its rounding of bf16 and fp16 is kept, too, and frozen tensors are still left out."""
     gen = cases.generator(0)
@@ -392,7 +399,7 @@ def test_an_implementation_asked_for_by_name_is_stocks(
             return kind(params, **hyper, **name)
         return kind([{"params": params[:2], **name}, {"params": params[2:], **name}], **hyper)
 
-    optimizer, stock = make(FrozenAwareSGD, ours), make(torch.optim.SGD, theirs)
+    optimizer, stock = make(family.ours, ours), make(family.stock, theirs)
     for step in range(5):
         frozen = step in (1, 2)
         ours[1].requires_grad_(not frozen)
@@ -415,15 +422,17 @@ def test_foreach_with_nesterov_does_not_write_into_the_gradient() -> None:
         assert torch.equal(p.grad, torch.ones(3))
 
 
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
+@each_hyper
 @pytest.mark.parametrize(
     "implementation",
     cases.ids({"foreach and fused unset": {}, "fused=True": {"fused": True}} | BY_NAME),
 )
-def test_no_implementation_writes_into_a_gradient(implementation: Hyper, hyper: Hyper) -> None:
+def test_no_implementation_writes_into_a_gradient(
+    implementation: Hyper, family: Family, hyper: Hyper
+) -> None:
     gen = cases.generator(0)
     params = cases.make_parameters((3, 70), gen)
-    optimizer = FrozenAwareSGD(params, **hyper, **implementation)
+    optimizer = family.ours(params, **hyper, **implementation)
     for _ in range(3):
         for p in params:
             p.grad = cases.randn(p.shape, gen)

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from tests.helpers import hostile
 from tests.helpers.hostile_input import (
+    BUFFERS,
     Build,
     Case,
     Make,
     check,
     each,
-    edit_buffer,
+    edit_state,
     make_params,
     trained,
 )
@@ -31,23 +32,23 @@ from tests.helpers.hostile_input import (
 def _loads(spoil: Callable[[dict[str, Any]], Any]) -> Build:
     """Loads stock's own checkpoint after `spoil`, into an optimizer that has not stepped."""
 
-    def build(make: Make) -> torch.optim.SGD:
-        source = trained(torch.optim.SGD, foreach=False)
+    def build(make: Make) -> torch.optim.Optimizer:
+        source = trained(Make(make.family, ours=False))
         saved = copy.deepcopy(source.state_dict())
         for group in saved["param_groups"]:
             group["foreach"] = None
         changed = spoil(saved)
-        optimizer = make(make_params(), lr=0.5, momentum=0.9)
+        optimizer = make(make_params(), lr=0.5)
         optimizer.load_state_dict(saved if changed is None else changed)
         return optimizer
 
     return build
 
 
-def _buffers(value: Callable[[Tensor], Any]) -> Build:
+def _entry(key: str, value: Callable[[Tensor], Any]) -> Build:
     def spoil(saved: dict[str, Any]) -> None:
         entry = saved["state"][1]
-        entry["momentum_buffer"] = value(entry["momentum_buffer"])
+        entry[key] = value(entry[key])
 
     return _loads(spoil)
 
@@ -86,17 +87,17 @@ def _checkpoint_cases() -> Iterator[tuple[str, Case]]:
         "with an entry that is a tensor": lambda s: s["state"].update({1: torch.ones(4, 6)}),
         "with an entry that is text": lambda s: s["state"].update({1: "momentum"}),
         "with an entry for no parameter": lambda s: s["state"].update(
-            {99: {"momentum_buffer": None}}
+            {99: dict.fromkeys(s["state"][1])}
         ),
         "with entries by text": lambda s: s.update(
             state={str(k): v for k, v in s["state"].items()}
         ),
         "with an empty entry": lambda s: s["state"].update({1: {}}),
         "with other entries beside": lambda s: s["state"][1].update(
-            step=torch.tensor(3.0), note="x"
+            other=torch.tensor(3.0), note="x"
         ),
         "with another entry first": lambda s: s["state"].update(
-            {1: {"step": torch.tensor(3.0), **s["state"][1]}}
+            {1: {"other": torch.tensor(3.0), **s["state"][1]}}
         ),
         "without an entry": lambda s: s["state"].pop(1) and None,
         "with entries swapped": lambda s: s["state"].update({0: s["state"][2], 2: s["state"][0]}),
@@ -111,13 +112,30 @@ def _checkpoint_cases() -> Iterator[tuple[str, Case]]:
         "with keys of a later torch": lambda s: s["param_groups"][0].update(decoupled=True),
         "with lr that is text": lambda s: s["param_groups"][0].update(lr="fast"),
         "with lr that is None": lambda s: s["param_groups"][0].update(lr=None),
-        "with momentum nan": lambda s: s["param_groups"][0].update(momentum=math.nan),
-        "with momentum 0": lambda s: s["param_groups"][0].update(momentum=0),
         "that is an ordered dict": lambda s: collections.OrderedDict(s),
         "that is a model's": lambda s: torch.nn.Linear(2, 2).state_dict(),
     }
     for name, spoil in spoils.items():
         yield f"a checkpoint {name}", Case(_loads(spoil))
+    sgd: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "with momentum nan": lambda s: s["param_groups"][0].update(momentum=math.nan),
+        "with momentum 0": lambda s: s["param_groups"][0].update(momentum=0),
+    }
+    adamw: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "of a torch that counted in Python": lambda s: [
+            entry.update(step=int(entry["step"])) for entry in s["state"].values()
+        ],
+        "with betas in a list": lambda s: s["param_groups"][0].update(betas=[0.8, 0.9]),
+        "without a step": lambda s: s["state"][1].pop("step") and None,
+    }
+    for family, only in {"SGD": sgd, "AdamW": adamw}.items():
+        for name, spoil in only.items():
+            yield f"a checkpoint {name}", Case(_loads(spoil), families=(family,))
+    for name, hyper in {"fused": {"fused": True}, "capturable": {"capturable": True}}.items():
+        yield (
+            f"a checkpoint of {name} stock",
+            Case(_of_stock(**hyper), alone=name == "capturable", families=("AdamW",)),
+        )
     buffers: dict[str, Callable[[Tensor], Any]] = {
         "None": lambda b: None,
         "a float": lambda b: 0.5,
@@ -134,8 +152,6 @@ def _checkpoint_cases() -> Iterator[tuple[str, Case]]:
         "requiring grad": lambda b: b.clone().requires_grad_(),
         "a Parameter": torch.nn.Parameter,
     }
-    for name, value in buffers.items():
-        yield f"a checkpoint whose buffer is {name}", Case(_buffers(value))
     misfits: dict[str, Callable[[Tensor], Any]] = {
         "too short": lambda b: b[:2],
         "too long": lambda b: b.repeat(2, 1),
@@ -146,31 +162,28 @@ def _checkpoint_cases() -> Iterator[tuple[str, Case]]:
         "of other sizes, same count": lambda b: b.reshape(6, 4),
         "expanded": lambda b: b[:1].expand(4, 6),
     }
-    for name, value in misfits.items():
-        yield (
-            f"a checkpoint whose buffer is {name}",
-            Case(_buffers(value), error=r"momentum_buffer.*param_groups\[0\]\['params'\]\[1\]"),
-        )
-    for name, value in {
+    kinds: dict[str, Callable[[Tensor], Any]] = {
         "meta": lambda b: b.to("meta"),
         "sparse": lambda b: b.to_sparse(),
         "complex": lambda b: b.to(torch.complex64),
         "of integers": lambda b: b.to(torch.int64),
         "nested": lambda b: torch.nested.as_nested_tensor([b, b]),
-    }.items():
-        # load_state_dict() makes some of them into the parameter's kind.
-        yield f"a checkpoint whose buffer is {name}", Case(_buffers(value), alone=True)
-        yield (
-            f"a buffer that is {name}",
-            Case(
-                edit_buffer(
-                    lambda p, entry, value=value: entry.update(
-                        momentum_buffer=value(entry["momentum_buffer"])
-                    )
-                ),
-                error=r"momentum_buffer.*param_groups\[0\]\['params'\]\[1\]",
-            ),
-        )
+    }
+    for key, family in BUFFERS.items():
+        only = {"families": (family,)}
+        error = rf"{key}.*param_groups\[0\]\['params'\]\[1\]"
+        for name, value in buffers.items():
+            yield f"a checkpoint whose {key} is {name}", Case(_entry(key, value), **only)
+        for name, value in misfits.items():
+            yield f"a checkpoint whose {key} is {name}", Case(_entry(key, value), error, **only)
+        for name, value in kinds.items():
+            # load_state_dict() makes some of them into the parameter's kind.
+            yield (
+                f"a checkpoint whose {key} is {name}",
+                Case(_entry(key, value), alone=True, **only),
+            )
+            changed = edit_state(key, lambda p, entry, key=key, value=value: value(entry[key]))
+            yield f"a {key} that is {name}", Case(changed, error, **only)
     others: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
         "Adam": lambda p: torch.optim.Adam(p, amsgrad=True),
         "AdamW": torch.optim.AdamW,
@@ -186,8 +199,30 @@ def _checkpoint_cases() -> Iterator[tuple[str, Case]]:
         yield f"a checkpoint of {name}", Case(_foreign(make_other))
 
 
+def _of_stock(**hyper: Any) -> Build:
+    """Loads what stock saves before a step: for the count, its place and dtype are what matters."""
+
+    def build(make: Make) -> torch.optim.Optimizer:
+        params = make_params()
+        source = make.stock(params, lr=0.1, **hyper)
+        for p in params:
+            source.state[p] = {
+                "step": torch.tensor(3.0),
+                "exp_avg": torch.ones_like(p).detach(),
+                "exp_avg_sq": torch.ones_like(p).detach(),
+            }
+        optimizer = make(make_params(), lr=0.5)
+        saved = copy.deepcopy(source.state_dict())
+        for group in saved["param_groups"]:
+            group["fused"] = None
+        optimizer.load_state_dict(saved)
+        return optimizer
+
+    return build
+
+
 def _through_file(weights_only: bool, **hyper: Any) -> Build:
-    def build(make: Make) -> torch.optim.SGD:
+    def build(make: Make) -> torch.optim.Optimizer:
         source = trained(make, **hyper)
         file = io.BytesIO()
         torch.save(source.state_dict(), file)
@@ -204,10 +239,16 @@ def _file_cases() -> Iterator[tuple[str, Case]]:
         for name, hyper in {
             "momentum": {},
             "no momentum": {"momentum": 0.0},
-            "a tensor lr": {"lr": torch.tensor(0.1)},
+            "a tensor lr": {"lr": torch.tensor(0.125)},
             "nesterov": {"nesterov": True},
+            "amsgrad": {"amsgrad": True},
         }.items():
-            yield f"a file, {name}, weights_only={words}", Case(_through_file(words, **hyper))
+            only = "AdamW" if name == "amsgrad" else "SGD"
+            families = ("SGD", "AdamW") if name in ("momentum", "a tensor lr") else (only,)
+            yield (
+                f"a file, {name}, weights_only={words}",
+                Case(_through_file(words, **hyper), families=families),
+            )
 
 
 CASES = hostile.Table(__name__, [*_checkpoint_cases(), *_file_cases()])
@@ -215,5 +256,5 @@ CASES = hostile.Table(__name__, [*_checkpoint_cases(), *_file_cases()])
 
 @pytest.mark.filterwarnings("ignore")
 @each(CASES)
-def test_hostile_input_is_an_error_or_stocks_result(case: Case, device: str) -> None:
-    check(case, device)
+def test_hostile_input_is_an_error_or_stocks_result(case: Case, family: str, device: str) -> None:
+    check(case, family, device)

@@ -89,7 +89,7 @@ OTHER_THAN_STOCK: dict[str, Any] = {
 
 
 def _set(key: str, value: Any) -> Build:
-    def build(make: Make) -> torch.optim.SGD:
+    def build(make: Make) -> torch.optim.Optimizer:
         optimizer = trained(make)
         optimizer.param_groups[0][key] = value
         return optimizer
@@ -98,11 +98,37 @@ def _set(key: str, value: Any) -> Build:
 
 
 def _hyper_cases() -> Iterator[tuple[str, Case]]:
-    for key in ("lr", "momentum", "dampening", "weight_decay"):
+    keys = dict.fromkeys(("momentum", "dampening"), ("SGD",)) | {"eps": ("AdamW",)}
+    keys |= dict.fromkeys(("lr", "weight_decay"), ("SGD", "AdamW"))
+    for key, families in keys.items():
         for name, value in HYPER_VALUES.items():
-            yield f"{key} is {name}", Case(_set(key, value))
+            alone = key == "eps" and name == "a meta tensor"  # stock adds one as if it were 0
+            yield f"{key} is {name}", Case(_set(key, value), alone=alone, families=families)
         for name, value in OTHER_THAN_STOCK.items():
-            yield f"{key} is {name}", Case(_set(key, value), alone=True)
+            yield f"{key} is {name}", Case(_set(key, value), alone=True, families=families)
+    adamw = {"families": ("AdamW",)}
+    for name, value in HYPER_VALUES.items():
+        for betas in ((value, 0.9), (0.9, value)):
+            words = (
+                f"betas are {name} and 0.9" if betas[0] is value else f"betas are 0.9 and {name}"
+            )
+            # Stock divides by zero, or takes a root of a negative number.
+            odd = name in ("inf", "-inf", "-1.0", "an int enum", "an int tensor")
+            yield words, Case(_set("betas", betas), alone=odd, **adamw)
+    for name, value in {
+        "None": None,
+        "one number": 0.9,
+        "one": (0.9,),
+        "three": (0.9, 0.99, 0.999),
+        "text": "ab",
+        "a tensor": torch.tensor([0.9, 0.99]),
+    }.items():
+        yield f"betas are {name}", Case(_set("betas", value), error="betas", **adamw)
+    for name, value in {"a list": [0.5, 0.75], "ints": (0, 0)}.items():
+        yield f"betas are {name}", Case(_set("betas", value), **adamw)
+    for name in ("None", "1", "0", "text", "an object whose bool raises"):
+        value = {"None": None, "1": 1, "0": 0, "text": "yes"}.get(name, _Raises())
+        yield f"amsgrad is {name}", Case(_set("amsgrad", value), alone=True, **adamw)
     flags = {
         "None": None,
         "1": 1,
@@ -116,7 +142,8 @@ def _hyper_cases() -> Iterator[tuple[str, Case]]:
     }
     for key in ("nesterov", "maximize"):
         for name, value in flags.items():
-            yield f"{key} is {name}", Case(_set(key, value))
+            families = ("SGD",) if key == "nesterov" else ("SGD", "AdamW")
+            yield f"{key} is {name}", Case(_set(key, value), families=families)
     for key in ("foreach", "fused", "differentiable"):
         for name in ("1", "0", "text", "a tensor of two", "an object whose bool raises"):
             yield f"{key} is {name}", Case(_set(key, flags[name]), alone=True)
@@ -125,8 +152,8 @@ def _hyper_cases() -> Iterator[tuple[str, Case]]:
 # --- groups
 
 
-def _groups(spoil: Callable[[torch.optim.SGD], Any]) -> Build:
-    def build(make: Make) -> torch.optim.SGD:
+def _groups(spoil: Callable[[torch.optim.Optimizer], Any]) -> Build:
+    def build(make: Make) -> torch.optim.Optimizer:
         optimizer = trained(make)
         spoil(optimizer)
         return optimizer
@@ -135,7 +162,7 @@ def _groups(spoil: Callable[[torch.optim.SGD], Any]) -> Build:
 
 
 def _set_params(value: Callable[[list[Any]], Any]) -> Build:
-    def spoil(optimizer: torch.optim.SGD) -> None:
+    def spoil(optimizer: torch.optim.Optimizer) -> None:
         group = optimizer.param_groups[0]
         group["params"] = value(group["params"])
 
@@ -143,12 +170,12 @@ def _set_params(value: Callable[[list[Any]], Any]) -> Build:
 
 
 def _many_groups(count: int, per_group: int, **hyper: Any) -> Build:
-    def build(make: Make) -> torch.optim.SGD:
+    def build(make: Make) -> torch.optim.Optimizer:
         gen = cases.generator(0)
         params = cases.make_parameters([3] * (count * per_group), gen)
         for p in params:
             p.grad = cases.randn(3, gen)
-        optimizer = make([torch.ones(1)], **({"lr": 0.1, "momentum": 0.9} | hyper))
+        optimizer = make([torch.ones(1)], **hyper)
         # Not through add_param_group(), which looks through all the groups there are for each.
         for i in range(count):
             row = params[i * per_group : (i + 1) * per_group]
@@ -186,12 +213,18 @@ def _group_cases() -> Iterator[tuple[str, Case]]:
     yield "params is a dict", Case(_set_params(dict.fromkeys), error="params.*list of tensors")
     yield "params is a set", Case(_set_params(set), error="params.*list of tensors")
     yield "params is a list that does not iterate", Case(_set_params(_ListWithOpinions), alone=True)
-    for key in ("params", *torch.optim.SGD([torch.ones(1)]).defaults):
+    defaults = {f: cases.FAMILIES[f].stock([torch.ones(1)]).defaults for f in ("SGD", "AdamW")}
+    for key in dict.fromkeys(("params", *defaults["SGD"], *defaults["AdamW"])):
+        families = tuple(f for f in defaults if key == "params" or key in defaults[f])
         yield (
             f"{key} is missing",
-            Case(_groups(lambda o, key=key: o.param_groups[0].pop(key)), error=key),
+            Case(
+                _groups(lambda o, key=key: o.param_groups[0].pop(key)),
+                error=key,
+                families=families,
+            ),
         )
-    edits: dict[str, Callable[[torch.optim.SGD], Any]] = {
+    edits: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
         "a group is None": lambda o: o.param_groups.append(None),  # type: ignore[arg-type]
         "a group is empty": lambda o: o.param_groups.append({}),
         "a group is a list": lambda o: o.param_groups.append([]),  # type: ignore[arg-type]
@@ -217,8 +250,11 @@ def _group_cases() -> Iterator[tuple[str, Case]]:
         alone = name in ("groups are a tuple", "state is a plain dict", "state is read-only")
         alone |= name in ("state is an empty dict", "a group is there twice")
         yield name, Case(_groups(edit), alone=alone)
-    yield "10,000 groups of one", Case(_many_groups(10_000, 1))
-    yield "10,000 groups of one, nesterov", Case(_many_groups(10_000, 1, nesterov=True))
+    yield "10,000 groups of one", Case(_many_groups(10_000, 1), families=("SGD",))
+    yield (
+        "10,000 groups of one, nesterov",
+        Case(_many_groups(10_000, 1, nesterov=True), families=("SGD",)),
+    )
     yield "10,000 groups, all empty", Case(_many_groups(10_000, 0))
     yield "one group of 10,000", Case(_many_groups(1, 10_000))
     yield "the constructor gets nothing", Case(lambda make: make([]))
@@ -226,11 +262,15 @@ def _group_cases() -> Iterator[tuple[str, Case]]:
     yield "the constructor gets a tensor", Case(lambda make: make(torch.ones(2)))
     yield "the constructor gets text", Case(lambda make: make("abc"))
     yield "the constructor gets a leaf's sum", Case(lambda make: make([make_params()[0] * 2]))
-    for key in ("lr", "momentum", "weight_decay"):
+    for key in ("lr", "momentum", "weight_decay", "eps", "betas"):
+        families = {"momentum": ("SGD",), "eps": ("AdamW",), "betas": ("AdamW",)}.get(key)
         for value in (-1.0, "0.1", None, [0.1], torch.ones(2)):
             yield (
                 f"the constructor's {key} is {value}",
-                Case(lambda make, key=key, value=value: make(make_params(), **{key: value})),
+                Case(
+                    lambda make, key=key, value=value: make(make_params(), **{key: value}),
+                    families=families or ("SGD", "AdamW"),
+                ),
             )
 
 
@@ -239,5 +279,5 @@ CASES = hostile.Table(__name__, [*_hyper_cases(), *_group_cases()])
 
 @pytest.mark.filterwarnings("ignore")
 @each(CASES)
-def test_hostile_input_is_an_error_or_stocks_result(case: Case, device: str) -> None:
-    check(case, device)
+def test_hostile_input_is_an_error_or_stocks_result(case: Case, family: str, device: str) -> None:
+    check(case, family, device)

@@ -64,7 +64,7 @@ MODES: dict[str, Callable[[], Any]] = {
 def _under_transform(transform: Callable[..., Any]) -> Build:
     """Steps inside a function that torch.func transforms."""
 
-    def build(make: Make) -> torch.optim.SGD:
+    def build(make: Make) -> torch.optim.Optimizer:
         optimizer = trained(make)
         step = optimizer.step
 
@@ -78,7 +78,7 @@ def _under_transform(transform: Callable[..., Any]) -> Build:
     return build
 
 
-def _late_layout(make: Make) -> torch.optim.SGD:
+def _late_layout(make: Make) -> torch.optim.Optimizer:
     """A gradient that the step has to copy into the parameter's layout."""
     params = make_params()
     optimizer = trained(make, params)
@@ -88,12 +88,12 @@ def _late_layout(make: Make) -> torch.optim.SGD:
 
 def _mode_cases() -> Iterator[tuple[str, Case]]:
     for name, around in MODES.items():
-        yield f"under {name}", Case(trained, around=around)
-        yield (
-            f"under {name}, first step",
-            Case(lambda make: make(make_params(), lr=0.1, momentum=0.9), around=around),
-        )
-        yield f"under {name}, a transposed gradient", Case(_late_layout, around=around, alone=True)
+        # AdamW's own form reads its count, which has no value there.
+        families = ("SGD",) if name == "FakeTensorMode" else ("SGD", "AdamW")
+        how: dict[str, Any] = {"around": around, "families": families}
+        yield f"under {name}", Case(trained, **how)
+        yield f"under {name}, first step", Case(lambda make: make(make_params()), **how)
+        yield f"under {name}, a transposed gradient", Case(_late_layout, alone=True, **how)
     for name, transform in {
         "grad": torch.func.grad,
         "vmap": torch.func.vmap,
@@ -134,7 +134,7 @@ def _scaler_cases() -> Iterator[tuple[str, Case]]:
 
 
 def _attribute(key: str, value: Any) -> Build:
-    def build(make: Make) -> torch.optim.SGD:
+    def build(make: Make) -> torch.optim.Optimizer:
         optimizer = trained(make)
         setattr(optimizer, key, value)
         return optimizer
@@ -147,5 +147,5 @@ CASES = hostile.Table(__name__, [*_mode_cases(), *_scaler_cases()])
 
 @pytest.mark.filterwarnings("ignore")
 @each(CASES, [name for name, _ in _scaler_cases()])
-def test_hostile_input_is_an_error_or_stocks_result(case: Case, device: str) -> None:
-    check(case, device)
+def test_hostile_input_is_an_error_or_stocks_result(case: Case, family: str, device: str) -> None:
+    check(case, family, device)

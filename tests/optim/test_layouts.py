@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from tests.helpers import optim_cases as cases
-from tests.helpers.optim_cases import FrozenAwareSGD, Hyper
+from tests.helpers.optim_cases import Family, FrozenAwareSGD, Hyper
+
+each_hyper = pytest.mark.parametrize(
+    ("family", "hyper"),
+    cases.per_family(lambda family: {} if family is cases.ADAM else family.some_hypers),
+)
 
 # A layout makes an uninitialised tensor of the given shape, dtype and device.
 Layout = Callable[[tuple[int, ...], torch.dtype, str], Tensor]
@@ -71,17 +76,22 @@ def _filled(layout: Layout, value: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("dtype", cases.ids(cases.DTYPES))
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
+@each_hyper
 @pytest.mark.parametrize("shape", cases.ids({name: (shape,) for name, shape in SHAPES.items()}))
 @pytest.mark.parametrize("layout", cases.ids(DENSE_LAYOUTS))
 def test_dense_tensors_of_equal_strides_are_exact(
-    layout: Layout, shape: tuple[int, ...], hyper: Hyper, dtype: torch.dtype, device: str
+    layout: Layout,
+    shape: tuple[int, ...],
+    family: Family,
+    hyper: Hyper,
+    dtype: torch.dtype,
+    device: str,
 ) -> None:
     gen = cases.generator(0)
     start = cases.randn(shape, gen, dtype, device)
     p, q = (torch.nn.Parameter(_filled(layout, start)) for _ in range(2))
     strides = p.stride()
-    optimizer, reference = FrozenAwareSGD([p], **hyper), cases.Reference([q], **hyper)
+    optimizer, reference = family.ours([p], **hyper), family.reference([q], **hyper)
     for step in range(3):
         grad = cases.randn(shape, gen, dtype, device)
         p.grad, q.grad = _filled(layout, grad), _filled(layout, grad)
@@ -218,14 +228,16 @@ ODD_PARAMETERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("dtype", cases.ids(cases.WIDE_DTYPES))
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
+@each_hyper
 @pytest.mark.parametrize("odd", cases.ids(ODD_PARAMETERS))
-def test_odd_parameters(odd: Callable[[Tensor], Tensor], hyper: Hyper, dtype: torch.dtype) -> None:
+def test_odd_parameters(
+    odd: Callable[[Tensor], Tensor], family: Family, hyper: Hyper, dtype: torch.dtype
+) -> None:
     gen = cases.generator(3)
     p = torch.nn.Parameter(odd(cases.randn((8, 9), gen, dtype)))
     q = torch.nn.Parameter(p.detach().resolve_neg().clone())
-    optimizer = FrozenAwareSGD([p], **hyper)
-    reference = torch.optim.SGD([q], **hyper, foreach=False)
+    optimizer = family.ours([p], **hyper)
+    reference = family.stock([q], **hyper, foreach=False)
     for step in range(3):
         value = cases.randn(p.shape, gen, dtype)
         p.grad, q.grad = value.clone(), value.clone()
@@ -236,15 +248,15 @@ def test_odd_parameters(odd: Callable[[Tensor], Tensor], hyper: Hyper, dtype: to
 
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("dtype", cases.ids(cases.DTYPES))
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
+@each_hyper
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (1, 1, 1)], ids=str)
 def test_zero_dimensional_and_empty(
-    shape: tuple[int, ...], hyper: Hyper, dtype: torch.dtype, device: str
+    shape: tuple[int, ...], family: Family, hyper: Hyper, dtype: torch.dtype, device: str
 ) -> None:
     gen = cases.generator(0)
     ours = cases.make_parameters((shape, 3, shape), gen, dtype, device)
     theirs = cases.twin(ours)
-    optimizer, reference = FrozenAwareSGD(ours, **hyper), cases.Reference(theirs, **hyper)
+    optimizer, reference = family.ours(ours, **hyper), family.reference(theirs, **hyper)
     for step in range(3):
         cases.set_grads(ours, theirs, gen)
         optimizer.step()
@@ -339,9 +351,11 @@ def test_numpy_memory_is_updated_in_place() -> None:
     assert array.tolist() == [0.5] * 5
 
 
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
+@each_hyper
 @pytest.mark.parametrize("dtype", cases.ids(cases.DTYPES))
-def test_parameters_that_are_views_of_one_flat_storage(dtype: torch.dtype, hyper: Hyper) -> None:
+def test_parameters_that_are_views_of_one_flat_storage(
+    dtype: torch.dtype, family: Family, hyper: Hyper
+) -> None:
     gen = cases.generator(0)
     sizes = (3, 16, 1, 0, 127, 33)
     values = [cases.randn(size, gen, dtype) for size in sizes]
@@ -349,7 +363,7 @@ def test_parameters_that_are_views_of_one_flat_storage(dtype: torch.dtype, hyper
     ours = [torch.nn.Parameter(part) for part in flat.split(sizes)]
     grads = flat_grad.split(sizes)
     theirs = [torch.nn.Parameter(value.clone()) for value in values]
-    optimizer, reference = FrozenAwareSGD(ours, **hyper), cases.Reference(theirs, **hyper)
+    optimizer, reference = family.ours(ours, **hyper), family.reference(theirs, **hyper)
     for step in range(4):
         ours[step].requires_grad_(step % 2 == 0)
         theirs[step].requires_grad_(step % 2 == 0)
@@ -375,7 +389,7 @@ def _overlapping(kind: str, flat: Tensor) -> list[list[Tensor]]:
     }[kind]
 
 
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
+@each_hyper
 @pytest.mark.parametrize(
     "kind",
     [
@@ -388,7 +402,9 @@ def _overlapping(kind: str, flat: Tensor) -> list[list[Tensor]]:
         "a chain of three",
     ],
 )
-def test_overlapping_parameters_update_one_after_the_other(kind: str, hyper: Hyper) -> None:
+def test_overlapping_parameters_update_one_after_the_other(
+    kind: str, family: Family, hyper: Hyper
+) -> None:
     gen = cases.generator(0)
     start = cases.randn(80, gen)
     flats = start.clone(), start.clone()
@@ -397,7 +413,7 @@ def test_overlapping_parameters_update_one_after_the_other(kind: str, hyper: Hyp
             [{"params": [torch.nn.Parameter(p) for p in g]} for g in _overlapping(kind, flat)],
             **hyper,
         )
-        for make, flat in zip((FrozenAwareSGD, cases.Reference), flats, strict=True)
+        for make, flat in zip((family.ours, family.reference), flats, strict=True)
     )
     for step in range(4):
         ours = [p for group in optimizer.param_groups for p in group["params"]]
@@ -477,8 +493,8 @@ def test_overlapping_parameters_keep_their_order_where_one_has_no_kernel(
         cases.assert_same_training(optimizer, reference, f"after step {step + 1}:")
 
 
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
-def test_strided_parameters_may_ask_for_fused(hyper: Hyper) -> None:
+@each_hyper
+def test_strided_parameters_may_ask_for_fused(family: Family, hyper: Hyper) -> None:
     """Stock's fused form would take them for contiguous; overlapping ones keep their order."""
     flat = cases.randn(60, cases.generator(0))
     gen = cases.generator(1)
@@ -486,8 +502,8 @@ def test_strided_parameters_may_ask_for_fused(hyper: Hyper) -> None:
         [torch.nn.Parameter(memory[::step]) for step in (2, 3)]
         for memory in (flat.clone(), flat.clone())
     )
-    optimizer = FrozenAwareSGD(ours, **hyper, fused=True)
-    reference = torch.optim.SGD(theirs, **hyper, foreach=False)
+    optimizer = family.ours(ours, **hyper, fused=True)
+    reference = family.stock(theirs, **hyper, foreach=False)
     for step in range(4):
         # The second has momentum before the first step of the first.
         cases.set_grads(ours[step == 0 :], theirs[step == 0 :], gen)
@@ -529,15 +545,15 @@ def test_what_shares_memory_and_has_no_stock_form_is_refused() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 4], ids="{} threads".format)
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
-def test_large_overlapping_parameters(hyper: Hyper, threads: int) -> None:
+@each_hyper
+def test_large_overlapping_parameters(family: Family, hyper: Hyper, threads: int) -> None:
     """Large enough for several threads, which must not collide."""
     gen = cases.generator(0)
     start = cases.randn(400_000, gen)
     flats = start.clone(), start.clone()
     spans = ((0, 300_000), (1, 399_999), (250_000, 400_000))
     params = [[torch.nn.Parameter(flat[a:b]) for a, b in spans] for flat in flats]
-    optimizer, reference = FrozenAwareSGD(params[0], **hyper), cases.Reference(params[1], **hyper)
+    optimizer, reference = family.ours(params[0], **hyper), family.reference(params[1], **hyper)
     with cases.threads(threads):
         for step in range(3):
             cases.set_grads(*params, gen)
@@ -546,19 +562,33 @@ def test_large_overlapping_parameters(hyper: Hyper, threads: int) -> None:
             cases.assert_same_training(optimizer, reference, f"after step {step + 1}:")
 
 
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
+@pytest.mark.parametrize(
+    ("family", "hyper"),
+    [
+        *(pytest.param(cases.SGD, h, id=f"SGD: {name}") for name, h in cases.SOME_HYPERS.items()),
+        pytest.param(
+            cases.ADAMW,
+            cases.ADAMW.some_hypers["decay"],
+            id="AdamW: decay",
+            marks=[
+                pytest.mark.compiled,
+                pytest.mark.xfail(strict=True, reason="each starts from a state of its own"),
+            ],
+        ),
+    ],
+)
 @pytest.mark.parametrize("dtype", cases.ids(cases.DTYPES))
 @pytest.mark.parametrize("places", [(0, 0), (0, 0, 0), (0, 1, 0), (0, 1, 1, 0)], ids=str)
 def test_duplicates_within_a_group_update_one_after_the_other(
-    places: tuple[int, ...], dtype: torch.dtype, hyper: Hyper
+    places: tuple[int, ...], dtype: torch.dtype, family: Family, hyper: Hyper
 ) -> None:
     gen = cases.generator(0)
     ours = cases.make_parameters((5, 70), gen, dtype)
     theirs = cases.twin(ours)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        optimizer = FrozenAwareSGD([ours[i] for i in places], **hyper)
-        reference = cases.Reference([theirs[i] for i in places], **hyper)
+        optimizer = family.ours([ours[i] for i in places], **hyper)
+        reference = family.reference([theirs[i] for i in places], **hyper)
     for step in range(4):
         cases.set_grads(ours, theirs, gen)
         optimizer.step()
@@ -566,13 +596,13 @@ def test_duplicates_within_a_group_update_one_after_the_other(
         cases.assert_same_training(optimizer, reference, f"after step {step + 1}:")
 
 
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
-def test_one_parameter_edited_into_two_groups(hyper: Hyper) -> None:
+@each_hyper
+def test_one_parameter_edited_into_two_groups(family: Family, hyper: Hyper) -> None:
     gen = cases.generator(0)
     ours = cases.make_parameters((5, 70), gen)
     theirs = cases.twin(ours)
-    optimizer = FrozenAwareSGD(cases.in_groups(ours, 2), **hyper)
-    reference = cases.Reference(cases.in_groups(theirs, 2), **hyper)
+    optimizer = family.ours(cases.in_groups(ours, 2), **hyper)
+    reference = family.reference(cases.in_groups(theirs, 2), **hyper)
     optimizer.param_groups[1]["params"].insert(0, ours[0])
     reference.param_groups[1]["params"].insert(0, theirs[0])
     for step in range(4):
@@ -582,12 +612,12 @@ def test_one_parameter_edited_into_two_groups(hyper: Hyper) -> None:
         cases.assert_same_training(optimizer, reference, f"after step {step + 1}:")
 
 
-@pytest.mark.parametrize("hyper", cases.ids(cases.SOME_HYPERS))
-def test_one_gradient_shared_by_two_parameters(hyper: Hyper) -> None:
+@each_hyper
+def test_one_gradient_shared_by_two_parameters(family: Family, hyper: Hyper) -> None:
     gen = cases.generator(0)
     ours = cases.make_parameters((70, 70), gen)
     theirs = cases.twin(ours)
-    optimizer, reference = FrozenAwareSGD(ours, **hyper), cases.Reference(theirs, **hyper)
+    optimizer, reference = family.ours(ours, **hyper), family.reference(theirs, **hyper)
     for step in range(3):
         grad = cases.randn(70, gen)
         for p in (*ours, *theirs):

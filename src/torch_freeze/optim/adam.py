@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
-from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused, _get_scalar_dtype
+from torch.optim.optimizer import (
+    ParamsT,
+    _device_dtype_check_for_fused,
+    _get_capturable_supported_devices,
+    _get_scalar_dtype,
+)
 
 from torch_freeze._build import load_extension
 from torch_freeze._state_names import ADAM
@@ -23,7 +29,7 @@ class _Adam(FrozenAware):
     _state_names = ADAM
 
     def _check_stock(self, group: dict[str, Any], index: int, params: list[Tensor]) -> None:
-        name = type(self).__name__
+        self._check_numbers(group, index)
         for p in params:
             if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError(
@@ -31,33 +37,95 @@ class _Adam(FrozenAware):
                 )
             if group["fused"]:
                 _device_dtype_check_for_fused(p)
-            state = self.state.get(p, {})
-            needed = ("step", "exp_avg", "exp_avg_sq")
-            missing = [key for key in needed if state.get(key) is None]
-            if missing and any(state.get(key) is not None for key in ADAM.all):
+            self._check_state(group, index, p)
+
+    def _check_numbers(self, group: dict[str, Any], index: int) -> None:
+        """Raise for numbers that torch's form finds wrong when it has written something."""
+        where = f"{type(self).__name__}.step: param_groups[{index}]"
+        betas = group["betas"]
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise TypeError(f"{where} has betas={betas!r}; they must be two numbers")
+        numbers = {"betas[0]": betas[0], "betas[1]": betas[1]}
+        numbers |= {key: group[key] for key in ("lr", "eps", "weight_decay")}
+        for name, value in numbers.items():
+            tensor = isinstance(value, Tensor)
+            if not (tensor or isinstance(value, Real)) or (tensor and value.is_complex()):
+                raise TypeError(f"{where} has {name}={value!r}; it must be a real number")
+            if tensor and (value.numel() != 1 or value.is_meta):
                 raise ValueError(
-                    f"{name}.step: the state of a parameter of param_groups[{index}] has no "
-                    f"{' and no '.join(missing)}; delete the parameter's entry from the "
-                    "optimizer's state, or load a complete one"
+                    f"{where} has a tensor of {value.numel()} elements on {value.device} for "
+                    f"{name}; it must have one, and a value"
+                )
+            if name[0] == "b" and not tensor and (value < 0 or value >= 1):
+                raise ValueError(f"{where} has {name}={value!r}; it must be at least 0 and below 1")
+            in_python = tensor and name[0] in "bl" and not group["capturable"]
+            if group["foreach"] and in_python:
+                raise RuntimeError(
+                    f"{where}: {name} as a Tensor is not supported for capturable=False and "
+                    "foreach=True"
                 )
 
+    def _check_state(self, group: dict[str, Any], index: int, param: Tensor) -> None:
+        """Raise for a state that torch's form finds wrong when it has written something."""
+        position = next(i for i, p in enumerate(group["params"]) if p is param)
+        place = f"param_groups[{index}]['params'][{position}]"
+        where, delete = f"{type(self).__name__}.step", "delete the parameter's entry from the state"
+        state = self.state.get(param, {})
+        missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if state.get(key) is None]
+        if missing and any(state.get(key) is not None for key in ADAM.all):
+            raise ValueError(
+                f"{where}: the state of {place} has no {' and no '.join(missing)}; {delete}, or "
+                "load a complete one"
+            )
+        count, average, grad = state.get("step"), state.get("exp_avg"), param.grad
+        if _is_plain(count) and not _is_count(count):
+            raise ValueError(
+                f"{where}: step of {place} is a {count.dtype} tensor of shape {list(count.shape)} "
+                f"on {count.device}; it must be one real number that can be written to. Replace "
+                f"it, or {delete}."
+            )
+        plain = _is_plain(param) and (average is None or _is_plain(average))
+        if not plain or grad is None or not _is_plain(grad):
+            return
+        added = grad.dtype
+        if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
+            added = torch.promote_types(added, param.dtype)
+        kept = param.dtype if average is None else average.dtype
+        if added != kept:
+            raise TypeError(
+                f"{where}: exp_avg of {place} is {kept}, and its gradient is {grad.dtype}; torch's "
+                f"Adam needs one dtype for both. Cast the moments, or {delete}."
+            )
+
     def _step_stock(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        states = [self._ready(group, p) for p in params]
-        grads = [p.grad for p in params if p.grad is not None]
-        averages, squares, maxima = (
-            [state[name] for state in states if name in state] for name in ADAM.buffers
+        ready: dict[int, dict[str, Any]] = {}
+        for p in params:
+            if id(p) not in ready:  # else it is listed twice
+                ready[id(p)] = self._ready(group, p)
+        states = [ready[id(p)] for p in params]
+        # torch's form cannot take apart a complex number whose conjugation is pending.
+        grads = [p.grad.resolve_conj() for p in params if p.grad is not None]
+        counts, averages, squares = (
+            [state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq")
         )
-        foreach, fused = _stock.form(group, params, [*grads, *averages, *squares])
+        maxima = [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else []
+        foreach, fused = _stock.form(group, params, [*grads, *averages, *squares, *maxima])
+        if any(
+            count.dtype != torch.float32 or count.device != p.device
+            for count, p in zip(counts, params, strict=True)
+        ):
+            fused = fused if fused is None else False
+        supported = params[0].device.type in _get_capturable_supported_devices()
         beta1, beta2 = group["betas"]
         adam(
             params,
             grads,
             averages,
             squares,
-            maxima if group["amsgrad"] else [],
-            [state["step"] for state in states],
+            maxima,
+            counts,
             foreach=foreach,
-            capturable=group["capturable"],
+            capturable=group["capturable"] and supported,
             differentiable=group["differentiable"],
             fused=fused,
             has_complex=any(map(torch.is_complex, params)),
@@ -70,25 +138,47 @@ class _Adam(FrozenAware):
             maximize=group["maximize"],
             decoupled_weight_decay=group["decoupled_weight_decay"],
         )
+        for p, state in zip(params, states, strict=True):
+            self.state[p].update(state)
+            self.state[p].pop(ADAM.stale, None)
 
     def _ready(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
-        """The state of a parameter: made if there is none, from zero on if it is stale."""
-        state: dict[str, Any] = self.state[param]
-        on_device = bool(group["capturable"] or group["fused"])
-        if state.get("step") is None:
-            state["step"] = torch.zeros(
+        """What the state of a parameter is to hold, from zero on where it is missing or stale."""
+        state = self.state.get(param, {})
+        stale = state.get(ADAM.stale, False)
+        names = ADAM.buffers[: 3 if group["amsgrad"] else 2]
+        ready = {name: None if stale else state.get(name) for name in ("step", *names)}
+        if ready["step"] is None:
+            on_device = bool(group["capturable"] or group["fused"])
+            ready["step"] = torch.zeros(
                 (),
                 dtype=_get_scalar_dtype(is_fused=group["fused"]),
                 device=param.device if on_device else "cpu",
             )
-        if state.pop(ADAM.stale, False):
-            for name in ADAM.all:  # with a maximum that a later amsgrad would go on from
-                if state.get(name) is not None:
-                    state[name].zero_()
-        for name in ADAM.buffers[: 3 if group["amsgrad"] else 2]:
-            if state.get(name) is None:
-                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        return state
+        for name in names:
+            if ready[name] is None:
+                ready[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        unused = state.get("max_exp_avg_sq")
+        if stale and unused is not None and not group["amsgrad"]:
+            ready["max_exp_avg_sq"] = torch.zeros_like(unused)  # a later amsgrad goes on from it
+        return ready
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether nothing but torch itself decides what an operator does with it."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def _is_count(tensor: Tensor) -> bool:
+    """Whether torch can add 1 to it and read it."""
+    return (
+        tensor.numel() == 1
+        and (tensor.is_floating_point() or tensor.dtype in (torch.int32, torch.int64))
+        and tensor.layout is torch.strided
+        and not tensor.is_meta
+        and not tensor._is_zerotensor()
+        and (not tensor.is_inference() or torch.is_inference_mode_enabled())
+    )
 
 
 class FrozenAwareAdamW(_Adam, torch.optim.AdamW):
