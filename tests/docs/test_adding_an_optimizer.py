@@ -44,7 +44,7 @@ def write_into(tree: Path) -> None:
 
 
 def join(csrc: Path) -> None:
-    """Make one file of those that know Python: to read torch's headers takes nearly all the time."""
+    """Make one file of those that know Python, since torch's headers take most of the time."""
     sources = [csrc / "bindings.cpp", *csrc.glob("core/*.cpp")]
     sources += [path for path in csrc.glob("optim/*.cpp") if not path.stem.endswith("_cpu")]
     joined = [path.rename(path.with_suffix(".inc")) for path in sorted(sources)]

@@ -161,11 +161,11 @@ class TestBfloat16Moments:
         return importlib.import_module("bfloat16_moments")
 
     def test_rounded_to_nearest_the_second_moment_does_not_fall(self, example: Any) -> None:
-        exact, stochastic, nearest = (example.run(way, seed=0, epochs=30) for way in example.WAYS)
+        exact, stochastic, nearest = (example.run(way, seed=0, epochs=60) for way in example.WAYS)
         assert stochastic.bytes * 2 == exact.bytes
         assert stochastic.loss == pytest.approx(exact.loss, rel=0.1)
         assert stochastic.second == pytest.approx(exact.second, rel=0.1)
-        assert nearest.second > 1.15 * exact.second
+        assert nearest.second > 1.3 * exact.second
 
     def test_as_a_command_it_prints_a_table(
         self, example: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
