@@ -12,25 +12,29 @@ The optimizer gets all parameters once, in all three, and a learning-rate schedu
 The body has to adapt, so the head alone falls far short; gradual unfreezing ends where training
 everything does, with less trained on the way. The data are the 1797 images of 8 x 8 pixels that
 scikit-learn ships. Run with ``python examples/gradual_unfreezing.py``; it takes a few seconds.
+``--optimizer AdamW`` trains with AdamW in place of SGD.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_freeze import FreezeSchedule, FrozenAwareSGD, gradual_unfreeze
+from torch_freeze import FreezeSchedule, FrozenAwareAdamW, FrozenAwareSGD, gradual_unfreeze
 
 BATCH = 16
-HYPER: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": functools.partial(FrozenAwareSGD, lr=0.05, momentum=0.9, weight_decay=5e-4),
+    "AdamW": functools.partial(FrozenAwareAdamW, lr=5e-3, weight_decay=1e-2),
+}
 GROUPS = ["conv1", "conv2", "conv3", "head"]  # from input to output
 PER_DIGIT = 10  # labelled images of each new digit
 EPOCHS = 20
@@ -107,11 +111,11 @@ def accuracy(model: nn.Module, images: Images) -> float:
     return float(right.float().mean())
 
 
-def pretrain(images: Images, epochs: int, seed: int) -> Net:
+def pretrain(images: Images, epochs: int, seed: int, optimizer_name: str = "SGD") -> Net:
     """A net that knows the first five digits."""
     torch.manual_seed(seed)
     net = Net()
-    optimizer = FrozenAwareSGD(net.parameters(), **HYPER)
+    optimizer = OPTIMIZERS[optimizer_name](net.parameters())
     for epoch in range(epochs):
         train_epoch(net, optimizer, images, 1000 * seed + epoch)
     return net
@@ -133,13 +137,19 @@ class Course:
 
 
 def fine_tune(
-    pretrained: Net, way: str, train: Images, test: Images, epochs: int, seed: int
+    pretrained: Net,
+    way: str,
+    train: Images,
+    test: Images,
+    epochs: int,
+    seed: int,
+    optimizer_name: str = "SGD",
 ) -> Course:
     """Go on from the pre-trained net; the only difference between the ways is the schedule."""
     net = copy.deepcopy(pretrained)
     torch.manual_seed(seed)
     net.head.reset_parameters()
-    optimizer = FrozenAwareSGD(net.parameters(), **HYPER)
+    optimizer = OPTIMIZERS[optimizer_name](net.parameters())
     schedule = WAYS[way](net)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)  # never notices
     course = Course([], [])
@@ -152,15 +162,17 @@ def fine_tune(
     return course
 
 
-def compare(seeds: int = 5, epochs: int = EPOCHS, pretraining: int = 6) -> dict[str, list[Course]]:
+def compare(
+    seeds: int = 5, epochs: int = EPOCHS, pretraining: int = 6, optimizer_name: str = "SGD"
+) -> dict[str, list[Course]]:
     """Each way, once for every seed of weights, labelled images and order."""
     known, new = load()
     courses: dict[str, list[Course]] = {way: [] for way in WAYS}
     for seed in range(seeds):
-        net = pretrain(known, pretraining, seed)
+        net = pretrain(known, pretraining, seed, optimizer_name)
         train, test = few(new, PER_DIGIT, seed)
         for way in WAYS:
-            courses[way].append(fine_tune(net, way, train, test, epochs, seed))
+            courses[way].append(fine_tune(net, way, train, test, epochs, seed, optimizer_name))
     return courses
 
 
@@ -216,11 +228,12 @@ def plot(courses: dict[str, list[Course]], path: Path) -> None:
 def main() -> None:
     """Compare the three ways, print a table and draw a plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="SGD")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--plot", type=Path, default=Path("gradual_unfreezing.png"))
     options = parser.parse_args()
     torch.set_num_threads(1)  # images this small gain nothing from a second thread
-    courses = compare(options.seeds)
+    courses = compare(options.seeds, optimizer_name=options.optimizer)
     print(table(courses))
     plot(courses, options.plot)
     print(f"plot: {options.plot}")

@@ -12,15 +12,17 @@ Three ways, which differ in nothing but what is frozen:
 - frozen body: the head alone trains;
 - LISA: two layers drawn at random train at a time, and the head (Pan et al., 2024; there the
   embeddings train as well, here they rest, so that backward stops at the lowest layer drawn);
-  what is frozen again drops its momentum;
+  what is frozen again drops its moments;
 - everything.
 
-Run with ``python examples/sentence_encoder.py``; it takes half a minute.
+Run with ``python examples/sentence_encoder.py``; it takes half a minute. ``--optimizer SGD`` trains
+with SGD in place of AdamW.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import inspect
 import os
@@ -35,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_freeze import FreezeSchedule, FrozenAwareSGD, report, rotate
+from torch_freeze import FreezeSchedule, FrozenAwareAdamW, FrozenAwareSGD, report, rotate
 
 LIBRARIES: dict[str, list[str]] = {
     "Python": ["shutil", "os.path", "random", "statistics", "inspect", "ast", "email.message"],
@@ -51,8 +53,24 @@ TRAIN, TEST = 60, 40  # texts of each library
 BATCH = 12
 STEPS = 40
 MAX_TOKENS = 24
-BODY_LR, HEAD_LR = 0.02, 1.0
 LISA_LAYERS, LISA_EVERY = 2, 5
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An optimizer that drops the state of what is frozen, and its learning rates."""
+
+    make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+    body_lr: float
+    head_lr: float
+
+
+RECIPES: dict[str, Recipe] = {
+    "AdamW": Recipe(functools.partial(FrozenAwareAdamW, frozen_state="drop"), 2e-4, 1e-2),
+    "SGD": Recipe(
+        functools.partial(FrozenAwareSGD, momentum=0.9, frozen_momentum="drop"), 0.02, 1.0
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -159,7 +177,7 @@ class Result:
     seconds: float
     saved_bytes: int
     gradient_bytes: int
-    momentum_bytes: int
+    state_bytes: int  # of the optimizer
     losses: list[float]
 
 
@@ -188,17 +206,18 @@ class SavedBytes:
         return tensor
 
 
-def run(way: str, train: Texts, test: Texts, steps: int = STEPS) -> Result:
+def run(
+    way: str, train: Texts, test: Texts, steps: int = STEPS, optimizer_name: str = "AdamW"
+) -> Result:
     """Fine-tune one way; the only difference between the ways is the schedule."""
     torch.manual_seed(0)
     model = Classifier()
-    optimizer = FrozenAwareSGD(
+    recipe = RECIPES[optimizer_name]
+    optimizer = recipe.make(
         [
-            {"params": list(model.body.parameters()), "lr": BODY_LR},
-            {"params": list(model.head.parameters()), "lr": HEAD_LR},
-        ],
-        momentum=0.9,
-        frozen_momentum="drop",
+            {"params": list(model.body.parameters()), "lr": recipe.body_lr},
+            {"params": list(model.head.parameters()), "lr": recipe.head_lr},
+        ]
     )
     schedule = WAYS[way](model)
     rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
@@ -226,19 +245,21 @@ def run(way: str, train: Texts, test: Texts, steps: int = STEPS) -> Result:
     model.eval()
     with torch.no_grad():
         right = model(test.tokens, test.mask).argmax(1) == test.labels
-    momentum = held.momentum_bytes or 0
-    return Result(right.float().mean().item(), seconds, kept, gradients, momentum, losses)
+    state = held.state_bytes or 0
+    return Result(right.float().mean().item(), seconds, kept, gradients, state, losses)
 
 
 def table(results: dict[str, Result]) -> str:
     """One line for each way."""
-    lines = [f"{'way':<14}{'accuracy':>9}{'ms a step':>11}   MB: for backward  gradients  momentum"]
+    lines = [
+        f"{'way':<14}{'accuracy':>9}{'ms a step':>11}   MB: for backward  gradients  optimizer"
+    ]
     for way, result in results.items():
         ms = 1000 * result.seconds / len(result.losses)
-        sizes = (result.saved_bytes, result.gradient_bytes, result.momentum_bytes)
-        saved, gradients, momentum = (size / 1e6 for size in sizes)
+        sizes = (result.saved_bytes, result.gradient_bytes, result.state_bytes)
+        saved, gradients, state = (size / 1e6 for size in sizes)
         lines.append(
-            f"{way:<14}{result.accuracy:>9.1%}{ms:>11.0f}{saved:>20.1f}{gradients:>11.1f}{momentum:>10.1f}"
+            f"{way:<14}{result.accuracy:>9.1%}{ms:>11.0f}{saved:>20.1f}{gradients:>11.1f}{state:>11.1f}"
         )
     return "\n".join(lines)
 
@@ -263,9 +284,12 @@ def plot(results: dict[str, Result], path: Path) -> None:
     middle.bar_label(bars, fmt="%.0f")
     middle.set_title("time of a step (ms)")
     bottom = [0.0] * len(ways)
-    for what, colour in (("saved", "#999999"), ("gradient", "#56b4e9"), ("momentum", "#e69f00")):
+    for what, label, colour in (
+        ("saved", "for backward", "#999999"),
+        ("gradient", "gradients", "#56b4e9"),
+        ("state", "optimizer", "#e69f00"),
+    ):
         sizes = [getattr(result, f"{what}_bytes") / 1e6 for result in results.values()]
-        label = "for backward" if what == "saved" else f"{what}s" if what == "gradient" else what
         right.bar(ways, sizes, bottom=bottom, label=label, color=colour)
         bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
     right.set_title("memory besides the weights (MB)")
@@ -279,6 +303,7 @@ def plot(results: dict[str, Result], path: Path) -> None:
 def main() -> None:
     """Compare the three ways, print a table and draw a plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--optimizer", choices=RECIPES, default="AdamW")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--plot", type=Path, default=Path("sentence_encoder.png"))
     options = parser.parse_args()
@@ -286,7 +311,7 @@ def main() -> None:
     train, test = load()
     results = {}
     for way in WAYS:
-        results[way] = run(way, train, test, options.steps)
+        results[way] = run(way, train, test, options.steps, options.optimizer)
         print(f"{way}: done", file=sys.stderr)
     print(table(results))
     plot(results, options.plot)

@@ -23,7 +23,7 @@ case $kind in
     flags="-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"
     runtime="libasan.so libubsan.so"
     # Left out: two tables of accesses that the kernel's body would make and does not. They take minutes here.
-    tests=(tests/optim/test_hostile_*.py tests/optim/test_{faults,errors,threads,exact,momentum_policies}.py
+    tests=(tests/optim/test_hostile_*.py tests/optim/test_{faults,errors,threads,exact,state_policies}.py
       tests/in_backward/test_step.py tests/kernels/test_body.py
       --deselect=tests/kernels/test_body.py::test_every_byte_is_stored_once
       --deselect=tests/kernels/test_body.py::test_all_but_the_ends_moves_in_vectors)

@@ -18,7 +18,7 @@ import torch_freeze
 
 from . import checks, figures, report
 from .checks import MissingPackageError, RequestError
-from .contestants import FAMILIES, installed
+from .contestants import FAMILIES, SGD, installed
 from .machine import company, describe, granted_share, headline, is_simulated, slug
 from .records import Measured, to_csv
 from .saving import make_room, write
@@ -155,7 +155,9 @@ def make_suites(options: argparse.Namespace, setting: Setting) -> list[Suite]:
     return suites
 
 
-def files_of(results: Path | None, described: dict[str, str], suites: Sequence[str]) -> Path:
+def files_of(
+    results: Path | None, described: dict[str, str], suites: Sequence[str], optimizer: str
+) -> Path:
     """Where the results of this run go, without an ending.
 
     Raises:
@@ -171,6 +173,8 @@ def files_of(results: Path | None, described: dict[str, str], suites: Sequence[s
         )
     elif len(suites) == 1 and suites[0] not in DEFAULT_SUITES:
         stem += f"_{suites[0]}"
+    if FAMILIES[optimizer] is not SGD:
+        stem += f"_{optimizer}"
     return results / stem if results else FOLDER / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{stem}"
 
 
@@ -220,7 +224,8 @@ def prepare(options: argparse.Namespace) -> Job:
     described["not compared"] = "; ".join(f"{name} ({why})" for name, why in left_out.items())
     if simulated:
         described["simulated"] = SIMULATED_WARNINGS[not computes]
-    files = files_of(options.results, described, [suite.name for suite in suites])
+    names = [suite.name for suite in suites]
+    files = files_of(options.results, described, names, family.key)
     make_room(files.parent)
     return Job(suites, setting, described, files)
 

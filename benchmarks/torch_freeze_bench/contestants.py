@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_freeze import FrozenAwareSGD
+from torch_freeze import FrozenAwareAdamW, FrozenAwareSGD
 
 from .checks import MissingPackageError, require
 from .records import OURS
@@ -408,4 +408,34 @@ SGD = Family(
         "torchao": "has only Adam; its CPUOffloadOptimizer accepts gradients only in backward"
     },
 )
-FAMILIES = {family.key: family for family in (SGD,)}
+_DECAY = {"lr": 1e-3, "weight_decay": 1e-2}
+ADAMW = Family(
+    key="adamw",
+    ours=FrozenAwareAdamW,
+    stock=torch.optim.AdamW,
+    hyper={
+        "steps": _DECAY,
+        "model": _DECAY,
+        "flat": {"lr": 0.1, "weight_decay": 1e-2},  # a rate at which bfloat16 moves
+        "memory": {"lr": 0.01, "weight_decay": 1e-2},  # two steps move the weights visibly
+        "digits": {"lr": 2e-3, "weight_decay": 1e-2},
+    },
+    buffers=lambda hyper: ("exp_avg", "exp_avg_sq"),
+    keywords={"state_dtype": "moment_dtype"},
+    packages={
+        "flashoptim": package(
+            "flashoptim",
+            "FlashAdamW",
+            "flashoptim",
+            lambda on_gpu: {"quantize": False, "fused": on_gpu, "master_weight_bits": None},
+        ),
+        "optimi": package("optimi", "AdamW", "torch-optimi", lambda on_gpu: {"eps": 1e-8}),
+        "bitsandbytes": package("bitsandbytes", "optim.AdamW32bit", "bitsandbytes"),
+        "apex": package("apex.optimizers", "FusedAdam", "git+https://github.com/NVIDIA/apex"),
+    },
+    in_memory=(
+        Contestant("bitsandbytes AdamW8bit", eight_bit("AdamW8bit"), "state changes", torch.uint8),
+    ),
+    without={"torchao": "its AdamW forms for training keep the state in 8 or 4 bits"},
+)
+FAMILIES = {family.key: family for family in (SGD, ADAMW)}

@@ -299,4 +299,5 @@ MOSTLY_FROZEN = Tensors("frozen998", "1000 one-element parameters, 998 frozen", 
 WITHOUT_FROZEN = Tensors("frozen0", "2 one-element parameters", 1, 2, 1)
 # As layer-wise learning rates make them.
 GROUPS = Tensors("groups50", "50 param groups of 10 tensors of 64 elements", 50, 10, 64)
+MANY_SINGLES = Tensors("groups465", "465 param groups of 1 tensor of 64 elements", 465, 1, 64)
 SINGLES = Tensors("groups161", "161 param groups of 1 tensor of 64 elements", 161, 1, 64)

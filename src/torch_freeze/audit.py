@@ -16,10 +16,11 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from . import _format
 from ._ddp import not_reduced
+from ._fitting import fitting
 from ._hold import held_by, is_norm, is_spectral_norm
 from ._thawed import just_thawed
 from ._tree import ModuleEntry, ParamEntry, Tree, check_model, is_lazy
-from .optim._base import FrozenAware, frozen_aware, state_names
+from .optim._base import FrozenAware, frozen_aware, state_names, unwrapped
 from .report import as_optimizers, state_bytes, tensor_bytes
 
 Level = Literal["error", "warning", "info"]
@@ -76,10 +77,10 @@ FINDING_KINDS: Final[dict[Kind, tuple[tuple[Level, ...], str]]] = {
     ),
     "stale gradient": (
         ("error", "warning"),
-        "A frozen parameter holds a gradient. It is an error if an optimizer other than "
-        "FrozenAwareSGD owns the parameter and may move it by that gradient, momentum or weight "
-        "decay, or if LBFGS does, which moves it by past gradients. Otherwise it is a warning, "
-        "because gradient clipping still counts the gradient.",
+        "A frozen parameter holds a gradient. It is an error if an optimizer that does not skip "
+        "frozen parameters owns it and may move it by that gradient, momentum or weight decay, or "
+        "if LBFGS does, which moves it by past gradients. Otherwise it is a warning, because "
+        "gradient clipping still counts the gradient.",
     ),
     "no gradient": (
         ("warning",),
@@ -101,7 +102,7 @@ FINDING_KINDS: Final[dict[Kind, tuple[tuple[Level, ...], str]]] = {
     "zero lr": (
         ("warning",),
         "A learning rate of 0 keeps a param group from changing while others train. Its gradients "
-        "and momentum are computed and kept all the same; freezing saves both.",
+        "and optimizer state are computed and kept all the same; freezing saves both.",
     ),
     "tied half": (
         ("warning",),
@@ -203,7 +204,7 @@ computed and kept, never used or cleared. Pass them to the optimizer, or freeze 
     findings = [*_gradients(tree, optimizers), *_norms(tree), *_tied(tree), *_everything(tree)]
     findings += [*_reduced(tree), *_weight_norms(tree), *_dropout(tree)]
     if optimizers is not None:
-        findings += [*_owners(tree, optimizers), *_momentum(tree, optimizers)]
+        findings += [*_owners(tree, optimizers), *_kept_state(tree, optimizers)]
         findings += _still(tree, optimizers)
     return sorted(findings, key=lambda finding: _ORDER[finding.level])
 
@@ -291,7 +292,7 @@ def _on_parameters(
 
 def _is_lbfgs(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it is LBFGS, which keeps the state of all its parameters under the first one."""
-    return isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.LBFGS)
+    return isinstance(unwrapped(optimizer), torch.optim.LBFGS)
 
 
 def _owned(optimizers: Iterable[torch.optim.Optimizer] | None) -> dict[int, int]:
@@ -333,7 +334,7 @@ def _gradients(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> It
             ),
         )
     elif optimizers:
-        each = [o for o in optimizers if not _is_lbfgs(o)]
+        each = [unwrapped(o) for o in optimizers if not _is_lbfgs(o)]
         stepped = {id(p) for o in each for p, kept in o.state.items() if kept}
         if stepped:
             yield from _on_parameters(
@@ -360,7 +361,7 @@ def _stale(
     movers: dict[int, str] = {}
     for optimizer in optimizers:
         if frozen_aware(optimizer) is None:
-            kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
+            kind = type(unwrapped(optimizer)).__name__
             movers.update(dict.fromkeys(_owned([optimizer]), kind))
     yield from _remembered(tree, optimizers)
     freed = _owned(aware).keys() - applied.keys()
@@ -778,7 +779,7 @@ def _owners(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Fin
             if many
             else f"The frozen parameter {left_out[0].name} is in no optimizer: it cannot train "
             "when unfrozen later.",
-            "Pass model.parameters(), all of them, to FrozenAwareSGD.",
+            f"Pass model.parameters(), all of them, to {fitting(optimizers)}.",
             "frozen unowned",
             tuple(entry.name for entry in left_out),
         )
@@ -836,7 +837,7 @@ def _is_zero(rate: Any) -> bool:
     return isinstance(rate, (int, float, torch.Tensor)) and float(rate) == 0
 
 
-# What becomes of the momentum of frozen parameters, by the policy of their param group.
+# What becomes of the state of frozen parameters, by the policy of their param group.
 _BECOMES = {
     "keep": "It is used again when they are unfrozen; {}='drop' frees it.",
     "reset": "It starts from zero when they are unfrozen; {}='drop' frees it as well.",
@@ -847,12 +848,12 @@ _BECOMES_ELSEWHERE = (
 )
 
 
-def _momentum(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Finding]:
+def _kept_state(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[Finding]:
     policies: dict[int, str] = {}
     for optimizer in optimizers:
         aware = frozen_aware(optimizer)
         option = state_names(aware).policy if aware is not None else ""
-        for group in optimizer.param_groups:
+        for group in unwrapped(optimizer).param_groups:
             policy = _BECOMES_ELSEWHERE
             if option:
                 policy = _BECOMES[group.get(option, "keep")].format(option)
@@ -870,7 +871,7 @@ def _momentum(tree: Tree, optimizers: list[torch.optim.Optimizer]) -> Iterator[F
         yield Finding(
             "info",
             "",
-            f"The optimizer keeps {_format.size(size)} of momentum ({size} bytes) for "
+            f"The optimizer keeps {_format.size(size)} of state ({size} bytes) for "
             f"{_format.counted(len(kept), 'frozen parameter')}.",
             policy,
             "momentum of frozen",

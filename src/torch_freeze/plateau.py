@@ -28,9 +28,9 @@ class AdvanceOnPlateau(FreezeSchedule):
 
     With `restore_best` the model returns to its best weights whenever a phase ends, unless they
     were just reached. This restores all parameters and all buffers in the model's `state_dict()`,
-    but not the optimizer's state, learning rates or random generators. To drop the momentum
-    gathered since then, call `optimizer.state.clear()` when `step` returns True. It needs a copy
-    of the model in CPU memory, made at each improvement, and as much again in every saved
+    but not the optimizer's state, learning rates or random generators. To drop the state gathered
+    since then, such as momentum, call `optimizer.state.clear()` when `step` returns True. It needs
+    a copy of the model in CPU memory, made at each improvement, and as much again in every saved
     `state_dict()`.
 
     On several processes, all must pass the same metric, or they would train different models. If

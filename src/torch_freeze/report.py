@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from . import _format
 from ._flow import Facts, Kind, Leaf, Reasons, estimate_flow, measure_flow
 from ._hold import held_by, is_norm
 from ._tree import ModuleEntry, ParamEntry, Tree, check_model, is_lazy
+from .optim._base import unwrapped
 
 _MAX_ROWS = 40
 
@@ -65,8 +67,8 @@ class Row:
 
     A tied parameter is counted once, where it is first registered. `gradient_bytes` is the size of
     the gradients that exist at the moment; with `step_in_backward` those not yet applied.
-    `momentum_bytes` is the size of every tensor that the optimizer keeps for the parameters, and
-    None if no optimizer was given.
+    `state_bytes` is the size of every tensor that the optimizer keeps for the parameters (momentum,
+    moments, counts of updates), and None if no optimizer was given.
     """
 
     name: str
@@ -77,10 +79,16 @@ class Row:
     frozen: int
     bytes: int
     gradient_bytes: int
-    momentum_bytes: int | None
+    state_bytes: int | None
     norms_held: int
     norms_train: int
     norms_eval: int
+
+    @property
+    def momentum_bytes(self) -> int | None:
+        """The former name of `state_bytes`."""
+        warnings.warn("Row.momentum_bytes is now Row.state_bytes", DeprecationWarning, stacklevel=2)
+        return self.state_bytes
 
     @property
     def norm(self) -> str:
@@ -172,10 +180,10 @@ class FreezeReport:
         return f"{did}\n{_format.fit(state)}"
 
     def _cells(self) -> tuple[list[str], list[list[str]], str]:
-        with_momentum = self.total.momentum_bytes is not None
+        with_state = self.total.state_bytes is not None
         header = ["module", "state", "parameters", "trainable", "frozen", "bytes", "gradients"]
-        header += ["momentum"] * with_momentum + ["norms"]
-        aligned = "<<" + ">" * (5 + with_momentum) + "<"
+        header += ["optimizer"] * with_state + ["norms"]
+        aligned = "<<" + ">" * (5 + with_state) + "<"
         lines = []
         for row in (*self.rows, self.total):
             label = "  " * row.depth + row.name.rsplit(".", 1)[-1] if row.depth >= 0 else "total"
@@ -185,8 +193,8 @@ class FreezeReport:
                 _format.size(row.bytes),
                 _format.size(row.gradient_bytes),
             ]
-            if row.momentum_bytes is not None:
-                line.append(_format.size(row.momentum_bytes))
+            if row.state_bytes is not None:
+                line.append(_format.size(row.state_bytes))
             lines.append([*line, row.norm])
         return header, lines, aligned
 
@@ -218,8 +226,8 @@ def report(
 
     Args:
         model: any module; a DDP-wrapped or compiled one is reported under its own names.
-        optimizer: any torch.optim.Optimizer, or several. The momentum column then shows the bytes
-            of every tensor that they keep.
+        optimizer: any torch.optim.Optimizer, or several. The column "optimizer" then shows
+            the bytes of every tensor that they keep, such as momentum.
         depth: how many levels of modules to list; 0 gives the total only. None opens only those
             modules whose parameters are partly frozen.
         example: inputs of the model (a tensor, a tuple of arguments or a dict of keyword
@@ -410,7 +418,7 @@ class _Sum:
     trainable: int = 0
     bytes: int = 0
     gradient_bytes: int = 0
-    momentum_bytes: int = 0
+    state_bytes: int = 0
     norms_held: int = 0
     norms_train: int = 0
     norms_eval: int = 0
@@ -422,7 +430,7 @@ class _Sum:
         self.trainable += other.trainable
         self.bytes += other.bytes
         self.gradient_bytes += other.gradient_bytes
-        self.momentum_bytes += other.momentum_bytes
+        self.state_bytes += other.state_bytes
         self.norms_held += other.norms_held
         self.norms_train += other.norms_train
         self.norms_eval += other.norms_eval
@@ -454,7 +462,7 @@ def _sum_up(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> dict[
             if (grad := p.grad) is not None:
                 own.gradient_bytes += tensor_bytes(grad)
             if optimizers:
-                own.momentum_bytes += sum(state_bytes(o, p) for o in optimizers)
+                own.state_bytes += sum(state_bytes(o, p) for o in optimizers)
         if is_norm(entry.module):
             if held_by(entry.module) is not None:
                 own.norms_held += 1
@@ -483,13 +491,13 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
 def state_bytes(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> int:
     """Bytes of all tensors an optimizer keeps for a parameter."""
     # state is a defaultdict: [] would add an entry, get() does not.
-    state = optimizer.state.get(parameter)
+    state = unwrapped(optimizer).state.get(parameter)
     if not isinstance(state, Mapping):
         return 0
     return sum(tensor_bytes(v) for v in state.values() if isinstance(v, torch.Tensor))
 
 
-def _row(entry: ModuleEntry, name: str, depth: int, sums: _Sum, with_momentum: bool) -> Row:
+def _row(entry: ModuleEntry, name: str, depth: int, sums: _Sum, with_state: bool) -> Row:
     return Row(
         name=name,
         kind=type(entry.module).__name__,
@@ -499,16 +507,14 @@ def _row(entry: ModuleEntry, name: str, depth: int, sums: _Sum, with_momentum: b
         frozen=sums.parameters - sums.trainable,
         bytes=sums.bytes,
         gradient_bytes=sums.gradient_bytes,
-        momentum_bytes=sums.momentum_bytes if with_momentum else None,
+        state_bytes=sums.state_bytes if with_state else None,
         norms_held=sums.norms_held,
         norms_train=sums.norms_train,
         norms_eval=sums.norms_eval,
     )
 
 
-def _rows(
-    tree: Tree, sums: dict[int, _Sum], depth: int | None, with_momentum: bool
-) -> Iterator[Row]:
+def _rows(tree: Tree, sums: dict[int, _Sum], depth: int | None, with_state: bool) -> Iterator[Row]:
     if depth == 0:
         return
     shown = _open_mixed(tree, sums) if depth is None else None
@@ -519,7 +525,7 @@ def _rows(
         its = sums[id(entry)]
         if level is None or not (its.tensors or its.norms_held + its.norms_train + its.norms_eval):
             continue
-        yield _row(entry, entry.name, level, its, with_momentum)
+        yield _row(entry, entry.name, level, its, with_state)
         if id(entry) in shown if shown is not None else depth is None or level + 1 < depth:
             listed[id(entry)] = level + 1
 

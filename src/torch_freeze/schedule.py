@@ -30,8 +30,8 @@ class FreezeSchedule:
     The schedule manages the parameters that any of its entries names. Each entry freezes those it
     names and makes the other managed ones trainable. Parameters that no entry names are not
     changed, and neither are those that the model itself keeps frozen (see `unfreeze`). The schedule
-    changes no optimizer. With FrozenAwareSGD over all parameters, learning-rate schedulers,
-    checkpoints and param groups keep working.
+    changes no optimizer. With an optimizer of torch_freeze over all parameters, such as
+    FrozenAwareAdamW, learning-rate schedulers, checkpoints and param groups keep working.
 
     Args:
         model: the model; also DDP-wrapped or compiled.
@@ -631,7 +631,7 @@ class FreezeOutSchedule(_GroupSchedule):
 
         Args:
             lr: the base learning rate of all groups.
-            options: further options of all groups, such as momentum.
+            options: further options of all groups, such as weight_decay.
         """
         tree = Tree(self.model)
         of_groups, owner = self._owned(tree)

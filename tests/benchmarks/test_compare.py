@@ -49,6 +49,7 @@ from torch_freeze_bench.contestants import (
     REFERENCE,
     SGD,
     Contestant,
+    Family,
     installed,
     select,
 )
@@ -57,7 +58,7 @@ from torch_freeze_bench.suites import load, speed, targets
 from torch_freeze_bench.suites.base import Suite
 from torch_freeze_bench.tables import Reached, duration, multiple, render
 from torch_freeze_bench.timing import Budget
-from torch_freeze_bench.workloads import Network, Workload
+from torch_freeze_bench.workloads import TINY, Network, Workload
 
 from tests.benchmarks.compare_cases import CPU, fact, flat, measured, outcome, setting, widest
 
@@ -125,7 +126,7 @@ class TestSimulated:
     def test_it_measures_host_time_alone(self) -> None:
         only_host = setting(computes=False)
         (alone,) = command.make_suites(arguments("--device simulated"), only_host)
-        assert (alone.name, len(alone.tasks)) == ("speed", 3)
+        assert (alone.name, len(alone.tasks)) == ("speed", 4)
         with pytest.raises(RequestError, match="host time"):
             command.make_suites(arguments("--suite memory"), only_host)
 
@@ -138,9 +139,9 @@ class TestSimulated:
         described = {"gpu": machine.SIMULATED, "simulated": warning}
         if computes and str(folder).startswith(str(command.RECORDED)):
             with pytest.raises(RequestError, match="simulated CUDA"):
-                command.files_of(folder, described, ["speed"])
+                command.files_of(folder, described, ["speed"], "sgd")
         else:
-            assert "simulated" in command.files_of(Path(folder), described, ["speed"]).name
+            assert "simulated" in command.files_of(Path(folder), described, ["speed"], "sgd").name
 
     def test_where_nothing_is_computed_nobody_is_called_equal(self) -> None:
         samples = {"ours": {"warm": [1.0, 2.0]}, "all/fused": {"warm": [3.0, 5.0]}}
@@ -393,11 +394,23 @@ class TestWorkloads:
         ] * 2
         assert report.share_of_pass(found) is not None
 
+    @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+    def test_everyone_of_a_family_computes_the_same(self, family: Family) -> None:
+        chosen = dataclasses.replace(setting(1), family=family)
+        found = speed.run_workload("speed", TINY.build(CPU, family), chosen, ["warm"])
+        assert "ours" in found.contestants and len(found.contestants) == 4
+        assert not any(found.unequal(key) for key in found.contestants)
+
     def test_the_synthetic_sets_are_what_their_names_say(self) -> None:
         found = {m.key: m for _, task in speed.tiny_tasks("speed", setting(1)) for m in [task()]}
         facts = ("tensors", "frozen tensors")
         counts = {key: tuple(fact(m, name) for name in facts) for key, m in found.items()}
-        assert counts == {"tiny161": (161, 0), "frozen998": (1000, 998), "groups50": (500, 0)}
+        assert counts == {
+            "tiny161": (161, 0),
+            "frozen998": (1000, 998),
+            "groups50": (500, 0),
+            "groups465": (465, 0),
+        }
         assert len(found["frozen998"].of("reference/beside", "warm")) == 1
         assert all(m.of(key, "difference") for m in found.values() for key in m.contestants)
         assert not any(m.unequal(key) for m in found.values() for key in m.contestants)
@@ -479,7 +492,7 @@ class TestTables:
             digits.compare(key, 0.5, 1e-4)
         times = measured(1.11e6, all_default=555.5e6, all_fused=555.5e6, filter_fused=555.5e6)
         found = outcome({key: s | {"cold": s["warm"]} for key, s in times.items()})
-        lines = [target.line({"frozen998": found}) for target in targets.CPU_TARGETS]
+        lines = [target.line({"frozen998": found}) for target in targets.SGD_TARGETS]
         lines += targets.memory_lines("tiny", setting())
         assert any(line.status == "missed" for line in lines)
         said = verdict([outcome(WIDEST), outcome(WIDEST, device="cuda"), digits])
@@ -604,7 +617,7 @@ class TestTargets:
         assert line.status == "no target"
 
     def test_a_case_without_its_model_is_not_measured(self) -> None:
-        every = (*targets.CPU_TARGETS, *targets.CUDA_TARGETS)
+        every = (*targets.SGD_TARGETS, *targets.ADAMW_TARGETS, *targets.CUDA_TARGETS)
         assert {t.line({}).status for t in every} == {"not measured"}
 
     def test_every_case_of_the_gpus_table_is_measured(
@@ -698,7 +711,7 @@ class TestCommand:
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
         assert command.main([*self.ARGUMENTS, "--frozen", "0,head", "--results", "a/new one"]) == 0
         printed, bar = capsys.readouterr()
-        assert printed.count("\nFrozenAwareSGD  ") == 5
+        assert printed.count("\nFrozenAwareSGD  ") == 6
         assert "\nVerdict\n" in printed
         assert widest(printed) <= 80
         assert re.search(r"\d\d:\d\d, about \d\d:\d\d left", bar)
@@ -873,7 +886,7 @@ class TestCommand:
         (quick,) = command.make_suites(
             arguments("--suite speed"), setting(models=["tiny"], quick=True)
         )
-        assert [len(suite.tasks) for suite in (usual, quick)] == [3 + 3, 3 + 2]
+        assert [len(suite.tasks) for suite in (usual, quick)] == [4 + 3, 4 + 2]
         budgets = [command.budget_of(arguments(f"--quick {text}")) for text in ("", "--seconds 9")]
         assert [budget.seconds for budget in budgets] == [0.2, 9]
         assert command.budget_of(arguments("--steps 7")).spent(7, 0.0)

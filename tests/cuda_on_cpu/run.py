@@ -31,7 +31,7 @@ from tests.cuda_on_cpu import build  # noqa: E402
 SCHEDULES = ("now", "late", "side-late", "main-late", "2", "3")
 GPU = re.compile(r"mark\.gpu|DEVICES|helpers.hostile")
 # A context is made whatever the order; its tests start processes, which take long.
-ORDER_TELLS = "(Graphs or Streams or Devices or InBackward or promises) and not Contexts"
+ORDER_TELLS = "(Graphs or Streams or Devices or InBackward or promises or counts) and not Contexts"
 
 
 def environment(schedule: str) -> dict[str, str]:
@@ -50,7 +50,7 @@ def run_tests(schedule: str, arguments: list[str]) -> Counter[str]:
     """Run the tests under one schedule, and count how they ended."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.cuda_on_cpu.plugin", "-m", "gpu"]
     if schedule not in SCHEDULES[:2]:
-        names = ("test_cuda.py", "test_cuda_promises.py")
+        names = ("test_cuda.py", "test_cuda_promises.py", "test_cuda_counts.py")
         command += ["-k", ORDER_TELLS, *(str(TESTS / "kernels" / name) for name in names)]
     else:
         # To load the others would take longer than to run these.

@@ -16,6 +16,9 @@ import torch
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 
 
+each_optimizer = pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+
+
 @pytest.fixture(autouse=True)
 def examples(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
@@ -42,8 +45,9 @@ class TestGradualUnfreezing:
         pytest.importorskip("sklearn", reason="scikit-learn, which ships the digits, is missing")
         return importlib.import_module("gradual_unfreezing")
 
-    def test_each_way_trains_what_it_says(self, example: Any, tmp_path: Path) -> None:
-        courses = example.compare(seeds=1, epochs=4, pretraining=1)
+    @each_optimizer
+    def test_each_way_trains_what_it_says(self, example: Any, tmp_path: Path, kind: str) -> None:
+        courses = example.compare(seeds=1, epochs=4, pretraining=1, optimizer_name=kind)
         trainable = {way: runs[0].trainable for way, runs in courses.items()}
         net = example.Net()
         head = sum(p.numel() for p in net.head.parameters())
@@ -63,24 +67,28 @@ class TestGradualUnfreezing:
         first, second = (example.compare(seeds=1, epochs=1, pretraining=1) for _ in range(2))
         assert first == second
 
+    @each_optimizer
     def test_as_a_command_it_shows_what_it_claims(
         self,
         example: Any,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
+        kind: str,
     ) -> None:
         pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-        said = command(example, monkeypatch, capsys, tmp_path, "--seeds", "2")
+        options = ["--seeds", "2" if kind == "SGD" else "1", "--optimizer", kind]
+        said = command(example, monkeypatch, capsys, tmp_path, *options)
         rows = {line[:12].strip(): line[12:].split()[0] for line in said[1:4]}
         reached = {way: float(share.rstrip("%")) for way, share in rows.items()}
         # The head alone falls far short; gradual unfreezing ends where training everything does.
         assert reached["head only"] < reached["everything"] - 10
         assert abs(reached["gradual"] - reached["everything"]) < 8
 
-    def test_pretraining_learns_the_digits(self, example: Any) -> None:
+    @each_optimizer
+    def test_pretraining_learns_the_digits(self, example: Any, kind: str) -> None:
         known, _ = example.load()
-        assert example.accuracy(example.pretrain(known, 3, seed=0), known) > 0.9
+        assert example.accuracy(example.pretrain(known, 3, 0, kind), known) > 0.9
 
 
 @pytest.fixture(scope="module", name="encoder")
@@ -109,39 +117,36 @@ class TestSentenceEncoder:
         rows = {tuple(row.tolist()) for row in torch.cat([train.tokens, test.tokens])}
         assert len(rows) == len(train.labels) + len(test.labels)
 
+    @each_optimizer
     @pytest.mark.parametrize("way", ["frozen body", "LISA", "everything"])
-    def test_gradients_and_momentum_are_held_only_for_what_trains_in(
-        self, encoder: Any, texts: Any, way: str
+    def test_gradients_and_state_are_held_only_for_what_trains_in(
+        self, encoder: Any, texts: Any, way: str, kind: str
     ) -> None:
-        result = encoder.run(way, *texts, steps=2)
+        result = encoder.run(way, *texts, steps=2, optimizer_name=kind)
         assert all(map(math.isfinite, result.losses))
         model = encoder.Classifier()
-        sizes = {
-            part: 4 * sum(p.numel() for p in module.parameters())
-            for part, module in (
-                ("head", model.head),
-                ("layer", model.body.encoder.layer[0]),
-                ("everything", model),
-            )
-        }
-        trained = {
-            "frozen body": sizes["head"],
-            "LISA": sizes["head"] + encoder.LISA_LAYERS * sizes["layer"],
-            "everything": sizes["everything"],
-        }[way]
-        assert result.gradient_bytes == trained
-        assert result.momentum_bytes == trained
+        layers = list(model.body.encoder.layer[: encoder.LISA_LAYERS])
+        parts = {"frozen body": [model.head], "LISA": [model.head, *layers], "everything": [model]}
+        trained = [p for part in parts[way] for p in part.parameters()]
+        assert result.gradient_bytes == sum(p.nbytes for p in trained)
+        if kind == "SGD":
+            assert result.state_bytes == result.gradient_bytes
+        else:  # two moments, and a count of four bytes
+            assert result.state_bytes == sum(2 * p.nbytes + 4 for p in trained)
         # Where no part of the encoder trains, none of it is kept for backward.
         assert (result.saved_bytes < 1e5) == (way == "frozen body")
 
+    @each_optimizer
     def test_as_a_command_it_compares_all_ways(
         self,
         encoder: Any,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
+        kind: str,
     ) -> None:
-        said = command(encoder, monkeypatch, capsys, tmp_path, "--steps", "8")
+        options = ["--steps", "8", "--optimizer", kind]
+        said = command(encoder, monkeypatch, capsys, tmp_path, *options)
         rows = {line[:14].strip(): line[14:].split() for line in said[1:4]}
         assert list(rows) == list(encoder.WAYS)
         above_chance = 100 / len(encoder.LIBRARIES) + 5
@@ -149,9 +154,10 @@ class TestSentenceEncoder:
             assert float(accuracy.rstrip("%")) > above_chance
         backward = [float(figures[2]) for figures in rows.values()]
         assert backward == sorted(backward)
-        # Layers were drawn twice; those of the first draw have dropped their momentum.
-        for *_, gradients, momentum in rows.values():
-            assert gradients == momentum
+        # Layers were drawn twice; those of the first draw have dropped their state.
+        buffers = 1 if kind == "SGD" else 2
+        for *_, gradients, state in rows.values():
+            assert float(state) == pytest.approx(buffers * float(gradients), abs=0.15)
 
 
 class TestBfloat16Moments:

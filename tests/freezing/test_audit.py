@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import runpy
 import sys
@@ -23,6 +24,7 @@ from tests.helpers.models import norm_net
 from torch_freeze import (
     FINDING_KINDS,
     Finding,
+    FrozenAwareAdamW,
     FrozenAwareSGD,
     audit,
     build_info,
@@ -37,6 +39,11 @@ torch_freeze_audit: Any = sys.modules["torch_freeze.audit"]
 
 def stock(parameters: Any, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, **options)
+
+
+Make = Callable[..., Any]
+with_momentum: Make = functools.partial(FrozenAwareSGD, lr=0.1, momentum=0.9)
+adamw: Make = functools.partial(FrozenAwareAdamW, lr=0.1)
 
 
 def back(model: Any) -> None:
@@ -68,9 +75,9 @@ def _stale() -> tuple[nn.Module, Any]:
     return model, stock(model.parameters())
 
 
-def _stale_in_ours() -> tuple[nn.Module, Any]:
+def _stale_in_ours(make_one: Make = with_momentum) -> tuple[nn.Module, Any]:
     model, _ = _stale()
-    return model, FrozenAwareSGD(model.parameters(), lr=0.1)
+    return model, make_one(model.parameters())
 
 
 def _stale_in_ours_and_in_stock() -> tuple[nn.Module, Any]:
@@ -225,22 +232,32 @@ def foreign() -> tuple[nn.Module, Any]:
     return model, optimizer
 
 
-def momentum_of_frozen() -> tuple[nn.Module, Any]:
-    model = norm_net()
-    optimizer = FrozenAwareSGD(model.parameters(), lr=0.1, momentum=0.9)
-    back(model)
-    optimizer.step()
-    optimizer.zero_grad()
-    freeze(model, "0")
-    return model, optimizer
+def _state_of_frozen(make_one: Make, **options: Any) -> Case:
+    """The first layer is frozen after it was stepped once."""
 
-
-def _momentum_by_policy(policy: str | None) -> Case:
     def case() -> tuple[nn.Module, Any]:
         model = norm_net()
-        make_one: Any = stock if policy is None else FrozenAwareSGD
-        options = {} if policy is None else {"lr": 0.1, "frozen_momentum": policy}
-        optimizer = make_one(model.parameters(), momentum=0.9, **options)
+        optimizer = make_one(model.parameters(), **options)
+        back(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        freeze(model, "0")
+        return model, optimizer
+
+    return case
+
+
+momentum_of_frozen = _state_of_frozen(with_momentum)
+
+
+def _state_of_one_group_dropped(make_one: Make, policy: str) -> Case:
+    def case() -> tuple[nn.Module, Any]:
+        model = norm_net()
+        groups = [
+            {"params": list(model[0].parameters()), policy: "drop"},
+            {"params": [*model[1].parameters(), *model[2].parameters()]},
+        ]
+        optimizer = make_one(groups)
         back(model)
         optimizer.step()
         freeze(model, "0")
@@ -249,23 +266,10 @@ def _momentum_by_policy(policy: str | None) -> Case:
     return case
 
 
-def _momentum_of_one_group_dropped() -> tuple[nn.Module, Any]:
-    model = norm_net()
-    groups = [
-        {"params": list(model[0].parameters()), "frozen_momentum": "drop"},
-        {"params": [*model[1].parameters(), *model[2].parameters()]},
-    ]
-    optimizer = FrozenAwareSGD(groups, lr=0.1, momentum=0.9)
-    back(model)
-    optimizer.step()
-    freeze(model, "0")
-    return model, optimizer
-
-
-def frozen_unowned() -> tuple[nn.Module, Any]:
+def frozen_unowned(make_one: Make = stock) -> tuple[nn.Module, Any]:
     model = norm_net()
     freeze(model, "0", "1")
-    return model, stock([p for p in model.parameters() if p.requires_grad])
+    return model, make_one([p for p in model.parameters() if p.requires_grad])
 
 
 def _not_reduced() -> tuple[nn.Module, Any]:
@@ -360,6 +364,13 @@ FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
     ),
     "a frozen parameter with a gradient in an optimizer that will not move it": (
         _stale_in_ours,
+        "warning",
+        "stale gradient",
+        ["0.weight"],
+        "a gradient of 48 B, which the next step frees; clip_grad_norm_ counts it",
+    ),
+    "a frozen parameter with a gradient in an AdamW that will not move it": (
+        lambda: _stale_in_ours(adamw),
         "warning",
         "stale gradient",
         ["0.weight"],
@@ -532,38 +543,81 @@ FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
         "info",
         "momentum of frozen",
         [""],
-        "64 B of momentum (64 bytes) for 2 frozen parameters",
+        "64 B of state (64 bytes) for 2 frozen parameters",
+    ),
+    "moments held for frozen parameters": (
+        _state_of_frozen(adamw),
+        "info",
+        "momentum of frozen",
+        [""],
+        # Two moments and a count for each.
+        "136 B of state (136 bytes) for 2 frozen parameters",
+    ),
+    "moments held by stock with amsgrad": (
+        _state_of_frozen(torch.optim.AdamW, amsgrad=True),
+        "info",
+        "momentum of frozen",
+        [""],
+        "200 B of state (200 bytes) for 2 frozen parameters",
     ),
     "momentum held by stock": (
-        _momentum_by_policy(None),
+        _state_of_frozen(stock, momentum=0.9),
         "info",
         "momentum of frozen",
         [""],
         "It is used again when they are unfrozen; delete optimizer.state[p]",
     ),
     "momentum that is kept": (
-        _momentum_by_policy("keep"),
+        _state_of_frozen(with_momentum, frozen_momentum="keep"),
         "info",
         "momentum of frozen",
         [""],
         "It is used again when they are unfrozen; frozen_momentum='drop' frees it",
     ),
-    "momentum that starts afresh": (
-        _momentum_by_policy("reset"),
+    "moments that are kept": (
+        _state_of_frozen(adamw, frozen_state="keep"),
         "info",
         "momentum of frozen",
         [""],
-        "It starts from zero when they are unfrozen",
+        "It is used again when they are unfrozen; frozen_state='drop' frees it",
+    ),
+    "momentum that starts afresh": (
+        _state_of_frozen(with_momentum, frozen_momentum="reset"),
+        "info",
+        "momentum of frozen",
+        [""],
+        "It starts from zero when they are unfrozen; frozen_momentum='drop' frees it as well",
+    ),
+    "moments that start afresh": (
+        _state_of_frozen(adamw, frozen_state="reset"),
+        "info",
+        "momentum of frozen",
+        [""],
+        "It starts from zero when they are unfrozen; frozen_state='drop' frees it as well",
     ),
     "momentum that is dropped": (
-        _momentum_by_policy("drop"),
+        _state_of_frozen(with_momentum, frozen_momentum="drop"),
+        "info",
+        "momentum of frozen",
+        [""],
+        "The next zero_grad() or step() frees it",
+    ),
+    "moments that are dropped": (
+        _state_of_frozen(adamw, frozen_state="drop"),
         "info",
         "momentum of frozen",
         [""],
         "The next zero_grad() or step() frees it",
     ),
     "momentum that one param group drops": (
-        _momentum_of_one_group_dropped,
+        _state_of_one_group_dropped(with_momentum, "frozen_momentum"),
+        "info",
+        "momentum of frozen",
+        [""],
+        "The next zero_grad() or step() frees it",
+    ),
+    "moments that one param group drops": (
+        _state_of_one_group_dropped(adamw, "frozen_state"),
         "info",
         "momentum of frozen",
         [""],
@@ -680,6 +734,27 @@ def test_the_reference_page_lists_every_kind(monkeypatch: pytest.MonkeyPatch) ->
     for kind, (levels, sentence) in FINDING_KINDS.items():
         assert f"| `{kind}` | {', '.join(levels)} | {sentence} |" in made.splitlines()
     assert made.count("\n| `") == len(FINDING_KINDS)
+
+
+# Optimizers that own what trains alone, and what should own everything.
+FITTING: dict[str, tuple[Make, str]] = {
+    "SGD": (torch.optim.SGD, "FrozenAwareSGD"),
+    "Adam": (torch.optim.Adam, "FrozenAwareAdam"),
+    "AdamW": (torch.optim.AdamW, "FrozenAwareAdamW"),
+    "a kind of AdamW": (type("Own", (torch.optim.AdamW,), {}), "FrozenAwareAdamW"),
+    "ours": (adamw, "FrozenAwareAdamW"),
+    "another": (torch.optim.RMSprop, "FrozenAwareAdam, FrozenAwareAdamW or FrozenAwareSGD"),
+    "two": (
+        lambda params: [torch.optim.AdamW(params[:1]), torch.optim.SGD(params[1:], lr=0.1)],
+        "FrozenAwareAdamW or FrozenAwareSGD",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make_one", "fits"), FITTING.values(), ids=FITTING)
+def test_the_optimizer_that_fits_is_recommended(make_one: Make, fits: str) -> None:
+    (finding,) = (f for f in audit(*frozen_unowned(make_one)) if f.kind == "frozen unowned")
+    assert finding.fix == f"Pass model.parameters(), all of them, to {fits}."
 
 
 def test_the_cost_of_lr_0_is_what_is_held() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import functools
 import gc
 import io
 import json
@@ -28,6 +29,7 @@ import torch_freeze
 from tests.helpers.models import weights
 from torch_freeze import (
     FreezeSchedule,
+    FrozenAwareAdamW,
     FrozenAwareSGD,
     _record,
     audit,
@@ -403,9 +405,19 @@ def test_freezing_and_unfreezing_twice_changes_nothing_more(net: Net) -> None:
     assert [list(map(id, group["params"])) for group in optimizer.param_groups] == groups
 
 
-def test_what_is_frozen_at_construction_trains_once_unfrozen(net: Net) -> None:
+each_optimizer = pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        pytest.param(functools.partial(FrozenAwareSGD, momentum=0.9), id="SGD"),
+        pytest.param(FrozenAwareAdamW, id="AdamW"),
+    ],
+)
+
+
+@each_optimizer
+def test_what_is_frozen_at_construction_trains_once_unfrozen(net: Net, make_optimizer: Any) -> None:
     freeze_except(net, "head")
-    optimizer = FrozenAwareSGD(net.parameters(), lr=0.1, momentum=0.9)
+    optimizer = make_optimizer(net.parameters(), lr=0.1)
     before = weights(net)
     net(batch()).square().sum().backward()
     optimizer.step()
@@ -417,9 +429,10 @@ def test_what_is_frozen_at_construction_trains_once_unfrozen(net: Net) -> None:
     assert {"stem.weight", "layers.0.conv.weight", "head.weight"} <= changed(net, before)
 
 
-def test_an_empty_trainable_set_is_a_step_that_does_nothing(net: Net) -> None:
+@each_optimizer
+def test_an_empty_trainable_set_is_a_step_that_does_nothing(net: Net, make_optimizer: Any) -> None:
     freeze(net)
-    optimizer = FrozenAwareSGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    optimizer = make_optimizer(net.parameters(), lr=0.1, weight_decay=0.1)
     before = weights(net)
     optimizer.step()
     optimizer.zero_grad()

@@ -17,7 +17,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.models import norm_net
-from torch_freeze import FrozenAwareSGD, freeze, guard, unfreeze
+from torch_freeze import FrozenAwareAdamW, FrozenAwareSGD, freeze, guard, unfreeze
 
 
 def make() -> Any:
@@ -224,9 +224,12 @@ def test_any_change_of_one_number_is_seen_whatever_the_layout(layout: str) -> No
 
 
 @pytest.mark.parametrize("content", [False, True], ids=["by default", "by content"])
-def test_training_the_rest_passes(content: bool) -> None:
+@pytest.mark.parametrize(
+    ("ours", "hyper"), [(FrozenAwareSGD, {"momentum": 0.9}), (FrozenAwareAdamW, {"amsgrad": True})]
+)
+def test_training_the_rest_passes(content: bool, ours: Any, hyper: dict[str, Any]) -> None:
     model = make()
-    optimizer = FrozenAwareSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    optimizer = ours(model.parameters(), lr=0.1, weight_decay=0.1, **hyper)
     with guard(model, content=content):
         for _ in range(3):
             model.train()

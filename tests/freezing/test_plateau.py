@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.helpers import optim_cases as cases
 from tests.helpers.models import assert_same_weights, chain, trains, weights
 from tests.helpers.processes import World, world_of
 from torch_freeze import (
     AdvanceOnPlateau,
     FreezeSchedule,
-    FrozenAwareSGD,
     export_schedule,
     freeze_out,
     gradual_unfreeze,
@@ -365,17 +365,20 @@ def test_best_weights_of_another_model_are_refused_and_nothing_is_changed() -> N
 # --- resuming ------------------------------------------------------------------------------------
 
 
+# Of each optimizer, by its name in cases.FAMILIES.
+HYPER: dict[str, dict[str, Any]] = {"SGD": {"lr": 0.3, "momentum": 0.9}, "AdamW": {"lr": 0.05}}
+
+
 class Run:
     """Training with every part of a schedule in it: setbacks, restored weights, a held norm."""
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, kind: str, **arguments: Any) -> None:
         self.model = make()
         self.schedule = AdvanceOnPlateau(
             table(self.model), patience=1, restore_best=True, max_evals=[None, 3, 3], **arguments
         )
-        self.optimizer = FrozenAwareSGD(
-            self.model.parameters(), lr=0.3, momentum=0.9, weight_decay=0.01
-        )
+        ours, hyper = cases.FAMILIES[kind].ours, HYPER[kind]
+        self.optimizer = ours(self.model.parameters(), weight_decay=0.01, **hyper)
         self.trained: list[list[bool]] = []
 
     def train(self, first: int, last: int) -> None:
@@ -405,22 +408,24 @@ class Run:
             getattr(self, part).load_state_dict(state)
 
 
+@pytest.mark.parametrize("kind", HYPER)
 @pytest.mark.parametrize("at", range(10))
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(at: int) -> None:
-    whole = Run()
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(at: int, kind: str) -> None:
+    whole = Run(kind)
     whole.train(0, 10)
     assert whole.schedule.finished and len({str(state) for state in whole.trained}) == 3
-    first = Run()
+    first = Run(kind)
     first.train(0, at)
-    resumed = Run()
+    resumed = Run(kind)
     resumed.load(first.save())
     resumed.train(at, 10)
     assert first.trained + resumed.trained == whole.trained
     assert_same_weights(weights(resumed.model), weights(whole.model))
     for name, parameter in resumed.model.named_parameters():
-        momentum = resumed.optimizer.state[parameter]["momentum_buffer"]
-        other = whole.optimizer.state[whole.model.get_parameter(name)]["momentum_buffer"]
-        assert torch.equal(momentum, other), name
+        state = resumed.optimizer.state[parameter]
+        other = whole.optimizer.state[whole.model.get_parameter(name)]
+        assert state.keys() == other.keys() and len(state) > 0
+        assert all(torch.equal(state[key], other[key]) for key in other), name
     resumed.schedule.load_best_weights()
     whole.schedule.load_best_weights()
     assert_same_weights(weights(resumed.model), weights(whole.model))

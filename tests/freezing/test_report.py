@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers import optim_cases as cases
 from tests.helpers.models import Recurrent
 from torch_freeze import FreezeReport, FrozenAwareSGD, freeze, freeze_except, report, unfreeze
 
@@ -78,7 +79,7 @@ def test_the_report_counts_what_is_frozen() -> None:
     assert result.trainable_names == ("0.weight", "0.bias", "2.weight", "2.bias")
     total = result.total
     assert (total.parameters, total.frozen, total.trainable) == (53, 25, 28)
-    assert (total.bytes, total.gradient_bytes, total.momentum_bytes) == (4 * 53, 0, None)
+    assert (total.bytes, total.gradient_bytes, total.state_bytes) == (4 * 53, 0, None)
     assert [(row.name, row.parameters, row.frozen) for row in result.rows] == [
         ("0", 16, 0),
         ("1", 25, 25),
@@ -86,22 +87,27 @@ def test_the_report_counts_what_is_frozen() -> None:
     ]
 
 
-def test_gradient_and_momentum_bytes_are_those_held_now() -> None:
+@pytest.mark.parametrize(
+    ("kind", "buffers", "count"), [("SGD", 1, 0), ("AdamW", 2, 4)], ids=["SGD", "AdamW"]
+)
+def test_gradient_and_state_bytes_are_those_held_now(kind: str, buffers: int, count: int) -> None:
     model = three().to(torch.bfloat16)
-    optimizer = FrozenAwareSGD(model.parameters(), lr=0.1, momentum=0.9)
+    options = {"momentum": 0.9} if kind == "SGD" else {}
+    optimizer = cases.FAMILIES[kind].ours(model.parameters(), lr=0.1, **options)
     model(torch.randn(2, 3, dtype=torch.bfloat16)).sum().backward()
     optimizer.step()
     result = report(model, optimizer)
-    assert (result.total.gradient_bytes, result.total.momentum_bytes) == (2 * 53, 2 * 53)
+    held = [2 * buffers * numel + 2 * count for numel in (16, 25, 12)]
+    assert (result.total.gradient_bytes, result.total.state_bytes) == (2 * 53, sum(held))
     freeze(model, "1")
     result = report(model, [optimizer])
     assert [row.gradient_bytes for row in result.rows] == [32, 0, 24]
-    # The optimizer keeps momentum of what is frozen; the report shows it.
-    assert [row.momentum_bytes for row in result.rows] == [32, 50, 24]
+    # The optimizer keeps the state of what is frozen; the report shows it.
+    assert [row.state_bytes for row in result.rows] == held
 
 
 @pytest.mark.parametrize("kind", ["SGD without momentum", "Adam", "SGD with momentum"])
-def test_the_momentum_of_any_optimizer_is_shown(kind: str) -> None:
+def test_the_state_of_any_optimizer_is_shown(kind: str) -> None:
     model = three()
     makers: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], int]] = {
         "SGD without momentum": (lambda p: torch.optim.SGD(p, lr=0.1), 0),
@@ -115,7 +121,9 @@ def test_the_momentum_of_any_optimizer_is_shown(kind: str) -> None:
     optimizer.step()
     freeze(model, "1")
     row = report(model, optimizer).rows[1]
-    assert row.momentum_bytes == expected
+    assert row.state_bytes == expected
+    with pytest.warns(DeprecationWarning, match="Row.state_bytes"):
+        assert row.momentum_bytes == expected
     assert (f"{expected} B" if expected else "  -  ") in str(report(model, optimizer))
     assert len(optimizer.state) == (0 if kind == "SGD without momentum" else 6)
 
@@ -650,7 +658,7 @@ def test_the_printed_table_lines_up() -> None:
         "frozen",
         "bytes",
         "gradients",
-        "momentum",
+        "optimizer",
         "norms",
     ]
     table = lines[lines.index(header) + 2 :]

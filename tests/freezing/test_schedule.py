@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+from tests.helpers import optim_cases as cases
 from tests.helpers.models import chain, trains
 from torch_freeze import (
     FreezeSchedule,
@@ -28,9 +29,17 @@ from torch_freeze import (
     freeze_out,
     gradual_unfreeze,
     read_schedule,
+    report,
     rotate,
 )
 from torch_freeze._hold import held_by
+
+# Of each optimizer, by its name in cases.FAMILIES.
+HYPER: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9, "weight_decay": 0.01},
+    "AdamW": {"weight_decay": 0.1, "amsgrad": True},
+}
+each_optimizer = pytest.mark.parametrize("kind", HYPER)
 
 
 def run(schedule: FreezeSchedule, model: nn.Module, units: int) -> list[list[bool]]:
@@ -127,14 +136,15 @@ def test_gradual_unfreezing_unfreezes_group_after_group_from_the_output_down(
     ("how", "shares"), [("linear", [0.5, 0.75, 1]), ("cubic", [0.125, 0.421875, 1])]
 )
 @pytest.mark.parametrize("scale_lr", [True, False], ids=["scaled", "unscaled"])
+@each_optimizer
 def test_freeze_out_follows_the_papers_formula(
-    how: Any, shares: list[float], scale_lr: bool
+    how: Any, shares: list[float], scale_lr: bool, kind: str
 ) -> None:
     model = chain(3)
     total, lr = 40, 0.1
     schedule = freeze_out(model, ["0", "1", "2"], total, t0=0.5, how=how, scale_lr=scale_lr)
     assert schedule.shares == shares
-    optimizer = FrozenAwareSGD(schedule.param_groups(lr), lr=lr)
+    optimizer = cases.FAMILIES[kind].ours(schedule.param_groups(lr), lr=lr)
     rates = lr_scheduler.LambdaLR(optimizer, schedule.lr_lambdas())
     for step in range(total + 2):
         schedule.step()
@@ -280,6 +290,46 @@ def test_rotation_trains_k_layers_and_what_always_names() -> None:
     assert any(a != b for a, b in pairwise(p[0] for p in periods))
     drawn = [sum(s[i] for s in seen) for i in range(1, 7)]
     assert min(drawn) > 0, "30 draws of 2 in 6 leave no layer out"
+
+
+@each_optimizer
+def test_a_rotation_that_drops_state_keeps_that_of_what_trains_alone(kind: str) -> None:
+    """As in LISA: memory for the layers drawn now, each of which starts as in a new optimizer."""
+    model = chain(6)
+    schedule = rotate(model, "[0-4]", k=2, every=3, always="5", seed=0)
+    family = cases.FAMILIES[kind]
+    policy = {family.state.policy: "drop"}
+    ours = family.ours(model.parameters(), lr=0.1, **HYPER[kind], **policy)
+
+    def reference_of(layer: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+        twin = copy.deepcopy(layer)
+        return twin, family.stock(twin.parameters(), lr=0.1, foreach=False, **HYPER[kind])
+
+    references: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
+    drawn, held = set(), set()
+    for _ in range(12):
+        schedule.step()
+        drawn.add(schedule.active)
+        ours.zero_grad()
+        live = [name for name, layer in model.named_children() if layer.weight.requires_grad]
+        references = {
+            name: references.get(name) or reference_of(model.get_submodule(name)) for name in live
+        }
+        model(torch.ones(2, 4)).square().mean().backward()
+        for name, (twin, reference) in references.items():
+            for p, q in zip(model.get_submodule(name).parameters(), twin.parameters(), strict=True):
+                q.grad = p.grad.clone() if p.grad is not None else None
+            reference.step()
+        ours.step()
+        for name, (twin, _) in references.items():
+            for p, q in zip(model.get_submodule(name).parameters(), twin.parameters(), strict=True):
+                assert torch.equal(p, q), name
+        kept = [state for _, reference in references.values() for state in reference.state.values()]
+        wanted = sum(value.nbytes for state in kept for value in state.values())
+        assert report(model, ours).total.state_bytes == wanted
+        held.add(wanted)
+    assert len(drawn) > 2
+    assert len(held) == 1, "three layers of one size train at any time"
 
 
 def test_rotation_depends_on_its_seed_alone() -> None:
@@ -859,12 +909,11 @@ RATES: dict[str, Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]] = 
 class Run:
     """A training run of 12 steps that unfreezes at steps 4 and 8."""
 
-    def __init__(self, rates: str) -> None:
+    def __init__(self, rates: str, kind: str) -> None:
         self.model = chain(3, norm=True)
         self.schedule = gradual_unfreeze(self.model, ["0", ["1", "2"], "3"], 4, unit="step")
-        self.optimizer = FrozenAwareSGD(
-            self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01
-        )
+        ours = cases.FAMILIES[kind].ours
+        self.optimizer = ours(self.model.parameters(), lr=0.1, **HYPER[kind])
         self.rates = RATES[rates](self.optimizer)
         self.groups = [list(map(id, group["params"])) for group in self.optimizer.param_groups]
         self.lrs: list[float] = []
@@ -895,21 +944,25 @@ class Run:
             getattr(self, part).load_state_dict(state)
 
     def bits(self) -> dict[str, torch.Tensor]:
-        momentum = {
-            f"momentum of {name}": self.optimizer.state[p]["momentum_buffer"]
+        state = {
+            f"{key} of {name}": value
             for name, p in self.model.named_parameters()
+            for key, value in self.optimizer.state[p].items()
         }
-        return {**self.model.state_dict(), **momentum}
+        return {**self.model.state_dict(), **state}
 
 
+@each_optimizer
 @pytest.mark.parametrize("rates", RATES)
 @pytest.mark.parametrize("at", [3, 4, 6, 8, 10])
-def test_unfreeze_checkpoint_resume_unfreeze_is_bit_for_bit_the_same(rates: str, at: int) -> None:
-    whole = Run(rates)
+def test_unfreeze_checkpoint_resume_unfreeze_is_bit_for_bit_the_same(
+    rates: str, at: int, kind: str
+) -> None:
+    whole = Run(rates, kind)
     whole.train(0, 12)
-    first = Run(rates)
+    first = Run(rates, kind)
     first.train(0, at)
-    resumed = Run(rates)
+    resumed = Run(rates, kind)
     resumed.load(first.save())
     resumed.train(at, 12)
     assert resumed.lrs == whole.lrs[at:]
@@ -919,11 +972,13 @@ def test_unfreeze_checkpoint_resume_unfreeze_is_bit_for_bit_the_same(rates: str,
         assert value.isfinite().all() and torch.equal(value, expected[name]), name
 
 
+@each_optimizer
 @pytest.mark.parametrize("rates", RATES)
-def test_the_rate_follows_its_formula_through_every_unfreezing(rates: str) -> None:
-    run_through = Run(rates)
+def test_the_rate_follows_its_formula_through_every_unfreezing(rates: str, kind: str) -> None:
+    run_through = Run(rates, kind)
     run_through.train(0, 12)
-    plain = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+    stock = cases.FAMILIES[kind].stock
+    plain = stock([nn.Parameter(torch.zeros(1))], lr=0.1, **HYPER[kind])
     alone = RATES[rates](plain)
     expected = []
     for _ in range(12):
@@ -969,26 +1024,29 @@ def test_the_usual_recipe_cannot_load_its_own_checkpoint() -> None:
         resumed.load(first.save())
 
 
-def test_the_usual_recipe_loads_another_layers_momentum() -> None:
+@each_optimizer
+def test_the_usual_recipe_loads_another_layers_state(kind: str) -> None:
+    def state_of(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> list[list[float]]:
+        return [value.tolist() for value in optimizer.state[p].values()]
+
     model = chain(2)
-    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1, momentum=0.9)
+    family = cases.FAMILIES[kind]
+    optimizer = family.stock(model[1].parameters(), lr=0.1, **HYPER[kind])
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    other = torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9)
+    other = family.stock(model[0].parameters(), lr=0.1, **HYPER[kind])
     other.load_state_dict(optimizer.state_dict())
-    wrong = other.state[model[0].weight]["momentum_buffer"]
-    assert wrong.equal(optimizer.state[model[1].weight]["momentum_buffer"])
+    assert state_of(other, model[0].weight) == state_of(optimizer, model[1].weight) != []
     # All parameters in one group that never changes: each gets its own, or none.
-    ours = FrozenAwareSGD(model.parameters(), lr=0.1, momentum=0.9)
+    ours = family.ours(model.parameters(), lr=0.1, **HYPER[kind])
     freeze(model, "0")
     ours.zero_grad()
     model(torch.ones(1, 4)).sum().backward()
     ours.step()
-    again = FrozenAwareSGD(model.parameters(), lr=0.1, momentum=0.9)
+    again = family.ours(model.parameters(), lr=0.1, **HYPER[kind])
     again.load_state_dict(ours.state_dict())
     assert model[0].weight not in again.state
-    kept = ours.state[model[1].weight]["momentum_buffer"]
-    assert again.state[model[1].weight]["momentum_buffer"].equal(kept)
+    assert state_of(again, model[1].weight) == state_of(ours, model[1].weight) != []
 
 
 def _breaks_one_cycle() -> None:

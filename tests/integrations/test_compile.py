@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import torch_freeze
+from tests.helpers import optim_cases as cases
 from torch_freeze import FrozenAwareSGD, freeze, unfreeze
 
 # aot_eager traces and differentiates as inductor does, without a C++ compilation for each graph.
@@ -18,9 +20,14 @@ BACKENDS = ["eager", "aot_eager"]
 # Two steps under each frozen set; the last three have been seen before.
 PHASES: list[list[str]] = [["0", "1"], ["0"], [], ["0", "1"], ["0"], []]
 DISTINCT = 3
-HYPER = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}
+# Of each optimizer, by its name in cases.FAMILIES.
+HYPER: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2},
+    "AdamW": {"lr": 0.02, "weight_decay": 0.1},
+}
+each_optimizer = pytest.mark.parametrize("kind", HYPER)
 
-Step = Callable[[nn.Module, FrozenAwareSGD, Tensor], None]
+Step = Callable[[nn.Module, Any, Tensor], None]
 
 
 @pytest.fixture(autouse=True)
@@ -43,15 +50,17 @@ def make_model() -> nn.Sequential:
     )
 
 
-def eager_step(model: nn.Module, optimizer: FrozenAwareSGD, x: Tensor) -> None:
+def eager_step(model: nn.Module, optimizer: Any, x: Tensor) -> None:
     optimizer.zero_grad()
     model(x).square().mean().backward()
     optimizer.step()
 
 
-def run(model: nn.Module, step: Step, phases: list[list[str]] = PHASES) -> dict[str, Tensor]:
-    """Train through all phases; weights, statistics and momentum at the end."""
-    optimizer = FrozenAwareSGD(model.parameters(), **HYPER)
+def run(
+    model: nn.Module, step: Step, phases: list[list[str]] = PHASES, kind: str = "SGD"
+) -> dict[str, Tensor]:
+    """Train through all phases; weights, statistics and the optimizer's state at the end."""
+    optimizer = cases.FAMILIES[kind].ours(model.parameters(), **HYPER[kind])
     generator = torch.Generator().manual_seed(1)
     for phase in phases:
         unfreeze(model)
@@ -65,9 +74,8 @@ def run(model: nn.Module, step: Step, phases: list[list[str]] = PHASES) -> dict[
             assert p.requires_grad or p.grad is None
     found = {name.removeprefix("_orig_mod."): t.clone() for name, t in model.state_dict().items()}
     for name, p in model.named_parameters():
-        found[f"momentum of {name.removeprefix('_orig_mod.')}"] = optimizer.state[p][
-            "momentum_buffer"
-        ]
+        for key, value in optimizer.state[p].items():
+            found[f"{key} of {name.removeprefix('_orig_mod.')}"] = value
     return found
 
 
@@ -77,13 +85,14 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@each_optimizer
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_compiled_model_follows_the_frozen_set_with_one_compilation_for_each(
-    backend: str,
+    backend: str, kind: str
 ) -> None:
-    expected = run(make_model(), eager_step)
+    expected = run(make_model(), eager_step, kind=kind)
     model = torch.compile(make_model(), backend=backend)
-    assert_close(run(model, eager_step), expected)
+    assert_close(run(model, eager_step, kind=kind), expected)
     # torch.compile guards on the norm's mode and requires_grad, and looks up a set seen before.
     assert graphs() == DISTINCT
 
@@ -97,37 +106,40 @@ def test_a_model_compiled_by_inductor_follows_the_frozen_set() -> None:
     assert graphs() == len(phases)
 
 
+@each_optimizer
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_compiled_step_alone_is_not_traced_and_never_goes_stale(backend: str) -> None:
+def test_a_compiled_step_alone_is_not_traced_and_never_goes_stale(backend: str, kind: str) -> None:
     @torch.compile(backend=backend)
-    def update(optimizer: FrozenAwareSGD) -> None:
+    def update(optimizer: Any) -> None:
         optimizer.step()
 
-    def step(model: nn.Module, optimizer: FrozenAwareSGD, x: Tensor) -> None:
+    def step(model: nn.Module, optimizer: Any, x: Tensor) -> None:
         optimizer.zero_grad()
         model(x).square().mean().backward()
         update(optimizer)
 
-    expected = run(make_model(), eager_step)
-    got = run(make_model(), step)
+    expected = run(make_model(), eager_step, kind=kind)
+    got = run(make_model(), step, kind=kind)
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
     assert graphs() == 0
 
 
+@each_optimizer
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_whole_iteration_compiled_follows_the_frozen_set(backend: str) -> None:
+def test_a_whole_iteration_compiled_follows_the_frozen_set(backend: str, kind: str) -> None:
     step = torch.compile(eager_step, backend=backend)
-    expected = run(make_model(), eager_step)
-    assert_close(run(make_model(), step), expected)
+    expected = run(make_model(), eager_step, kind=kind)
+    assert_close(run(make_model(), step, kind=kind), expected)
     assert graphs() == DISTINCT  # backward() and the step are in none of them
 
 
-def test_stock_sgd_compiled_goes_stale_where_ours_does_not() -> None:
+@each_optimizer
+def test_stocks_step_compiled_goes_stale_where_ours_does_not(kind: str) -> None:
     """Nothing guards on requires_grad, so what trained while it was traced goes on training."""
 
-    def weight_after_freezing(kind: type[torch.optim.SGD]) -> tuple[Tensor, Tensor]:
+    def weight_after_freezing(optimizer_class: Any) -> tuple[Tensor, Tensor]:
         p = nn.Parameter(torch.ones(4))
-        optimizer = kind([p], lr=0.1)
+        optimizer = optimizer_class([p], lr=0.1)
         update = torch.compile(optimizer.step, backend="eager")
         for _ in range(2):
             p.grad = torch.ones(4)
@@ -138,8 +150,8 @@ def test_stock_sgd_compiled_goes_stale_where_ours_does_not() -> None:
         update()
         return before, p.detach()
 
-    assert not torch.equal(*weight_after_freezing(torch.optim.SGD))
-    assert torch.equal(*weight_after_freezing(FrozenAwareSGD))
+    assert not torch.equal(*weight_after_freezing(cases.FAMILIES[kind].stock))
+    assert torch.equal(*weight_after_freezing(cases.FAMILIES[kind].ours))
 
 
 def test_a_rotation_through_all_its_sets_compiles_no_more_graphs_than_there_are_sets() -> None:
@@ -161,7 +173,7 @@ def test_more_frozen_sets_than_the_compiler_keeps_run_eagerly_and_correctly() ->
     steps = 2 * limit + 4
 
     def train(model: nn.Module, schedule: torch_freeze.FreezeSchedule) -> dict[str, Tensor]:
-        optimizer = FrozenAwareSGD(model.parameters(), **HYPER)
+        optimizer = FrozenAwareSGD(model.parameters(), **HYPER["SGD"])
         for step in range(steps):
             schedule.step()
             eager_step(model, optimizer, torch.full((2, 4), 0.1 * step))

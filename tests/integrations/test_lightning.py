@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Mode
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
 import torch_freeze  # noqa: E402
+from tests.helpers import optim_cases as cases  # noqa: E402
 from tests.helpers.models import assert_same_weights, weights  # noqa: E402
 from torch_freeze import (  # noqa: E402
     AdvanceOnPlateau,
@@ -31,6 +32,12 @@ from torch_freeze import (  # noqa: E402
 from torch_freeze.integrations.lightning import FreezeCallback  # noqa: E402
 
 BATCHES = 3
+# Of each optimizer, by its name in cases.FAMILIES.
+HYPER: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.05, "momentum": 0.9},
+    "AdamW": {"lr": 0.02, "weight_decay": 0.1},
+}
+each_optimizer = pytest.mark.parametrize("kind", HYPER)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +50,7 @@ def quiet(one_thread: None) -> Iterator[None]:
 class Net(pl.LightningModule):
     """A backbone with a norm, and a head; it notes what trains in each step."""
 
-    def __init__(self, optimizer: str = "ours", rates: bool = False) -> None:
+    def __init__(self, optimizer: str = "SGD", rates: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.backbone = nn.Sequential(
@@ -62,8 +69,9 @@ class Net(pl.LightningModule):
         return self.backbone[0], self.backbone[3], self.head
 
     def configure_optimizers(self) -> Any:
-        if self.optimizer == "ours":
-            optimizer: Any = FrozenAwareSGD(self.parameters(), lr=0.05, momentum=0.9)
+        if self.optimizer != "stock":
+            ours = cases.FAMILIES[self.optimizer].ours
+            optimizer: Any = ours(self.parameters(), **HYPER[self.optimizer])
         else:  # as Lightning's documentation has it
             trainable = filter(lambda p: p.requires_grad, self.parameters())
             optimizer = torch.optim.SGD(trainable, lr=0.05, momentum=0.9)
@@ -95,8 +103,9 @@ def fit(net: Net, callback: Any, epochs: int, ckpt: Path | None = None, **option
     return trainer
 
 
-def test_what_is_named_is_frozen_throughout_and_all_else_trains() -> None:
-    net = Net()
+@each_optimizer
+def test_what_is_named_is_frozen_throughout_and_all_else_trains(kind: str) -> None:
+    net = Net(kind)
     before = weights(net)
     fit(net, FreezeCallback("backbone", exclude="backbone.3"), 2)
     assert set(net.trained) == {(False, True, True)}
@@ -145,8 +154,9 @@ def test_a_schedule_of_steps_is_stepped_before_every_optimizer_step(accumulate: 
         )
 
 
-def test_training_under_the_callback_equals_a_plain_loop() -> None:
-    net, plain = Net(), Net()
+@each_optimizer
+def test_training_under_the_callback_equals_a_plain_loop(kind: str) -> None:
+    net, plain = Net(kind), Net(kind)
     entries = {0: ["backbone"], 2: []}
     fit(net, FreezeCallback(schedule=entries), 4)
     schedule = torch_freeze.FreezeSchedule(plain, entries)
@@ -161,21 +171,22 @@ def test_training_under_the_callback_equals_a_plain_loop() -> None:
     assert_same_weights(weights(net), weights(plain))
 
 
+@each_optimizer
 @pytest.mark.parametrize("stop", [1, 2, 3])
 @pytest.mark.parametrize("unit", ["epoch", "step"])
 def test_a_resumed_run_goes_on_in_the_middle_of_the_schedule(
-    tmp_path: Path, stop: int, unit: str
+    tmp_path: Path, stop: int, unit: str, kind: str
 ) -> None:
     def callback() -> FreezeCallback:
         groups = [["backbone.0", "backbone.1"], "backbone.3", "head"]
         every = 1 if unit == "epoch" else 4
         return FreezeCallback(schedule=lambda m: gradual_unfreeze(m, groups, every, unit=unit))
 
-    whole = Net(rates=True)
+    whole = Net(kind, rates=True)
     fit(whole, callback(), 4)
-    first = Net(rates=True)
+    first = Net(kind, rates=True)
     fit(first, callback(), stop).save_checkpoint(tmp_path / "run.ckpt")
-    second = Net(rates=True)
+    second = Net(kind, rates=True)
     resumed = callback()
     fit(second, resumed, 4, tmp_path / "run.ckpt")
     assert_same_weights(weights(second), weights(whole))
@@ -320,21 +331,22 @@ def test_a_norm_has_its_own_mode_again_after_validations(unit: Any) -> None:
     assert net.backbone[1].training
 
 
+@each_optimizer
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
 def test_a_resumed_run_goes_on_in_its_phase_with_the_best_weights(
-    tmp_path: Path, stop: int
+    tmp_path: Path, stop: int, kind: str
 ) -> None:
     scores = [1.0, 3, 2, 4, 1, 2, 2]
-    whole = Scored(scores)
+    whole = Scored(scores, optimizer=kind)
     callback = plateau(restore_best=True)
     fit(whole, callback, 7)
     # It goes back to the best of epoch 1 after epoch 2, and of epoch 3 after epochs 4 and 5.
     assert_same_weights(whole.seen[3], whole.seen[2])
     assert_same_weights(whole.seen[5], whole.seen[4])
     assert_same_weights(weights(whole), whole.seen[4])
-    first = Scored(scores)
+    first = Scored(scores, optimizer=kind)
     fit(first, plateau(restore_best=True), stop).save_checkpoint(tmp_path / "run.ckpt")
-    second, resumed = Scored(scores), plateau(restore_best=True)
+    second, resumed = Scored(scores, optimizer=kind), plateau(restore_best=True)
     fit(second, resumed, 7, tmp_path / "run.ckpt")
     assert_same_weights(weights(second), weights(whole))
     assert first.trained + second.trained == whole.trained
@@ -429,8 +441,9 @@ def test_theirs_what_is_frozen_at_construction_never_trains_later() -> None:
     assert net.backbone[0].weight.grad is not None  # computed and kept, but never used
 
 
-def test_ours_trains_what_was_frozen_at_construction() -> None:
-    net = Net()
+@each_optimizer
+def test_ours_trains_what_was_frozen_at_construction(kind: str) -> None:
+    net = Net(kind)
     before = weights(net)
     fit(net, FreezeCallback(schedule={0: ["backbone"], 1: []}), 3)
     assert not torch.equal(net.backbone[0].weight, before["backbone.0.weight"])
@@ -452,18 +465,19 @@ def test_theirs_does_not_resume_after_the_frozen_set_changed(tmp_path: Path) -> 
         fit(Net("stock"), [], 3, tmp_path / "run.ckpt")
 
 
+@each_optimizer
 @pytest.mark.parametrize("goes_on_with", ["the schedule", "no callback", "another schedule"])
-def test_ours_resumes_whatever_is_frozen_now(tmp_path: Path, goes_on_with: str) -> None:
+def test_ours_resumes_whatever_is_frozen_now(tmp_path: Path, goes_on_with: str, kind: str) -> None:
     def callback() -> FreezeCallback:
         return FreezeCallback(schedule={0: ["backbone"], 1: []})
 
-    fit(Net(), callback(), 2).save_checkpoint(tmp_path / "run.ckpt")
+    fit(Net(kind), callback(), 2).save_checkpoint(tmp_path / "run.ckpt")
     callbacks: dict[str, Any] = {
         "the schedule": callback(),
         "no callback": [],
         "another schedule": FreezeCallback(schedule={0: ["head"]}),
     }
-    net = Net()
+    net = Net(kind)
     if goes_on_with == "another schedule":
         with pytest.warns(UserWarning, match=r"another schedule: it has entries\[1\]=1"):
             fit(net, callbacks[goes_on_with], 3, tmp_path / "run.ckpt")
@@ -480,8 +494,9 @@ def test_theirs_breaks_the_learning_rate_scheduler() -> None:
         fit(Net("stock", rates=True), Unfreezing(), 3)
 
 
-def test_ours_leaves_the_learning_rate_scheduler_alone() -> None:
-    net, untouched = Net(rates=True), Net(rates=True)
+@each_optimizer
+def test_ours_leaves_the_learning_rate_scheduler_alone(kind: str) -> None:
+    net, untouched = Net(kind, rates=True), Net(kind, rates=True)
     freezing = fit(net, FreezeCallback(schedule={0: ["backbone"], 1: []}), 3)
     plain = fit(untouched, [], 3)
     rates = [t.optimizers[0].param_groups[0]["lr"] for t in (freezing, plain)]

@@ -18,14 +18,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.helpers import optim_cases as cases
 from tests.helpers.processes import World, world_of
-from torch_freeze import (
-    AdvanceOnPlateau,
-    FreezeSchedule,
-    FrozenAwareSGD,
-    gradual_unfreeze,
-    rotate,
-)
+from torch_freeze import AdvanceOnPlateau, FreezeSchedule, gradual_unfreeze, rotate
 
 dist = torch.distributed
 pytestmark = pytest.mark.skipif(
@@ -36,7 +31,12 @@ SIZE = 2
 BATCH = 4  # on each of two processes; one process has twice as much
 BATCHES = 3  # per epoch
 EPOCHS = 4
-HYPER = {"lr": 0.05, "momentum": 0.9}
+# Of each optimizer, by its name in cases.FAMILIES.
+HYPER: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.05, "momentum": 0.9},
+    "AdamW": {"lr": 0.02, "weight_decay": 0.1},
+}
+each_optimizer = pytest.mark.parametrize("kind", HYPER)
 # Gradients are summed in another order than on one process.
 SAME = {"rtol": 1e-9, "atol": 1e-10}
 LAYERS = ["body.0", "body.2"]
@@ -48,6 +48,11 @@ SCHEDULES: dict[str, Any] = {
     "a rotation by steps": lambda m: rotate(m, LAYERS, k=1, every=2, always="head", seed=1),
     "gradual unfreezing by steps": lambda m: gradual_unfreeze(m, [*LAYERS, "head"], 2, unit="step"),
 }
+
+
+def make(kind: str, model: nn.Module) -> Any:
+    """The optimizer here of that kind, over all parameters."""
+    return cases.FAMILIES[kind].ours(model.parameters(), **HYPER[kind])
 
 
 def on_a_metric(model: nn.Module) -> AdvanceOnPlateau:
@@ -142,7 +147,12 @@ REFUSED: dict[str, tuple[str, ...]] = {
 
 
 def on_lightning(
-    device: str, schedule: str | None, how: str = "", save: Path | None = None, **options: Any
+    device: str,
+    schedule: str | None,
+    how: str = "",
+    save: Path | None = None,
+    kind: str = "SGD",
+    **options: Any,
 ) -> Any:
     """A fit; it runs in this process alone if no device is given."""
     import lightning.pytorch as pl
@@ -159,7 +169,7 @@ def on_lightning(
             return loss
 
         def configure_optimizers(self) -> Any:
-            return FrozenAwareSGD(self.parameters(), **HYPER)
+            return make(kind, self)
 
     model = Module()
     plan = spoil(model, how) if how else SCHEDULES.get(schedule or "")
@@ -203,9 +213,11 @@ def on_lightning(
 
 @needs("lightning")
 class TestLightning:
+    @each_optimizer
     @pytest.mark.parametrize("schedule", [*SCHEDULES, None])
-    def test_a_fit_equals_one_process(self, world: World, schedule: str | None) -> None:
-        assert_as_one(world.run(on_lightning, schedule), on_lightning("", schedule))
+    def test_a_fit_equals_one_process(self, world: World, schedule: str | None, kind: str) -> None:
+        one = on_lightning("", schedule, kind=kind)
+        assert_as_one(world.run(on_lightning, schedule, options={"kind": kind}), one)
 
     def test_a_metric_that_is_averaged_changes_phase_on_all_ranks(self, world: World) -> None:
         one = on_lightning("", "a metric")
@@ -223,14 +235,15 @@ class TestLightning:
         one = on_lightning("", "a rotation by steps", **options)
         assert_as_one(world.run(on_lightning, "a rotation by steps", options=options), one)
 
+    @each_optimizer
     def test_a_resumed_fit_goes_on_in_the_middle_of_the_schedule(
-        self, world: World, tmp_path: Path
+        self, world: World, tmp_path: Path, kind: str
     ) -> None:
         path = tmp_path / "run.ckpt"
         name = "a table of epochs"
-        world.run(on_lightning, name, "", path, options={"max_epochs": 2})
-        resumed = world.run(on_lightning, name, options={"resume": path})
-        one = on_lightning("", name)
+        world.run(on_lightning, name, "", path, kind, options={"max_epochs": 2})
+        resumed = world.run(on_lightning, name, options={"resume": path, "kind": kind})
+        one = on_lightning("", name, kind=kind)
         one["trained"] = one["trained"][2 * BATCHES :]
         assert_as_one(resumed, one)
 
@@ -249,7 +262,12 @@ class TestLightning:
 
 
 def on_transformers(
-    device: str, folder: Path, schedule: str | None, how: str = "", **options: Any
+    device: str,
+    folder: Path,
+    schedule: str | None,
+    how: str = "",
+    kind: str = "SGD",
+    **options: Any,
 ) -> Any:
     """A training run; it runs in this process alone if no device is given."""
     import transformers
@@ -278,7 +296,7 @@ def on_transformers(
         model,
         arguments,
         train_dataset=[{"x": x} for x in samples()],
-        optimizers=(FrozenAwareSGD(model.parameters(), **HYPER), None),
+        optimizers=(make(kind, model), None),
         callbacks=[FreezeTrainerCallback(*([] if plan else ["body.0"]), schedule=plan)],
     )
     assert arguments.world_size == (SIZE if device else 1)
@@ -291,21 +309,24 @@ def on_transformers(
 
 @needs("transformers", "accelerate")
 class TestTransformers:
+    @each_optimizer
     @pytest.mark.parametrize("schedule", [*SCHEDULES, None])
     def test_training_equals_one_process(
-        self, world: World, tmp_path: Path, schedule: str | None
+        self, world: World, tmp_path: Path, schedule: str | None, kind: str
     ) -> None:
-        one = on_transformers("", tmp_path, schedule)
-        assert_as_one(world.run(on_transformers, tmp_path, schedule), one)
+        one = on_transformers("", tmp_path, schedule, kind=kind)
+        options = {"kind": kind}
+        assert_as_one(world.run(on_transformers, tmp_path, schedule, options=options), one)
 
+    @each_optimizer
     def test_a_resumed_run_goes_on_in_the_middle_of_the_schedule(
-        self, world: World, tmp_path: Path
+        self, world: World, tmp_path: Path, kind: str
     ) -> None:
         name, stop = "gradual unfreezing by steps", BATCHES + 1
-        saving = {"save_strategy": "steps", "save_steps": stop}
+        saving = {"save_strategy": "steps", "save_steps": stop, "kind": kind}
         whole = world.run(on_transformers, tmp_path, name, options=saving)
-        resume = str(tmp_path / f"checkpoint-{stop}")
-        resumed = world.run(on_transformers, tmp_path, name, options={"resume": resume})
+        options = {"resume": str(tmp_path / f"checkpoint-{stop}"), "kind": kind}
+        resumed = world.run(on_transformers, tmp_path, name, options=options)
         whole[0]["trained"] = whole[0]["trained"][stop:]
         assert_as_one(resumed, whole[0])
 
@@ -320,7 +341,13 @@ class TestTransformers:
 
 
 def on_accelerate(
-    device: str, folder: Path, *, find_unused: bool = True, stop: int = 0, accumulate: int = 1
+    device: str,
+    folder: Path,
+    *,
+    kind: str = "SGD",
+    find_unused: bool = True,
+    stop: int = 0,
+    accumulate: int = 1,
 ) -> Any:
     """The loop of the documentation; with `stop`, it is saved there and resumed."""
     import accelerate
@@ -333,7 +360,7 @@ def on_accelerate(
         )
         assert accelerator.num_processes == (SIZE if device else 1)
         model = Net()
-        optimizer = FrozenAwareSGD(model.parameters(), **HYPER)
+        optimizer = make(kind, model)
         rates = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
         schedule = FreezeSchedule(model, SCHEDULES["a table of epochs"])
         accelerator.register_for_checkpointing(schedule)
@@ -376,19 +403,22 @@ def on_accelerate(
 
 @needs("accelerate")
 class TestAccelerate:
+    @each_optimizer
     @pytest.mark.parametrize("accumulate", [1, 2])
     def test_a_prepared_loop_equals_one_process(
-        self, world: World, tmp_path: Path, accumulate: int
+        self, world: World, tmp_path: Path, accumulate: int, kind: str
     ) -> None:
-        options = {"accumulate": accumulate}
+        options: dict[str, Any] = {"accumulate": accumulate, "kind": kind}
         one = on_accelerate("", tmp_path, **options)
         assert_as_one(world.run(on_accelerate, tmp_path, options=options), one)
 
+    @each_optimizer
     def test_a_saved_state_resumes_in_the_middle_of_the_schedule(
-        self, world: World, tmp_path: Path
+        self, world: World, tmp_path: Path, kind: str
     ) -> None:
-        one = on_accelerate("", tmp_path)
-        assert_as_one(world.run(on_accelerate, tmp_path, options={"stop": 2}), one)
+        one = on_accelerate("", tmp_path, kind=kind)
+        options = {"stop": 2, "kind": kind}
+        assert_as_one(world.run(on_accelerate, tmp_path, options=options), one)
 
     def test_by_default_torch_refuses_to_go_on_when_something_is_frozen(
         self, world: World, tmp_path: Path

@@ -1,7 +1,7 @@
 """What training loops add to a step, crossed with a frozen set that changes under it.
 
-Every loop runs with FrozenAwareSGD over all parameters, and the result is compared to the bit with
-stock SGD, whose frozen parameters have no gradient.
+Every loop runs with an optimizer here over all parameters, and the result is compared to the bit
+with torch's own, whose frozen parameters have no gradient.
 """
 
 from __future__ import annotations
@@ -17,11 +17,17 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as rates
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
+from tests.helpers import optim_cases as cases
 from tests.helpers.models import weights
 from tests.helpers.schedulers import SCHEDULERS, STEPS, Scheduler
-from torch_freeze import FreezeSchedule, FrozenAwareSGD, audit, freeze, guard, unfreeze
+from torch_freeze import FreezeSchedule, audit, freeze, guard, unfreeze
 
-BASE = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}
+# Of each optimizer, by its name in cases.FAMILIES; Adam steps as AdamW does.
+BASE: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2},
+    "AdamW": {"lr": 0.02, "weight_decay": 0.1},
+}
+each_optimizer = pytest.mark.parametrize("kind", BASE)
 
 
 def make_model() -> nn.Sequential:
@@ -55,7 +61,7 @@ class Loop:
     scaler: bool = False
     overflow_at: tuple[int, ...] = ()
     average: Callable[[nn.Module], AveragedModel] | None = None
-    hyper: dict[str, Any] = field(default_factory=dict)
+    hyper: dict[str, dict[str, Any]] = field(default_factory=dict)  # of an optimizer, by its name
 
 
 def clip_norm(parameters: list[nn.Parameter]) -> Tensor:
@@ -83,12 +89,12 @@ LOOPS: dict[str, Loop] = {
     "an exponential average with buffers": Loop(
         average=lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     ),
-    "nesterov, OneCycleLR, clipping, accumulation and an average": Loop(
+    "nesterov or amsgrad, OneCycleLR, clipping, accumulation and an average": Loop(
         scheduler=SCHEDULERS["OneCycleLR"],
         accumulate=2,
         clip=clip_norm,
         average=AveragedModel,
-        hyper={"nesterov": True},
+        hyper={"SGD": {"nesterov": True}, "AdamW": {"amsgrad": True}},
     ),
 }
 
@@ -111,11 +117,19 @@ def groups(model: nn.Sequential) -> list[dict[str, Any]]:
     return [{"params": low, "lr": 0.02}, {"params": high}]
 
 
-def run(loop: Loop, plan: dict[int, list[str]], kind: type[torch.optim.SGD]) -> dict[str, Any]:
+def hyper(loop: Loop, kind: str) -> dict[str, Any]:
+    return BASE[kind] | loop.hyper.get(kind, {})
+
+
+def run(loop: Loop, plan: dict[int, list[str]], kind: str, stock: bool = False) -> dict[str, Any]:
     model = make_model()
+    family = cases.FAMILIES[kind]
     # Stock knows only from missing gradients what is frozen; foreach=False is its reference.
-    own = {} if kind is FrozenAwareSGD else {"foreach": False}
-    optimizer = kind(groups(model), **{**BASE, **loop.hyper, **own})
+    optimizer: torch.optim.Optimizer
+    if stock:
+        optimizer = family.stock(groups(model), **hyper(loop, kind), foreach=False)
+    else:
+        optimizer = family.ours(groups(model), **hyper(loop, kind))
     scheduler = loop.scheduler(optimizer) if loop.scheduler else None
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=loop.scaler)
     average = loop.average(model) if loop.average else None
@@ -152,10 +166,11 @@ def run(loop: Loop, plan: dict[int, list[str]], kind: type[torch.optim.SGD]) -> 
     return {
         **history,
         "weights": weights(model),
-        "momentum": {
-            names[id(p)]: s["momentum_buffer"]
-            for p, s in optimizer.state.items()
-            if s.get("momentum_buffer") is not None
+        "state": {
+            f"{key} of {names[id(p)]}": value
+            for p, state in optimizer.state.items()
+            for key, value in state.items()
+            if value is not None
         },
         "average": dict(average.state_dict()) if average is not None else {},
         "rates' state": scheduler.state_dict() if scheduler is not None else None,
@@ -165,35 +180,38 @@ def run(loop: Loop, plan: dict[int, list[str]], kind: type[torch.optim.SGD]) -> 
 def assert_identical(got: dict[str, Any], wanted: dict[str, Any]) -> None:
     for key in ("loss", "rate", "scale"):
         assert got[key] == wanted[key], key
-    for key in ("weights", "momentum", "average"):
+    for key in ("weights", "state", "average"):
         assert got[key].keys() == wanted[key].keys()
         for name, tensor in wanted[key].items():
             assert torch.equal(got[key][name], tensor), f"{key} of {name}"
 
 
+@each_optimizer
 @pytest.mark.parametrize("plan", FROZEN_SETS.values(), ids=FROZEN_SETS)
 @pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
-def test_a_loop_has_the_bits_of_stock(loop: Loop, plan: dict[int, list[str]]) -> None:
-    assert_identical(run(loop, plan, FrozenAwareSGD), run(loop, plan, torch.optim.SGD))
+def test_a_loop_has_the_bits_of_stock(loop: Loop, plan: dict[int, list[str]], kind: str) -> None:
+    assert_identical(run(loop, plan, kind), run(loop, plan, kind, stock=True))
 
 
+@each_optimizer
 @pytest.mark.parametrize("plan", FROZEN_SETS.values(), ids=FROZEN_SETS)
 @pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
 def test_a_learning_rate_scheduler_never_notices_the_frozen_set(
-    scheduler: Scheduler, plan: dict[int, list[str]]
+    scheduler: Scheduler, plan: dict[int, list[str]], kind: str
 ) -> None:
     loop = Loop(scheduler=scheduler)
-    got = run(loop, plan, FrozenAwareSGD)
-    assert_identical(got, run(loop, plan, torch.optim.SGD))
-    assert got["rate"] == run(loop, FROZEN_SETS["nothing ever frozen"], FrozenAwareSGD)["rate"]
+    got = run(loop, plan, kind)
+    assert_identical(got, run(loop, plan, kind, stock=True))
+    assert got["rate"] == run(loop, FROZEN_SETS["nothing ever frozen"], kind)["rate"]
     assert len({tuple(lrs) for lrs in got["rate"]}) > 1
 
 
+@each_optimizer
 @pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
-def test_what_is_frozen_is_left_alone_by_a_loop(loop: Loop) -> None:
+def test_what_is_frozen_is_left_alone_by_a_loop(loop: Loop, kind: str) -> None:
     """No element is written, whatever weight decay, momentum, clipping and overflows there are."""
     model = make_model()
-    optimizer = FrozenAwareSGD(groups(model), **{**BASE, **loop.hyper})
+    optimizer = cases.FAMILIES[kind].ours(groups(model), **hyper(loop, kind))
     scheduler = loop.scheduler(optimizer) if loop.scheduler else None
     scaler = torch.amp.GradScaler("cpu", enabled=loop.scaler)
     data = iter(batches())
@@ -225,15 +243,16 @@ def test_clip_grad_norm_counts_what_trains_and_nothing_else() -> None:
     torch.testing.assert_close(total, of_head)
 
 
+@each_optimizer
 @pytest.mark.parametrize("at", range(1, STEPS, 2))
 @pytest.mark.parametrize("name", ["OneCycleLR", "SequentialLR", "CosineAnnealingWarmRestarts"])
-def test_a_run_resumed_in_the_middle_goes_on_bit_for_bit(name: str, at: int) -> None:
+def test_a_run_resumed_in_the_middle_goes_on_bit_for_bit(name: str, at: int, kind: str) -> None:
     """Model, optimizer, rates and FreezeSchedule through state_dicts, at every second step."""
     plan = FROZEN_SETS["rotated"]
 
     def build() -> tuple[Any, ...]:
         model = make_model()
-        optimizer = FrozenAwareSGD(groups(model), **BASE)
+        optimizer = cases.FAMILIES[kind].ours(groups(model), **BASE[kind])
         schedule = FreezeSchedule(model, plan, unit="step")
         return model, optimizer, SCHEDULERS[name](optimizer), schedule
 

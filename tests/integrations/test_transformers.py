@@ -20,6 +20,7 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
+from tests.helpers import optim_cases as cases  # noqa: E402
 from tests.helpers.models import weights  # noqa: E402
 from torch_freeze import AdvanceOnPlateau, FrozenAwareSGD, gradual_unfreeze, rotate  # noqa: E402
 from torch_freeze.integrations.transformers import FreezeTrainerCallback  # noqa: E402
@@ -27,6 +28,12 @@ from torch_freeze.integrations.transformers import FreezeTrainerCallback  # noqa
 LAYERS = ["bert.encoder.layer.0", "bert.encoder.layer.1", "bert.encoder.layer.2"]
 ALWAYS = ["bert.pooler", "classifier"]
 BATCHES = 4  # per epoch
+# Of each optimizer, by its name in cases.FAMILIES.
+HYPER: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.1, "momentum": 0.9},
+    "AdamW": {"lr": 0.02, "weight_decay": 0.1},
+}
+each_optimizer = pytest.mark.parametrize("kind", HYPER)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,8 +75,8 @@ def train(
     model: Any,
     callbacks: list[Any],
     resume: str | None = None,
-    optimizer: Any = "ours",
-    kind: type[Trainer] = Trainer,
+    optimizer: Any = "SGD",
+    trainer_class: type[Trainer] = Trainer,
     scores: list[float] | None = None,
     **options: Any,
 ) -> tuple[Trainer, list[tuple[bool, ...]]]:
@@ -87,15 +94,15 @@ def train(
         seed=3,
         **options,
     )
-    if optimizer == "ours":
-        optimizer = FrozenAwareSGD(model.parameters(), lr=0.1, momentum=0.9)
+    if isinstance(optimizer, str):
+        optimizer = cases.FAMILIES[optimizer].ours(model.parameters(), **HYPER[optimizer])
     if scores is not None:
 
         def compute_metrics(_: Any) -> dict[str, float]:
             return {"score": scores[round(trainer.state.epoch or 0) - 1]}
 
         evaluated = {"eval_dataset": data(), "compute_metrics": compute_metrics}
-    trainer = kind(
+    trainer = trainer_class(
         model,
         arguments,
         train_dataset=data(),
@@ -107,11 +114,12 @@ def train(
     return trainer, witness.trained
 
 
-def test_what_is_named_is_frozen_throughout_and_all_else_trains(tmp_path: Path) -> None:
+@each_optimizer
+def test_what_is_named_is_frozen_throughout_and_all_else_trains(tmp_path: Path, kind: str) -> None:
     model = make_model()
     before = weights(model)
     callback = FreezeTrainerCallback("bert.embeddings", *LAYERS[:2])
-    _, trained = train(tmp_path, model, [callback], num_train_epochs=1)
+    _, trained = train(tmp_path, model, [callback], optimizer=kind, num_train_epochs=1)
     assert set(trained) == {(False, False, True)}
     for name, weight in weights(model).items():
         frozen = name.startswith(("bert.embeddings", *LAYERS[:2]))
@@ -190,10 +198,11 @@ def test_a_schedule_of_steps_is_stepped_before_every_optimizer_step(
     assert len(set(trained)) > 1
 
 
+@each_optimizer
 @pytest.mark.parametrize("unit", ["epoch", "step"])
 @pytest.mark.parametrize("stop", [4, 6, 12], ids=["after an epoch", "in an epoch", "after three"])
 def test_a_resumed_run_goes_on_in_the_middle_of_the_schedule(
-    tmp_path: Path, unit: str, stop: int
+    tmp_path: Path, unit: str, stop: int, kind: str
 ) -> None:
     def callback() -> FreezeTrainerCallback:
         groups = [["bert.embeddings", LAYERS[0]], *LAYERS[1:], ALWAYS]
@@ -204,9 +213,9 @@ def test_a_resumed_run_goes_on_in_the_middle_of_the_schedule(
 
     whole = make_model()
     saving = {"save_strategy": "steps", "save_steps": stop}
-    _, all_trained = train(tmp_path, whole, [callback()], **saving)
-    resumed = make_model()
-    _, trained = train(tmp_path, resumed, [callback()], str(tmp_path / f"checkpoint-{stop}"))
+    _, all_trained = train(tmp_path, whole, [callback()], optimizer=kind, **saving)
+    resumed, checkpoint = make_model(), str(tmp_path / f"checkpoint-{stop}")
+    _, trained = train(tmp_path, resumed, [callback()], checkpoint, optimizer=kind)
     assert trained == all_trained[stop:]
     for name, weight in weights(whole).items():
         assert torch.equal(weights(resumed)[name], weight), name
@@ -353,20 +362,63 @@ def test_theirs_leaves_out_what_is_frozen_when_it_makes_the_optimizer(
     assert torch.equal(model.get_parameter(name), before[name])
 
 
-def test_ours_trains_what_was_frozen_at_the_start(tmp_path: Path) -> None:
+@each_optimizer
+def test_ours_made_by_the_trainer_owns_what_a_schedule_freezes_later(
+    tmp_path: Path, kind: str
+) -> None:
+    """The Trainer makes the optimizer before the schedule begins, when nothing is frozen."""
+    found = []
+    for how in ("optimizers", "optimizer_cls_and_kwargs"):
+        model = make_model()
+        ours, hyper = cases.FAMILIES[kind].ours, HYPER[kind] | {"weight_decay": 0.0}
+        chosen: dict[str, Any] = {"optimizers": (ours(model.parameters(), **hyper), None)}
+        trainer = Trainer(
+            model,
+            TrainingArguments(
+                str(tmp_path), num_train_epochs=2, report_to=[], save_strategy="no", use_cpu=True,
+                disable_tqdm=True, logging_strategy="no",
+            ),
+            train_dataset=data(),
+            callbacks=[FreezeTrainerCallback(schedule={0: ["bert.encoder"], 1: []})],
+            **(chosen if how == "optimizers" else {how: (ours, hyper)}),
+        )  # fmt: skip
+        trainer.train()
+        found.append(weights(model))
+    before = weights(make_model())
+    for name, weight in found[0].items():
+        assert torch.equal(weight, found[1][name]), name
+        # Attention does not depend on the bias of its keys, so its gradient may be 0.
+        assert not torch.equal(weight, before[name]) or "key.bias" in name, name
+
+
+@each_optimizer
+def test_ours_trains_what_was_frozen_at_the_start(tmp_path: Path, kind: str) -> None:
     model = make_model()
     before = weights(model)
     callback = FreezeTrainerCallback(schedule={0: ["bert.encoder"], 1: []})
-    train(tmp_path, model, [callback], num_train_epochs=2)
+    train(tmp_path, model, [callback], optimizer=kind, num_train_epochs=2)
     name = "bert.encoder.layer.0.output.dense.weight"
     assert not torch.equal(model.get_parameter(name), before[name])
 
 
-def test_ours_refuses_an_optimizer_that_leaves_parameters_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("optimizer_class", "fits"),
+    [
+        (torch.optim.SGD, "FrozenAwareSGD"),
+        (torch.optim.Adam, "FrozenAwareAdam"),
+        (torch.optim.AdamW, "FrozenAwareAdamW"),
+        (FrozenAwareSGD, "FrozenAwareSGD"),
+        (torch.optim.RMSprop, "FrozenAwareAdam, FrozenAwareAdamW or FrozenAwareSGD"),
+    ],
+)
+def test_ours_refuses_an_optimizer_that_leaves_parameters_out(
+    tmp_path: Path, optimizer_class: Any, fits: str
+) -> None:
     model = make_model()
-    optimizer = FrozenAwareSGD(model.classifier.parameters(), lr=0.1)
+    optimizer = optimizer_class(model.classifier.parameters(), lr=0.1)
     callback = FreezeTrainerCallback(schedule={0: ["bert"], 1: []})
-    with pytest.raises(ValueError, match="in no optimizer and could never train"):
+    says = rf"in no optimizer and could never train\. Make {fits} from model\.parameters\(\)"
+    with pytest.raises(ValueError, match=says):
         train(tmp_path, model, [callback], optimizer=optimizer)
 
 
@@ -385,12 +437,14 @@ def test_theirs_does_not_resume_after_the_frozen_set_changed(tmp_path: Path) -> 
         train(tmp_path, model, [], str(tmp_path / f"checkpoint-{BATCHES}"), optimizer=optimizer)
 
 
-def test_ours_resumes_under_another_frozen_set(tmp_path: Path) -> None:
-    saving = {"save_strategy": "steps", "save_steps": BATCHES}
+@each_optimizer
+def test_ours_resumes_under_another_frozen_set(tmp_path: Path, kind: str) -> None:
+    saving = {"save_strategy": "steps", "save_steps": BATCHES, "optimizer": kind}
     frozen = FreezeTrainerCallback("bert.encoder")
     train(tmp_path, make_model(), [frozen], num_train_epochs=1, **saving)
     checkpoint = str(tmp_path / f"checkpoint-{BATCHES}")
-    _, trained = train(tmp_path, make_model(), [], checkpoint, num_train_epochs=2)
+    options = {"optimizer": kind, "num_train_epochs": 2}
+    _, trained = train(tmp_path, make_model(), [], checkpoint, **options)
     assert set(trained) == {(True, True, True)}
 
 
@@ -422,9 +476,10 @@ def test_theirs_breaks_the_learning_rate_when_a_group_is_added(tmp_path: Path) -
         rates_of(tmp_path, Unfreeze(), optimizer, model)
 
 
-def test_ours_leaves_the_learning_rate_to_the_trainer(tmp_path: Path) -> None:
+@each_optimizer
+def test_ours_leaves_the_learning_rate_to_the_trainer(tmp_path: Path, kind: str) -> None:
     model = make_model()
-    optimizer = FrozenAwareSGD(model.parameters(), lr=0.1)
+    optimizer = cases.FAMILIES[kind].ours(model.parameters(), lr=0.1)
     callback = FreezeTrainerCallback(schedule={0: ["bert.encoder"], 1: []})
     rates = rates_of(tmp_path, callback, optimizer, model)
     line = [0.1 * (1 - step / (2 * BATCHES)) for step in range(2 * BATCHES)]
@@ -442,24 +497,24 @@ class NormlessTrainer(Trainer):  # type: ignore[misc]
 
 
 @pytest.mark.compiled
-def test_steps_in_backward_need_a_trainer_that_does_not_clip(tmp_path: Path) -> None:
+@each_optimizer
+def test_steps_in_backward_need_a_trainer_that_does_not_clip(tmp_path: Path, kind: str) -> None:
     """The Trainer clips by default, which is easy to overlook."""
     found = []
     for in_backward in (False, True):
         model = make_model()
-        optimizer = FrozenAwareSGD(
-            model.parameters(), lr=0.1, momentum=0.9, step_in_backward=in_backward
-        )
+        ours, hyper = cases.FAMILIES[kind].ours, HYPER[kind]
+        optimizer = ours(model.parameters(), **hyper, step_in_backward=in_backward)
         if in_backward:
             other = make_model()
-            clipped = FrozenAwareSGD(other.parameters(), lr=0.1, step_in_backward=True)
+            clipped = ours(other.parameters(), **hyper, step_in_backward=True)
             with pytest.raises(
                 RuntimeError, match=r"max_grad_norm=0 .*_get_grad_norm is overridden"
             ):
                 train(tmp_path, other, [], optimizer=clipped, num_train_epochs=1)
         train(
             tmp_path, model, [], optimizer=optimizer, num_train_epochs=1, max_grad_norm=0.0,
-            kind=NormlessTrainer,
+            trainer_class=NormlessTrainer,
         )  # fmt: skip
         found.append(weights(model))
     for name, weight in found[0].items():

@@ -96,9 +96,10 @@ def test_trains_like_stock(hyper: Any, dtype: torch.dtype, place: dict[str, Any]
     assert {s["step"].device.type for s in optimizer.state.values()} == {where}
 
 
-@pytest.mark.parametrize("family", cases.ids({"Adam": cases.ADAM, "AdamW": cases.ADAMW}))
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
 @pytest.mark.parametrize("maximize", [False, True])
-def test_l2_and_decoupled_decay(family: cases.Family, maximize: bool) -> None:
+def test_l2_and_decoupled_decay(name: str, maximize: bool) -> None:
+    family = cases.FAMILIES[name]
     gen = cases.generator(1)
     params = cases.make_parameters(SIZES, gen, device="cuda")
     theirs = on_cpu(params)

@@ -252,9 +252,7 @@ def check_step(
 
 
 @every_kernel
-def test_vectors_of_sixteen_bytes(
-    triple: str, table: int, ptx: str, compiled: Compiled
-) -> None:
+def test_vectors_of_sixteen_bytes(triple: str, table: int, ptx: str, compiled: Compiled) -> None:
     body = body_of(ptx, triple, table, *ENTRY)
     widths = {"u8": 1, "u16": 2, "b16": 2, "u32": 4, "b32": 4, "f32": 4, "u64": 8, "b64": 8}
     widths["f64"] = 8

@@ -1,7 +1,7 @@
 """A step that fails half-way: all tensors are updated or none, and the next step is right.
 
 Faults are put where a step can meet them: in closures and hooks, in Python's and torch's
-allocators, in signal handlers and garbage collections that happen to run while momentum buffers are
+allocators, in signal handlers and garbage collections that happen to run while buffers are
 made. Each runs in a process of its own, since what it guards against is a crash.
 """
 
@@ -23,25 +23,31 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tests.helpers import apart
 from tests.helpers import optim_cases as cases
-from tests.helpers.optim_cases import FrozenAwareSGD, Hyper
 
-MOMENTUM: Hyper = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+FAMILIES = cases.each_family(cases.UNLIKE_FAMILIES)
 
 
 class Pair:
     """The same training twice: ours, with faults, and the reference, without any."""
 
     def __init__(
-        self, sizes: list[Any], groups: int = 2, frozen: int = 2, device: str = "cpu"
+        self,
+        sizes: list[Any],
+        groups: int = 2,
+        frozen: int = 2,
+        device: str = "cpu",
+        family: cases.Family = cases.SGD,
     ) -> None:
         self.device = device
+        self.exact = family.exact_on(device)
         self.gen = cases.generator(8)
         self.ours = [torch.nn.Parameter(self.values(size)) for size in sizes]
         for p in self.ours[:frozen]:
             p.requires_grad_(False)
         self.theirs = cases.twin(self.ours)
-        self.optimizer = FrozenAwareSGD(cases.in_groups(self.ours, groups), **MOMENTUM)
-        self.reference = cases.Reference(cases.in_groups(self.theirs, groups), **MOMENTUM)
+        hyper = family.with_state
+        self.optimizer = family.ours(cases.in_groups(self.ours, groups), **hyper)
+        self.reference = family.reference(cases.in_groups(self.theirs, groups), **hyper)
         self.give_grads()
 
     def values(self, size: Any) -> Tensor:
@@ -53,6 +59,9 @@ class Pair:
         for p, q in zip(self.ours, self.theirs, strict=True):
             grad = self.values(p.numel()).reshape(p.shape)
             p.grad, q.grad = grad, grad.clone()
+
+    def compare(self, what: str) -> None:
+        cases.assert_same_training(self.optimizer, self.reference, what, exact=self.exact)
 
     def step_with(self, fault: contextlib.AbstractContextManager[Any]) -> BaseException | None:
         """Make one step of ours under the fault; the reference follows if ours was taken.
@@ -76,7 +85,7 @@ class Pair:
             assert raised is not None
             for p, grad in zip(self.ours, grads, strict=True):
                 assert p.grad is grad, "a gradient is gone"
-        cases.assert_same_training(self.optimizer, self.reference, f"after {raised!r}:")
+        self.compare(f"after {raised!r}:")
         return raised
 
     def step(self) -> None:
@@ -148,10 +157,16 @@ USERS_CODE: dict[str, tuple[Any, bool]] = {
 @pytest.mark.parametrize("steps_before", [0, 2], ids=["first step", "later step"])
 @pytest.mark.parametrize("error", [StopError, KeyboardInterrupt, MemoryError, SystemExit])
 @pytest.mark.parametrize(("where", "stepped"), cases.ids(USERS_CODE))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_exception_in_users_code_leaves_all_or_nothing(
-    where: Any, stepped: bool, error: type[BaseException], steps_before: int, device: str
+    family: cases.Family,
+    where: Any,
+    stepped: bool,
+    error: type[BaseException],
+    steps_before: int,
+    device: str,
 ) -> None:
-    pair = Pair(SIZES, device=device)
+    pair = Pair(SIZES, device=device, family=family)
     for _ in range(steps_before):
         pair.step()
         pair.give_grads()
@@ -163,15 +178,18 @@ def test_an_exception_in_users_code_leaves_all_or_nothing(
     assert moved == [int(stepped and p.requires_grad) for p in pair.ours]
     if stepped:
         pair.reference.step()
-    cases.assert_same_training(pair.optimizer, pair.reference, "after the fault:")
+    pair.compare("after the fault:")
     pair.give_grads()
     pair.step()
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("middle", [3, 6, 11], ids=["third", "in the middle", "last"])
-def test_a_bad_gradient_in_the_middle_stops_the_whole_step(middle: int, device: str) -> None:
-    pair = Pair(SIZES, device=device)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bad_gradient_in_the_middle_stops_the_whole_step(
+    family: cases.Family, middle: int, device: str
+) -> None:
+    pair = Pair(SIZES, device=device, family=family)
     good = pair.ours[middle].grad
     pair.ours[middle].grad.data = torch.ones(3, device=device)  # type: ignore[union-attr]
     assert isinstance(pair.step_with(contextlib.nullcontext()), ValueError)
@@ -191,10 +209,11 @@ def _each(function: Callable[[int], Any], numbers: range) -> list[Any]:
     return [function(number) for number in numbers]
 
 
-def _out_of_memory(fits: int) -> None:
-    """There is memory for `fits` of three large buffers."""
+def _out_of_memory(name: str, fits: int) -> None:
+    """There is memory for `fits` of the large buffers, of which there are four or eight."""
     gc.collect()
-    pair = Pair([3, 3, LARGE, 5, LARGE, LARGE, LARGE], frozen=2)
+    family = cases.FAMILIES[name]
+    pair = Pair([3, 3, LARGE, 5, LARGE, LARGE, LARGE], frozen=2, family=family)
     raised = pair.step_with(apart.memory_for(fits, LARGE))
     assert isinstance(raised, RuntimeError | MemoryError), f"not out of memory: {raised!r}"
     assert not pair.optimizer.state, "buffers were kept of a step that was not taken"
@@ -205,12 +224,18 @@ def _out_of_memory(fits: int) -> None:
 @pytest.mark.skipif(
     "libasan" in os.environ.get("LD_PRELOAD", ""), reason="ASan takes all addresses"
 )
-@pytest.mark.parametrize("fits", [0, 2], ids=["none fits", "two fit"])
-def test_out_of_memory_making_momentum_buffers_writes_nothing(fits: int) -> None:
-    apart.run(_out_of_memory, fits)
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [
+        pytest.param(*values, id=f"{values[0]}: {values[1]} fit")
+        for values in (("SGD", 0), ("SGD", 2), ("AdamW", 3))
+    ],
+)
+def test_out_of_memory_making_buffers_writes_nothing(name: str, fits: int) -> None:
+    apart.run(_out_of_memory, name, fits)
 
 
-def _no_python_memory(device: str) -> tuple[int, int]:
+def _no_python_memory(name: str, device: str) -> tuple[int, int]:
     import _testcapi
 
     @contextlib.contextmanager
@@ -222,10 +247,10 @@ def _no_python_memory(device: str) -> tuple[int, int]:
             _testcapi.remove_mem_hooks()
 
     failed = unharmed = 0
-    for allocation in range(120):
-        pair = Pair([2] * 8, groups=1, device=device)
+    for allocation in range(120 if name == "SGD" else 240):
+        pair = Pair([2] * 8, groups=1, device=device, family=cases.FAMILIES[name])
         # With a buffer of None the state has an entry already.
-        for p, q in zip(pair.ours[2:4], pair.theirs[2:4], strict=True):
+        for p, q in zip(pair.ours[2:4], pair.theirs[2:4], strict=True) if name == "SGD" else ():
             pair.optimizer.state[p] = {"momentum_buffer": None}
             pair.reference.state[q] = {"momentum_buffer": None}
         raised = pair.step_with(fails_at(allocation))
@@ -237,10 +262,11 @@ def _no_python_memory(device: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
-def test_each_allocation_of_python_may_fail_in_turn(device: str) -> None:
+@pytest.mark.parametrize("name", list(cases.UNLIKE_FAMILIES))
+def test_each_allocation_of_python_may_fail_in_turn(name: str, device: str) -> None:
     """The first, the second, … of a first step's Python allocations fails: all or nothing."""
     pytest.importorskip("_testcapi", reason="this Python was built without its test modules")
-    failed, unharmed = apart.run(_no_python_memory, device)
+    failed, unharmed = apart.run(_no_python_memory, name, device)
     assert failed >= 10, "the faults did not meet the step"
     assert unharmed >= 10, "the faults did not go past the end of the step"
 
@@ -248,9 +274,9 @@ def test_each_allocation_of_python_may_fail_in_turn(device: str) -> None:
 # --- whatever runs while buffers are made
 
 
-def _interrupt_in_hash(number: int, device: str) -> bool:
+def _interrupt_in_hash(number: int, name: str, device: str) -> bool:
     """KeyboardInterrupt in the `number`th hash of a parameter, which is a Python function."""
-    pair = Pair(SIZES, device=device)
+    pair = Pair(SIZES, device=device, family=cases.FAMILIES[name])
     seen = 0
 
     def tracer(frame: Any, event: str, arg: Any) -> None:
@@ -274,13 +300,17 @@ def _interrupt_in_hash(number: int, device: str) -> bool:
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
-def test_an_interrupt_while_buffers_enter_the_state_removes_them_again(device: str) -> None:
-    hit = apart.run(_each, functools.partial(_interrupt_in_hash, device=device), range(1, 14))
+@pytest.mark.parametrize("name", list(cases.UNLIKE_FAMILIES))
+def test_an_interrupt_while_buffers_enter_the_state_removes_them_again(
+    name: str, device: str
+) -> None:
+    interrupt = functools.partial(_interrupt_in_hash, name=name, device=device)
+    hit = apart.run(_each, interrupt, range(1, 14))
     assert hit[0] and hit[9], hit
     assert not hit[-1], "more hashes than trainable parameters"
 
 
-def _interrupt_at_any_time(steps: int) -> int:
+def _interrupt_at_any_time(name: str, steps: int) -> int:
     """A timer, whose handler raises, goes off somewhere in or around a first step."""
     caught = 0
 
@@ -298,7 +328,7 @@ def _interrupt_at_any_time(steps: int) -> int:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     for step in range(steps):
-        pair = Pair([3] * 40)
+        pair = Pair([3] * 40, family=cases.FAMILIES[name])
         try:
             error = pair.step_with(timed(1e-6 + 1e-6 * (step % 200)))
             caught += isinstance(error, KeyboardInterrupt)
@@ -308,8 +338,9 @@ def _interrupt_at_any_time(steps: int) -> int:
     return caught
 
 
-def test_an_interrupt_at_any_time_leaves_all_or_nothing() -> None:
-    assert apart.run(_interrupt_at_any_time, 300) > 0
+@pytest.mark.parametrize("name", list(cases.UNLIKE_FAMILIES))
+def test_an_interrupt_at_any_time_leaves_all_or_nothing(name: str) -> None:
+    assert apart.run(_interrupt_at_any_time, name, 300) > 0
 
 
 class _Finalized:
@@ -325,9 +356,9 @@ class _Finalized:
         self.pair.optimizer.state.clear()
 
 
-def _collected_in_a_first_step(threshold: int) -> int:
+def _collected_in_a_first_step(threshold: int, name: str) -> int:
     """A collection during a step drops every gradient and buffer; those found are still stepped."""
-    pair = Pair([60_000] * 12)
+    pair = Pair([60_000] * 12, family=cases.FAMILIES[name])
     _Finalized(pair)
     before = [p.detach().clone() for p in pair.ours]
     gc.disable()
@@ -343,14 +374,16 @@ def _collected_in_a_first_step(threshold: int) -> int:
     return grads
 
 
-def test_a_garbage_collection_in_a_first_step_may_drop_the_gradients() -> None:
-    grads = apart.run(_each, _collected_in_a_first_step, range(1, 40))
+@pytest.mark.parametrize("name", list(cases.UNLIKE_FAMILIES))
+def test_a_garbage_collection_in_a_first_step_may_drop_the_gradients(name: str) -> None:
+    collected = functools.partial(_collected_in_a_first_step, name=name)
+    grads = apart.run(_each, collected, range(1, 40))
     assert 0 in grads, "no collection met the step"
 
 
-def _reentrant_step() -> None:
+def _reentrant_step(name: str) -> None:
     """Dropping a frozen parameter's gradient runs code that steps again."""
-    pair = Pair(SIZES, frozen=3)
+    pair = Pair(SIZES, frozen=3, family=cases.FAMILIES[name])
     calls = []
 
     class Loud(Tensor):
@@ -364,23 +397,25 @@ def _reentrant_step() -> None:
     pair.reference.step()
     pair.reference.step()
     assert calls
-    cases.assert_same_training(pair.optimizer, pair.reference, "after a step in a step:")
+    pair.compare("after a step in a step:")
 
 
-def test_a_step_within_a_step_is_one_more_step() -> None:
-    apart.run(_reentrant_step)
+@pytest.mark.parametrize("name", list(cases.UNLIKE_FAMILIES))
+def test_a_step_within_a_step_is_one_more_step(name: str) -> None:
+    apart.run(_reentrant_step, name)
 
 
-def test_steps_of_stocks_form_are_all_or_nothing_for_the_kernels() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_of_stocks_form_are_all_or_nothing_for_the_kernels(family: cases.Family) -> None:
     """Stock's form raises before the kernels run, so none of their tensors is written."""
-    pair = Pair(SIZES)
+    pair = Pair(SIZES, family=family)
 
     class Refuses(Tensor):
         @classmethod
         def __torch_function__(
             cls, func: Any, kinds: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            if func in (Tensor.add_, Tensor.add, torch.add, torch.clone):
+            if func in (Tensor.add_, Tensor.add, torch.add, torch.clone, Tensor.mul_):
                 raise StopError("refused")
             return super().__torch_function__(func, kinds, args, kwargs or {})
 

@@ -1,9 +1,9 @@
 """Any interleaving of steps, freezing and edits gives what stock would have given, bit for bit.
 
-A hypothesis state machine drives FrozenAwareSGD and the plain reference (stock's for-loop plus
-"frozen does not move" and the policies for frozen momentum) through the same random rules over the
-same random tensors and compares everything after every rule. `TORCH_FREEZE_STATEFUL_STEPS=200000`
-asks for a long run, new seeds.
+A hypothesis state machine drives each optimizer and its plain reference (stock's for-loop plus
+"frozen does not move" and the policies for the state of what is frozen) through the same random
+rules over the same random tensors and compares everything after every rule.
+`TORCH_FREEZE_STATEFUL_STEPS=200000` asks for a long run, new seeds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from tests.helpers import optim_cases as cases
-from tests.helpers.optim_cases import FrozenAwareSGD
 from torch_freeze import rotate
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -44,55 +43,87 @@ LAYOUTS = ("contiguous", "transposed", "offset", "flat view", "flat view that ov
 SEEDS = st.integers(0, 2**16)
 PLACES = st.integers(0, 2**10)
 
-GROUP_EDITS = {
-    "lr": st.sampled_from((0.0, 1e-3, 0.1, 1, torch.tensor(0.05), torch.tensor([0.05]))),
-    "momentum": st.sampled_from((0, 0.5, 0.9, 1.0)),
-    "dampening": st.sampled_from((0, 0.3, 1)),
-    "weight_decay": st.sampled_from((0, 1e-2, 0.5)),
-    "nesterov": st.booleans(),
-    "maximize": st.booleans(),
+GROUP_EDITS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "SGD": {
+        "lr": st.sampled_from((0.0, 1e-3, 0.1, 1, torch.tensor(0.05), torch.tensor([0.05]))),
+        "momentum": st.sampled_from((0, 0.5, 0.9, 1.0)),
+        "dampening": st.sampled_from((0, 0.3, 1)),
+        "weight_decay": st.sampled_from((0, 1e-2, 0.5)),
+        "nesterov": st.booleans(),
+        "maximize": st.booleans(),
+    },
+    "AdamW": {
+        # No tensors, whose precision stock's own arithmetic with the rate has.
+        "lr": st.sampled_from((0.0, 1e-3, 0.1, 1)),
+        "betas": st.sampled_from(((0.9, 0.999), (0.8, 0.95), (0.1, 0.5))),
+        "eps": st.sampled_from((1e-8, 1e-3)),
+        "weight_decay": st.sampled_from((0, 1e-2, 0.5)),
+        "amsgrad": st.booleans(),
+        "maximize": st.booleans(),
+    },
 }
-
-HYPER = st.fixed_dictionaries(
-    {key: values for key, values in GROUP_EDITS.items() if key != "nesterov"}
-)
-
+GROUP_EDITS["Adam"] = GROUP_EDITS["AdamW"] | {"decoupled_weight_decay": st.booleans()}
 
 POLICIES = st.sampled_from((None, None, "keep", "reset", "drop"))
 # MiB; None for an optimizer that does not step in backward.
 BUCKETS = st.sampled_from((None, None, 0, 1e-4, 1))
 
 
-class Reference(cases.Reference):
-    """Also decides about the momentum of whatever is frozen at a step or at zero_grad()."""
+class Policies(torch.optim.Optimizer):
+    """Also decides about the state of whatever is frozen at a step or at zero_grad()."""
+
+    family: cases.Family
 
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for p in group["params"]:
-                trains = p.requires_grad and p.grad is not None and group["momentum"] != 0
-                if trains and self.state.get(p, {}).pop("momentum_stale", False):
-                    self.state[p]["momentum_buffer"] = None
+                trains = p.requires_grad and p.grad is not None and self.family.buffers(group)
+                if trains and self.state.get(p, {}).pop(self.family.state.stale, False):
+                    self.start_over(self.state[p])
         loss = super().step(closure)
         self.settle()
         return loss
+
+    def start_over(self, state: dict[str, Any]) -> None:
+        for name in self.family.state.all:
+            if self.family.state.count is None:
+                state[name] = None  # SGD's first momentum is no sum with zero
+            elif name in state:
+                state[name] = torch.zeros_like(state[name])
 
     def settle(self) -> None:
         self.let_go("reset", "drop")
 
     def let_go(self, *policies: str) -> None:
+        names = self.family.state
         for group in self.param_groups:
-            policy = group.get("frozen_momentum", "keep")
+            policy = group.get(names.policy, "keep")
             for p in group["params"]:
                 state = self.state.get(p)
                 if p.requires_grad or state is None or policy not in policies:
                     continue
-                if policy == "reset" and state.get("momentum_buffer") is not None:
-                    state["momentum_stale"] = True
+                if policy == "reset" and any(state.get(name) is not None for name in names.all):
+                    state[names.stale] = True
                 elif policy == "drop":
-                    state.pop("momentum_buffer", None)
-                    state.pop("momentum_stale", None)
+                    for name in (*names.all, names.stale):
+                        state.pop(name, None)
                     if not state:
                         del self.state[p]
+
+
+class SGDReference(Policies, cases.Reference):
+    family = cases.SGD
+
+
+class AdamReference(Policies, cases.AdamReference):
+    family = cases.ADAM
+
+
+class AdamWReference(Policies, cases.AdamWReference):
+    family = cases.ADAMW
+
+
+REFERENCES = {"SGD": SGDReference, "Adam": AdamReference, "AdamW": AdamWReference}
 
 
 def _copy_value(value: Any) -> Any:
@@ -102,10 +133,17 @@ def _copy_value(value: Any) -> Any:
 class Training(RuleBasedStateMachine):
     """Two optimizers over twin tensors; `self.flats` are the twin storages of the flat views."""
 
+    name = ""  # of the family
     steps = 0
 
     def __init__(self) -> None:
         super().__init__()
+        self.family = cases.FAMILIES[self.name]
+        self.edits = GROUP_EDITS[self.name]
+        # What a group may be made with: stock refuses nesterov without momentum.
+        self.hypers = st.fixed_dictionaries(
+            {key: values for key, values in self.edits.items() if key != "nesterov"}
+        )
         self.gen = cases.generator(0)
         self.optimizer: Any = None
         self.reference: Any = None
@@ -139,9 +177,9 @@ class Training(RuleBasedStateMachine):
     @initialize(
         seed=SEEDS,
         bucket=BUCKETS,
+        data=st.data(),
         groups=st.lists(
             st.tuples(
-                HYPER,
                 POLICIES,
                 st.lists(
                     st.tuples(
@@ -157,7 +195,7 @@ class Training(RuleBasedStateMachine):
             max_size=3,
         ),
     )
-    def build(self, seed: int, bucket: float | None, groups: Any) -> None:
+    def build(self, seed: int, bucket: float | None, data: Any, groups: Any) -> None:
         self.gen = cases.generator(seed)
         self.flats = {
             dtype: (torch.zeros(4096, dtype=dtype), torch.zeros(4096, dtype=dtype))
@@ -165,16 +203,17 @@ class Training(RuleBasedStateMachine):
         }
         self.used = dict.fromkeys(self.flats, 256)
         ours, theirs = [], []
-        for hyper, policy, tensors in groups:
+        for policy, tensors in groups:
+            hyper = data.draw(self.hypers)
             if policy is not None:
-                hyper = hyper | {"frozen_momentum": policy}
+                hyper = hyper | {self.family.state.policy: policy}
             pairs = [self._make(*spec) for spec in tensors]
             ours.append({k: _copy_value(v) for k, v in hyper.items()})
             theirs.append({k: _copy_value(v) for k, v in hyper.items()})
             ours[-1]["params"] = [p for p, _ in pairs]
             theirs[-1]["params"] = [q for _, q in pairs]
-        self.optimizer = FrozenAwareSGD(ours, **self._in_backward(bucket))
-        self.reference = Reference(theirs)
+        self.optimizer = self.family.ours(ours, **self._in_backward(bucket))
+        self.reference = REFERENCES[self.name](theirs)
 
     # ---- helpers
 
@@ -206,7 +245,7 @@ class Training(RuleBasedStateMachine):
     def _step(self) -> None:
         self.optimizer.step()
         self.reference.step()
-        Training.steps += 1
+        type(self).steps += 1
         for p, q in self._pairs():
             if self.optimizer.step_in_backward:
                 assert p.grad is None
@@ -288,21 +327,30 @@ class Training(RuleBasedStateMachine):
             for p in pair:
                 p.requires_grad_(bool(mask >> i % 16 & 1))
 
-    @rule(data=st.data(), group=PLACES, key=st.sampled_from(sorted(GROUP_EDITS)))
-    def edit_a_hyper_parameter(self, data: Any, group: int, key: str) -> None:
-        value = data.draw(GROUP_EDITS[key])
+    @rule(data=st.data(), group=PLACES)
+    def edit_a_hyper_parameter(self, data: Any, group: int) -> None:
+        key = data.draw(st.sampled_from(sorted(self.edits)))
+        value = data.draw(self.edits[key])
         for optimizer in self._both():
-            groups = optimizer.param_groups
-            groups[group % len(groups)][key] = _copy_value(value)
+            edited = optimizer.param_groups[group % len(optimizer.param_groups)]
+            states = [optimizer.state.get(p, {}) for p in edited["params"]]
+            if key == "amsgrad" and any(self.family.state.stale in state for state in states):
+                return  # see test_a_reset_reaches_a_maximum_that_is_not_in_use
+            edited[key] = _copy_value(value)
+            if key == "amsgrad" and value:  # stock raises where the state has no maximum yet
+                for p, state in zip(edited["params"], states, strict=True):
+                    if "exp_avg_sq" in state:
+                        state.setdefault("max_exp_avg_sq", torch.zeros_like(p))
 
     @precondition(lambda self: len(self.optimizer.param_groups) < 6)
     @rule(
-        hyper=HYPER,
+        data=st.data(),
         shape=st.sampled_from(SHAPES),
         dtype=st.sampled_from(list(cases.DTYPES.values())),
         layout=st.sampled_from(LAYOUTS),
     )
-    def add_param_group(self, hyper: Any, shape: Any, dtype: Any, layout: str) -> None:
+    def add_param_group(self, data: Any, shape: Any, dtype: Any, layout: str) -> None:
+        hyper = data.draw(self.hypers)
         pair = self._make(shape, dtype, layout)
         for optimizer, p in zip(self._both(), pair, strict=True):
             group = {k: _copy_value(v) for k, v in hyper.items()}
@@ -318,17 +366,31 @@ class Training(RuleBasedStateMachine):
         for optimizer, p in zip(self._both(), self._pair(place), strict=True):
             optimizer.state.pop(p, None)
 
+    @precondition(lambda self: self.family is cases.SGD)
     @rule(place=PLACES)
     def set_one_buffer_to_none(self, place: int) -> None:
         for optimizer, p in zip(self._both(), self._pair(place), strict=True):
             optimizer.state[p]["momentum_buffer"] = None
 
     @rule(place=PLACES)
-    def replace_one_buffer(self, place: int) -> None:
+    def replace_the_buffers_of_one(self, place: int) -> None:
         p, q = self._pair(place)
-        value = self._value(p.shape, p.dtype)
-        for optimizer, x in ((self.optimizer, p), (self.reference, q)):
-            optimizer.state[x]["momentum_buffer"] = torch.empty_like(x).detach().copy_(value)
+        if p not in self.optimizer.state and self.family is not cases.SGD:
+            return  # a part of the state is not enough for them
+        for name in self.optimizer.state[p] or self.family.state.buffers:
+            if name not in self.family.state.buffers:
+                continue
+            value = self._value(p.shape, p.dtype)
+            value = value.abs() if name.endswith("_sq") else value
+            for optimizer, x in ((self.optimizer, p), (self.reference, q)):
+                optimizer.state[x][name] = torch.empty_like(x).detach().copy_(value)
+
+    @precondition(lambda self: self.family.state.count is not None)
+    @rule(place=PLACES, count=st.integers(0, 2**20))
+    def set_ones_count(self, place: int, count: int) -> None:
+        for optimizer, p in zip(self._both(), self._pair(place), strict=True):
+            if "step" in optimizer.state.get(p, {}):
+                optimizer.state[p]["step"] = torch.tensor(float(count))
 
     @rule(place=PLACES)
     def replace_one_parameter(self, place: int) -> None:
@@ -350,17 +412,20 @@ class Training(RuleBasedStateMachine):
 
     @rule(place=PLACES, dtype=st.sampled_from(list(cases.DTYPES.values())))
     def change_ones_dtype(self, place: int, dtype: torch.dtype) -> None:
-        """Between fp32 and fp64 the buffer stays as it is, as after `model.double()`.
+        """Between fp32 and fp64 SGD's buffer stays as it is, as after `model.double()`.
 
-        With bf16 or fp16 it is cast too: stock's rounding of such a mixture is no reference.
+        With bf16 or fp16 it is cast too: stock's rounding of such a mixture is no reference, and
+        its Adam refuses every mixture.
         """
         for optimizer, p in zip(self._both(), self._pair(place), strict=True):
             narrow = {p.dtype, dtype} & set(cases.NARROW_DTYPES.values())
+            casts = bool(narrow) or self.family is not cases.SGD
             p.grad = None
             p.data = p.data.to(dtype)
-            buffer = cases.buffer_of(optimizer, p)
-            if buffer is not None and (narrow or buffer.dtype not in cases.WIDE_DTYPES.values()):
-                optimizer.state[p]["momentum_buffer"] = buffer.to(dtype)
+            for name in self.family.state.buffers:
+                buffer = cases.buffer_of(optimizer, p, name)
+                if buffer is not None and (casts or buffer.dtype not in cases.WIDE_DTYPES.values()):
+                    optimizer.state[p][name] = buffer.to(dtype)
 
     @precondition(lambda self: not self.optimizer.step_in_backward)
     @rule(
@@ -382,7 +447,7 @@ class Training(RuleBasedStateMachine):
         scaler = torch.amp.GradScaler("cpu", init_scale=self.scale)
         scaler.scale(torch.ones(()))
         scaler.step(self.optimizer)
-        Training.steps += 1
+        type(self).steps += 1
         if overflow:
             self.reference.settle()
             for p, q in self._pairs():
@@ -404,8 +469,8 @@ class Training(RuleBasedStateMachine):
             for optimizer in self._both()
         ]
         self.optimizer.close()
-        self.optimizer = FrozenAwareSGD(empty[0], **self._in_backward(bucket))
-        self.reference = Reference(empty[1])
+        self.optimizer = self.family.ours(empty[0], **self._in_backward(bucket))
+        self.reference = REFERENCES[self.name](empty[1])
         self.optimizer.load_state_dict(loaded[1])
         self.reference.load_state_dict(loaded[0])
 
@@ -425,22 +490,21 @@ class Training(RuleBasedStateMachine):
     def a_refused_step_changes_nothing(self, place: int, kind: str) -> None:
         p, _ = self._pair(place)
         group = next(g for g in self.optimizer.param_groups if any(x is p for x in g["params"]))
-        if not p.requires_grad or not group["momentum"] or not p.numel():
+        if not p.requires_grad or not self.family.buffers(group) or not p.numel():
             return
+        name = self.family.state.buffers[0]
         had = p in self.optimizer.state
-        kept = cases.buffer_of(self.optimizer, p)
+        kept = cases.buffer_of(self.optimizer, p, name)
         grad = p.grad
         if grad is None:
             p.grad = torch.zeros_like(p)
-        self.optimizer.state[p]["momentum_buffer"] = (
-            torch.ones(2, 2, 77) if kind == "shape" else "x"
-        )
+        self.optimizer.state[p][name] = torch.ones(2, 2, 77) if kind == "shape" else "x"
         before = cases.Snapshot(self.optimizer)
         with pytest.raises((ValueError, TypeError, RuntimeError)):
             self.optimizer.step()
         before.assert_unchanged()
         p.grad = grad
-        self.optimizer.state[p]["momentum_buffer"] = kept
+        self.optimizer.state[p][name] = kept
         if kept is None and had is False:
             del self.optimizer.state[p]
 
@@ -460,12 +524,15 @@ class Training(RuleBasedStateMachine):
         cases.assert_same_training(self.optimizer, self.reference)
 
 
-def test_any_interleaving_equals_stock() -> None:
-    Training.steps = 0
+@pytest.mark.parametrize(("name", "share"), [("SGD", 1.0), ("Adam", 0.2), ("AdamW", 0.6)])
+def test_any_interleaving_equals_stock(name: str, share: float) -> None:
+    """`share` of the wanted steps: the optimizers have most of the code in common."""
+    wanted = int(WANTED_STEPS * share)
+    machine = type(f"{name}Training", (Training,), {"name": name})
     run_state_machine_as_test(
-        Training,
+        machine,
         settings=settings(
-            max_examples=max(1, WANTED_STEPS // 7),
+            max_examples=max(1, wanted // 7),
             stateful_step_count=RULES_PER_EXAMPLE,
             deadline=None,
             derandomize=not IS_LONG,
@@ -474,4 +541,4 @@ def test_any_interleaving_equals_stock() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
-    assert Training.steps >= WANTED_STEPS, f"only {Training.steps} optimizer steps were taken"
+    assert machine.steps >= wanted, f"only {machine.steps} optimizer steps were taken"

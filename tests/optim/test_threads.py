@@ -23,10 +23,9 @@ import pytest
 import torch
 
 from tests.helpers import optim_cases as cases
-from tests.helpers.optim_cases import FrozenAwareSGD
 from torch_freeze import _build, freeze, unfreeze
 
-HYPER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-3}
+FAMILIES = cases.each_family(cases.UNLIKE_FAMILIES)
 
 # Below and above the size from which a step releases the GIL.
 SIZES = {"small": [100] * 20, "large, so that the lock is released": [200_000] * 8}
@@ -57,12 +56,13 @@ def _in_threads(*functions: Callable[[], Any]) -> None:
 class Training:
     """One thread's: optimizer and reference, with tensors freezing and thawing at every step."""
 
-    def __init__(self, seed: int, sizes: list[int]) -> None:
+    def __init__(self, seed: int, sizes: list[int], family: cases.Family) -> None:
         self.gen = cases.generator(seed)
         self.ours = cases.make_parameters(sizes, self.gen)
         self.theirs = cases.twin(self.ours)
-        self.optimizer = FrozenAwareSGD(cases.in_groups(self.ours, 2), **HYPER)
-        self.reference = cases.Reference(cases.in_groups(self.theirs, 2), **HYPER)
+        hyper = family.with_state
+        self.optimizer = family.ours(cases.in_groups(self.ours, 2), **hyper)
+        self.reference = family.reference(cases.in_groups(self.theirs, 2), **hyper)
 
     def run(self, steps: int) -> None:
         for step in range(steps):
@@ -79,15 +79,21 @@ class Training:
 
 @pytest.mark.parametrize("sizes", cases.ids({name: (sizes,) for name, sizes in SIZES.items()}))
 def test_threads_step_optimizers_of_their_own(sizes: list[int]) -> None:
-    trainings = [Training(seed, sizes) for seed in range(4)]
+    """Of both kinds at once: what the core keeps for a thread is each optimizer's own."""
+    trainings = [
+        Training(seed, sizes, family)
+        for seed in range(2)
+        for family in cases.UNLIKE_FAMILIES.values()
+    ]
     steps = 30 if len(sizes) == 20 else 4
     _in_threads(*[lambda training=training: training.run(steps) for training in trainings])
     for training in trainings:
         training.check()
 
 
-def test_one_optimizer_is_stepped_by_many_threads_in_turn() -> None:
-    training = Training(0, [50] * 10)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_optimizer_is_stepped_by_many_threads_in_turn(family: cases.Family) -> None:
+    training = Training(0, [50] * 10, family)
     lock = threading.Lock()
 
     def run() -> None:
@@ -99,12 +105,13 @@ def test_one_optimizer_is_stepped_by_many_threads_in_turn() -> None:
     training.check()
 
 
-def test_memory_may_be_exchanged_while_a_large_step_runs() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_may_be_exchanged_while_a_large_step_runs(family: cases.Family) -> None:
     """The GIL is released then; the memory in use is kept until the step is over.
 
     The tensors stay: `p.grad = None` in one thread while another reads `p.grad` is a race in torch.
     """
-    training = Training(1, [600_000] * 4)
+    training = Training(1, [600_000] * 4, family)
     done = threading.Event()
     spare = torch.ones(600_000)
 
@@ -112,8 +119,9 @@ def test_memory_may_be_exchanged_while_a_large_step_runs() -> None:
         while not done.is_set():
             for p in training.ours:
                 p.data = spare.clone()
-                if p in training.optimizer.state:
-                    training.optimizer.state[p]["momentum_buffer"] = spare.clone()
+                for name in family.buffers(family.with_state):
+                    if p in training.optimizer.state:
+                        training.optimizer.state[p][name] = spare.clone()
             torch.empty(600_000).fill_(float("nan"))  # reuses freed memory at once
 
     def step() -> None:
@@ -128,12 +136,13 @@ def test_memory_may_be_exchanged_while_a_large_step_runs() -> None:
     assert all(bool(torch.isfinite(p).all()) for p in training.ours)
 
 
-def test_models_freeze_in_threads() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_freeze_in_threads(family: cases.Family) -> None:
     def run(seed: int) -> None:
         model = torch.nn.Sequential(
             torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
         )
-        optimizer = FrozenAwareSGD(model.parameters(), **HYPER)
+        optimizer = family.ours(model.parameters(), **family.with_state)
         for step in range(40):
             (freeze if step % 2 else unfreeze)(model, "0", "1")
             held = model[0].weight.detach().clone()
@@ -271,10 +280,11 @@ def test_steps_after_one_that_waited_for_a_late_thread_are_done_alone() -> None:
         traced.process.communicate()
 
 
-def test_threads_come_and_go_without_a_trace() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_threads_come_and_go_without_a_trace(family: cases.Family) -> None:
     """A thread's working memory ends with it."""
     params = cases.make_parameters([10] * 5, cases.generator(0))
-    optimizer = FrozenAwareSGD(params, **HYPER)
+    optimizer = family.ours(params, **family.with_state)
     for p in params:
         p.grad = torch.ones(10)
     optimizer.step()

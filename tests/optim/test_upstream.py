@@ -1,4 +1,4 @@
-"""Upstream's own bar: the SGD inputs and error inputs that torch ships for its optimizer tests."""
+"""Upstream's own bar: the inputs and error inputs that torch ships for its optimizer tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from tests.helpers import optim_cases as cases
-from tests.helpers.optim_cases import FrozenAwareSGD
 
 
 def _load() -> Any:
@@ -45,7 +44,10 @@ def _load() -> Any:
 
 try:
     upstream = _load()
-    INFO = next(info for info in upstream.optim_db if info.optim_cls is torch.optim.SGD)
+    INFOS = {
+        name: next(info for info in upstream.optim_db if info.optim_cls is family.stock)
+        for name, family in cases.FAMILIES.items()
+    }
 except (ImportError, StopIteration, AttributeError) as error:
     pytest.skip(
         f"torch.testing._internal.common_optimizers of torch {torch.__version__} cannot be used: "
@@ -54,11 +56,27 @@ except (ImportError, StopIteration, AttributeError) as error:
     )
 
 
-def _inputs(device: str = "cpu") -> list[Any]:
+def _inputs(families: dict[str, cases.Family] = cases.FAMILIES, device: str = "cpu") -> list[Any]:
+    """(family, keyword arguments) for each of upstream's inputs."""
+    return cases.per_family(
+        lambda family: {
+            item.desc: dict(item.kwargs) for item in _info(family).optim_inputs_func(device=device)
+        },
+        families,
+    )
+
+
+def _inputs_by_device() -> list[Any]:
+    """(family, keyword arguments, device): there are more for CUDA, such as `capturable`."""
     return [
-        pytest.param(dict(item.kwargs), id=item.desc)
-        for item in INFO.optim_inputs_func(device=device)
+        pytest.param(*item.values, device, id=f"{item.id}, {device}", marks=marks)
+        for device, marks in (("cpu", ()), ("cuda", pytest.mark.gpu))
+        for item in _inputs(device=device)
     ]
+
+
+def _info(family: cases.Family) -> Any:
+    return next(INFOS[name] for name, known in cases.FAMILIES.items() if known is family)
 
 
 def _clone(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -67,26 +85,31 @@ def _clone(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "unset": {},
-    **{f"{name}=True": {name: True} for name in INFO.supported_impls if name != "differentiable"},
+    "foreach=True": {"foreach": True},
     "foreach=False": {"foreach": False},
+    "fused=True": {"fused": True},
 }
 
 
-def test_every_implementation_upstream_knows_is_covered() -> None:
+@pytest.mark.parametrize("family", cases.each_family())
+def test_every_implementation_upstream_knows_is_covered(family: cases.Family) -> None:
     """A new flag of torch needs a case here."""
-    assert set(INFO.supported_impls) == {"foreach", "differentiable", "fused"}
-    assert {
-        item.values[0].keys() <= FrozenAwareSGD([torch.ones(1)]).defaults.keys()
-        for item in _inputs()
-    } == {True}
+    known = {"foreach", "fused", "differentiable"}
+    assert set(_info(family).supported_impls) == known
+    options = family.ours([torch.ones(1)]).defaults.keys()
+    for item in _info(family).optim_inputs_func(device="cuda"):
+        assert item.kwargs.keys() <= options
 
 
-@pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("dtype", cases.ids(cases.WIDE_DTYPES))
 @pytest.mark.parametrize("implementation", cases.ids(IMPLEMENTATIONS))
-@pytest.mark.parametrize("kwargs", _inputs())
+@pytest.mark.parametrize(("family", "kwargs", "device"), _inputs_by_device())
 def test_upstreams_inputs_equal_stock(
-    kwargs: dict[str, Any], implementation: dict[str, Any], dtype: torch.dtype, device: str
+    family: cases.Family,
+    kwargs: dict[str, Any],
+    implementation: dict[str, Any],
+    dtype: torch.dtype,
+    device: str,
 ) -> None:
     """The small model upstream trains, its parameters frozen and unfrozen on the way."""
     torch.manual_seed(0)
@@ -99,8 +122,8 @@ def test_upstreams_inputs_equal_stock(
     models[1].load_state_dict(models[0].state_dict())
     for model in models:
         model.to(dtype=dtype, device=device)
-    optimizer = FrozenAwareSGD(models[0].parameters(), **_clone(kwargs), **implementation)
-    stock = torch.optim.SGD(models[1].parameters(), **_clone(kwargs), foreach=device == "cuda")
+    optimizer = family.ours(models[0].parameters(), **_clone(kwargs), **implementation)
+    stock = family.stock(models[1].parameters(), **_clone(kwargs), foreach=device == "cuda")
     inputs = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], dtype=dtype, device=device).reshape(6, 1)
     for step in range(7):
         for model, sgd in zip(models, (optimizer, stock), strict=True):
@@ -108,13 +131,20 @@ def test_upstreams_inputs_equal_stock(
             sgd.zero_grad()
             model(inputs).sum().backward()
             sgd.step()
-        cases.assert_same_training(optimizer, stock, f"after step {step + 1}:")
+        cases.assert_same_training(
+            optimizer,
+            stock,
+            f"after step {step + 1}:",
+            exact=family.exact_on(device),
+            # Stock's capturable form corrects the bias in it.
+            arithmetic=torch.float32 if kwargs.get("capturable") else None,
+        )
 
 
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "non-contiguous"])
-@pytest.mark.parametrize("kwargs", _inputs())
+@pytest.mark.parametrize(("family", "kwargs"), _inputs())
 def test_upstreams_inputs_go_in_the_right_direction(
-    kwargs: dict[str, Any], contiguous: bool
+    family: cases.Family, kwargs: dict[str, Any], contiguous: bool
 ) -> None:
     """Upstream's loop: a weight and a bias under a sum of squares, with a closure, 20 steps."""
     if contiguous:
@@ -124,7 +154,7 @@ def test_upstreams_inputs_go_in_the_right_direction(
         weight = torch.nn.Parameter(torch.randn(10, 5, 2, generator=cases.generator(0))[..., 0])
         bias = torch.nn.Parameter(torch.randn(10, 2, generator=cases.generator(1))[..., 0])
     inputs = torch.randn(5, generator=cases.generator(2))
-    optimizer = FrozenAwareSGD([weight, bias], **_clone(kwargs))
+    optimizer = family.ours([weight, bias], **_clone(kwargs))
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -141,29 +171,32 @@ def test_upstreams_inputs_go_in_the_right_direction(
         assert closure().item() < first
 
 
-@pytest.mark.parametrize("kwargs", _inputs())
-def test_upstreams_inputs_leave_parameters_alone_for_zero_gradients(kwargs: dict[str, Any]) -> None:
-    if kwargs.get("weight_decay"):
-        kwargs = {k: v for k, v in kwargs.items() if k != "weight_decay"}
+@pytest.mark.parametrize(("family", "kwargs"), _inputs())
+def test_upstreams_inputs_leave_parameters_alone_for_zero_gradients(
+    family: cases.Family, kwargs: dict[str, Any]
+) -> None:
+    kwargs = kwargs | {"weight_decay": 0}
     p = torch.nn.Parameter(torch.randn(5, 1, generator=cases.generator(0)))
     before = p.detach().clone()
-    optimizer = FrozenAwareSGD([p], **_clone(kwargs))
+    optimizer = family.ours([p], **_clone(kwargs))
     p.grad = torch.zeros_like(p)
     optimizer.step()
     cases.assert_same_bits(p, before, "zero gradient")
 
 
-@pytest.mark.parametrize("kwargs", _inputs())
-def test_upstreams_inputs_round_trip_through_state_dict_with_hooks(kwargs: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("family", "kwargs"), _inputs())
+def test_upstreams_inputs_round_trip_through_state_dict_with_hooks(
+    family: cases.Family, kwargs: dict[str, Any]
+) -> None:
     gen = cases.generator(0)
     ours = cases.make_parameters((3, 70), gen)
     theirs = cases.twin(ours)
-    first = FrozenAwareSGD(ours, **_clone(kwargs))
+    first = family.ours(ours, **_clone(kwargs))
     cases.set_grads(ours, theirs, gen)
     first.step()
     for q, p in zip(theirs, ours, strict=True):
         q.data.copy_(p.data)
-    second = FrozenAwareSGD(theirs, **_clone(kwargs))
+    second = family.ours(theirs, **_clone(kwargs))
     heard: list[str] = []
     second.register_load_state_dict_post_hook(lambda _: heard.append("loaded"))
     state = first.state_dict()
@@ -184,37 +217,47 @@ def test_upstreams_inputs_round_trip_through_state_dict_with_hooks(kwargs: dict[
 
 
 def _error_inputs() -> list[Any]:
-    return [
-        pytest.param(item, id=item.optimizer_error_input.desc)
-        for item in INFO.optim_error_inputs_func(device="cpu", dtype=torch.float32)
-    ]
+    return cases.per_family(
+        lambda family: {
+            item.optimizer_error_input.desc: item
+            for item in _info(family).optim_error_inputs_func(device="cpu", dtype=torch.float32)
+        }
+    )
 
 
-@pytest.mark.parametrize("item", _error_inputs())
-def test_upstreams_error_inputs(item: Any) -> None:
+@pytest.mark.parametrize(("family", "item"), _error_inputs())
+def test_upstreams_error_inputs(family: cases.Family, item: Any) -> None:
     given = item.optimizer_error_input
     params = [torch.nn.Parameter(torch.ones(1, 1))] if given.params is None else given.params
     if issubclass(item.error_type, Warning):
         with pytest.warns(item.error_type, match=item.error_regex):
-            FrozenAwareSGD(params, **given.kwargs)
+            family.ours(params, **given.kwargs)
         return
     if item.error_on is upstream.OptimizerErrorEnum.STEP_ERROR:
-        call = FrozenAwareSGD(params, **given.kwargs).step
+        call = family.ours(params, **given.kwargs).step
     else:
-        call = functools.partial(FrozenAwareSGD, params, **given.kwargs)
+        call = functools.partial(family.ours, params, **given.kwargs)
     with pytest.raises(item.error_type, match=item.error_regex):
         call()
 
 
-@pytest.mark.parametrize("index", range(len(INFO.scheduler_inputs)), ids="schedulers {}".format)
-@pytest.mark.parametrize("kwargs", _inputs())
-def test_upstreams_schedulers(kwargs: dict[str, Any], index: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "kwargs", "index"),
+    [
+        pytest.param(*item.values, index, id=f"{item.id}, schedulers {index}")
+        for item in _inputs(cases.UNLIKE_FAMILIES)
+        for index in range(len(_info(item.values[0]).scheduler_inputs))
+    ],
+)
+def test_upstreams_schedulers(family: cases.Family, kwargs: dict[str, Any], index: int) -> None:
     gen = cases.generator(0)
     ours = cases.make_parameters((3, 70), gen)
     theirs = cases.twin(ours)
-    optimizer = FrozenAwareSGD(ours, **_clone(kwargs))
-    stock = torch.optim.SGD(theirs, **_clone(kwargs), foreach=False)
-    schedules = [[make(sgd) for make in INFO.scheduler_inputs[index]] for sgd in (optimizer, stock)]
+    optimizer = family.ours(ours, **_clone(kwargs))
+    stock = family.stock(theirs, **_clone(kwargs), foreach=False)
+    schedules = [
+        [make(sgd) for make in _info(family).scheduler_inputs[index]] for sgd in (optimizer, stock)
+    ]
     for step in range(12):
         cases.set_grads(ours, theirs, gen)
         for sgd, schedulers in zip((optimizer, stock), schedules, strict=True):

@@ -144,9 +144,16 @@ def test_instructions_per_parameter_are_as_recorded(kind: str, measured: Measure
         )
 
 
-def test_a_frozen_parameter_costs_a_tenth_of_a_trainable_one(measured: Measured) -> None:
+@pytest.mark.parametrize("prefix", ["", "AdamW: "], ids=["SGD", "AdamW"])
+def test_a_frozen_parameter_costs_a_tenth_of_a_trainable_one(
+    prefix: str, measured: Measured
+) -> None:
     """What is frozen is nearly free, whatever the compiler."""
-    assert measured.each["frozen"] < measured.each["trainable"] / 10
+    assert measured.each[f"{prefix}frozen"] < measured.each[f"{prefix}trainable"] / 10
+
+
+def test_a_frozen_parameter_costs_every_optimizer_the_same(measured: Measured) -> None:
+    assert measured.each["AdamW: frozen"] == pytest.approx(measured.each["frozen"], rel=0.1)
 
 
 def test_momentum_that_a_state_dict_shares_takes_one_launch(measured: Measured) -> None:

@@ -11,10 +11,12 @@ import sys
 
 import torch
 
-from torch_freeze import FrozenAwareSGD
+from torch_freeze import FrozenAwareAdamW, FrozenAwareSGD
 
 COUNTS = (100, 300)
-KINDS = ("trainable", "trainable, no momentum", "frozen", "group")
+SGD_KINDS = ("trainable", "trainable, no momentum", "frozen", "group")
+ADAMW_KINDS = ("AdamW: trainable", "AdamW: trainable, amsgrad", "AdamW: frozen", "AdamW: group")
+KINDS = (*SGD_KINDS, *ADAMW_KINDS)
 ONE_LAUNCH = "momentum of bfloat16, in a state_dict too"
 
 
@@ -35,14 +37,17 @@ def count_launches(marks: ctypes.CDLL) -> None:
 def count(marks: ctypes.CDLL, kind: str, number: int) -> None:
     """Step `number` one-element parameters of the kind, the third time to be counted."""
     params = [torch.nn.Parameter(torch.ones(1)) for _ in range(number)]
-    optimizer = FrozenAwareSGD(params, lr=0.1, momentum=0.0 if "no momentum" in kind else 0.9)
-    if kind == "group":
+    if kind in ADAMW_KINDS:
+        optimizer = FrozenAwareAdamW(params, lr=0.1, amsgrad="amsgrad" in kind)
+    else:
+        optimizer = FrozenAwareSGD(params, lr=0.1, momentum=0.0 if "no momentum" in kind else 0.9)
+    if kind.endswith("group"):
         whole = optimizer.param_groups[0]
         optimizer.param_groups[:] = [whole | {"params": [p]} for p in params]
     for step in range(3):
         for p in params:
             p.grad = torch.ones(1)
-        if kind == "frozen" and step:
+        if kind.endswith("frozen") and step:
             for p in params:
                 p.requires_grad_(False)
                 p.grad = None

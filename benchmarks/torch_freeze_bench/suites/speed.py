@@ -25,6 +25,7 @@ from ..timing import (
 )
 from ..workloads import (
     GROUPS,
+    MANY_SINGLES,
     MODELS,
     MOSTLY_FROZEN,
     TINY,
@@ -55,7 +56,7 @@ def suite(setting: Setting) -> Suite:
 def tiny_tasks(suite: str, setting: Setting) -> list[Task]:
     """What a step costs before any arithmetic, with warm and with cold caches."""
     measures = ("warm", "cold", *(["device"] * setting.computes))
-    sets = ([TINY], [MOSTLY_FROZEN, WITHOUT_FROZEN], [GROUPS])
+    sets = ([TINY], [MOSTLY_FROZEN, WITHOUT_FROZEN], [GROUPS], [MANY_SINGLES])
     return [tensors_task(suite, setting, measures, *each) for each in sets]
 
 

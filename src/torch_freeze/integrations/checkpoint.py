@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.storage import StorageReader
 
 from torch_freeze._tree import Tree, check_model
@@ -23,29 +25,29 @@ def frozen_as_saved(
     key: str = "optimizer",
     storage_reader: StorageReader | None = None,
 ) -> Iterator[tuple[str, ...]]:
-    """Load the momentum of a distributed checkpoint although the frozen set has changed.
+    """Load the optimizer's state from a distributed checkpoint although the frozen set has changed.
 
     torch.distributed.checkpoint loads into existing tensors and assumes that exactly the trainable
-    parameters have momentum. Loading therefore raises "Missing key" for parameters that were frozen
-    when the checkpoint was saved, and silently leaves out the momentum of those frozen since.
-    Inside this block the optimizer has exactly the buffers that the checkpoint has, and exactly
-    those parameters are trainable. On leaving it, also after an exception, `requires_grad` is what
-    it was before.
+    parameters have state, such as momentum or the moments of AdamW. Loading therefore raises
+    "Missing key" for parameters that were frozen when the checkpoint was saved, and silently leaves
+    out the state of those frozen since. Inside this block the optimizer has exactly the state that
+    the checkpoint has, and exactly those parameters are trainable. On leaving it, also after an
+    exception, `requires_grad` is what it was before.
 
     Args:
         model: the model, sharded by `fully_shard` or not, wrapped or not.
-        optimizer: an SGD over its parameters (FrozenAwareSGD or torch.optim.SGD). Its present
-            momentum is discarded.
+        optimizer: an optimizer of torch_freeze or torch over its parameters. Its present state is
+            discarded.
         checkpoint_id: path of the checkpoint, as for `torch.distributed.checkpoint.load`.
         key: key of the optimizer's state in the checkpoint.
         storage_reader: reader of the checkpoint, if it is not a FileSystemReader.
 
     Yields:
-        Names of the parameters that have a momentum buffer in the checkpoint.
+        Names of the parameters that have state in the checkpoint.
 
     Raises:
-        ValueError: the checkpoint has nothing under `key`, or neither a path nor a reader is
-            given.
+        ValueError: the checkpoint has nothing under `key`, a parameter's state in it contains
+            containers, or neither a path nor a reader is given.
         TypeError: `model` is not a module.
 
     Example:
@@ -53,11 +55,11 @@ def frozen_as_saved(
         >>> import torch.distributed.checkpoint as dcp
         >>> from torch import nn
         >>> from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-        >>> from torch_freeze import FrozenAwareSGD, freeze
+        >>> from torch_freeze import FrozenAwareAdamW, freeze
         >>> from torch_freeze.integrations.checkpoint import frozen_as_saved
         >>> def build():
         ...     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-        ...     return model, FrozenAwareSGD(model.parameters(), lr=0.1, momentum=0.9)
+        ...     return model, FrozenAwareAdamW(model.parameters(), lr=1e-3)
         >>> def state(model, optimizer):
         ...     return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
         >>> model, optimizer = build()
@@ -92,19 +94,48 @@ def frozen_as_saved(
         raise ValueError(
             f"frozen_as_saved: the checkpoint holds nothing under {key=}; its keys are: {found}."
         )
-    named = []
-    entries = Tree(model).params.values()
+    entries = list(Tree(model).params.values())
+    states = _states_in(saved, [[f"{key}.state.{n}" for n in entry.names] for entry in entries])
     before = [(entry.parameter, entry.parameter.requires_grad) for entry in entries]
     try:
-        for entry in entries:
+        for entry, state in zip(entries, states, strict=True):
             parameter = entry.parameter
             optimizer.state.pop(parameter, None)
-            has_momentum = any(f"{key}.state.{n}.momentum_buffer" in saved for n in entry.names)
-            parameter.requires_grad = has_momentum
-            if has_momentum:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.detach())
-                named.append(entry.name)
-        yield tuple(named)
+            parameter.requires_grad = bool(state)
+            if state:
+                made = {name: _to_load(name, saved[at], parameter) for name, at in state.items()}
+                optimizer.state[parameter] = made
+        yield tuple(entry.name for entry, state in zip(entries, states, strict=True) if state)
     finally:
         for parameter, required in before:
             parameter.requires_grad = required
+
+
+def _states_in(saved: Mapping[str, Any], places: list[list[str]]) -> list[dict[str, str]]:
+    """For each parameter, given the names its state may have, its state's keys and their places."""
+    owner = {name: index for index, names in enumerate(places) for name in names}
+    found: list[dict[str, str]] = [{} for _ in places]
+    for at in saved:
+        name, _, state_key = at.rpartition(".")
+        if name in owner:
+            found[owner[name]][state_key] = at
+            continue
+        while name := name.rpartition(".")[0]:
+            if name in owner:
+                raise ValueError(
+                    f"frozen_as_saved: {at!r} is inside a container, and only an optimizer whose "
+                    "state of a parameter is flat can be loaded; load this checkpoint while the "
+                    "parameters are frozen that were frozen when it was saved."
+                )
+    return found
+
+
+def _to_load(name: str, saved: Any, parameter: torch.Tensor) -> Any:
+    """What a value of a parameter's state is loaded into."""
+    if not isinstance(saved, TensorStorageMetadata):
+        return None  # replaced as a whole
+    dtype = saved.properties.dtype
+    # torch keeps the count of updates on the CPU, and moves it itself if it belongs elsewhere.
+    if name != "step" and saved.size == parameter.shape:
+        return torch.zeros_like(parameter.detach(), dtype=dtype)
+    return torch.zeros(saved.size, dtype=dtype)

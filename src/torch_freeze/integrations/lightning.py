@@ -65,7 +65,7 @@ class FreezeCallback(FreezeOptions, pl.Callback):
         >>> import lightning.pytorch as pl
         >>> import torch
         >>> from torch import nn
-        >>> from torch_freeze import FrozenAwareSGD
+        >>> from torch_freeze import FrozenAwareAdamW
         >>> from torch_freeze.integrations.lightning import FreezeCallback
         >>> class Net(pl.LightningModule):
         ...     def __init__(self):
@@ -74,7 +74,7 @@ class FreezeCallback(FreezeOptions, pl.Callback):
         ...     def training_step(self, batch):
         ...         return self.head(self.body(batch)).square().mean()
         ...     def configure_optimizers(self):
-        ...         return FrozenAwareSGD(self.parameters(), lr=0.1, momentum=0.9)
+        ...         return FrozenAwareAdamW(self.parameters(), lr=1e-3)
         >>> quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False,
         ...              enable_model_summary=False, accelerator="cpu")
         >>> net, data = Net(), torch.utils.data.DataLoader(torch.ones(4, 4))

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.training_args import ParallelMode
 
+from torch_freeze._fitting import fitting
 from torch_freeze.plateau import AdvanceOnPlateau
 from torch_freeze.report import report
 from torch_freeze.schedule import FreezeSchedule
@@ -42,9 +43,10 @@ class FreezeTrainerCallback(FreezeOptions, TrainerCallback):
     """Freeze parts of the model a Transformers Trainer trains, for good or by a schedule.
 
     Give the Trainer an optimizer over all parameters, too:
-    `Trainer(..., optimizers=(FrozenAwareSGD(model.parameters(), lr=...), None))`. The None leaves
-    the learning-rate schedule to the TrainingArguments. The optimizer that a Trainer builds itself
-    never trains what is frozen at that moment.
+    `Trainer(..., optimizers=(FrozenAwareAdamW(model.parameters(), lr=...), None))`. The None leaves
+    the learning-rate schedule to the TrainingArguments. An optimizer that a Trainer builds itself
+    never trains what is frozen at that moment. A schedule has not begun by then, so with a schedule
+    alone `optimizer_cls_and_kwargs=(FrozenAwareAdamW, {"lr": ...})` works as well.
 
     A resumed run continues in the middle of the schedule. The position follows from the Trainer's
     own count of epochs and steps, or from the metrics it has logged, so nothing is added to the
@@ -85,7 +87,7 @@ class FreezeTrainerCallback(FreezeOptions, TrainerCallback):
         >>> import torch
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> from transformers import Trainer, TrainingArguments
-        >>> from torch_freeze import FrozenAwareSGD
+        >>> from torch_freeze import FrozenAwareAdamW
         >>> from torch_freeze.integrations.transformers import FreezeTrainerCallback
         >>> model = BertForSequenceClassification(BertConfig(
         ...     vocab_size=8, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
@@ -98,7 +100,7 @@ class FreezeTrainerCallback(FreezeOptions, TrainerCallback):
         ...     TrainingArguments(tempfile.mkdtemp(), max_steps=2, report_to=[], save_strategy="no",
         ...                       disable_tqdm=True, logging_strategy="no", use_cpu=True),
         ...     train_dataset=data,
-        ...     optimizers=(FrozenAwareSGD(model.parameters(), lr=0.1), None),
+        ...     optimizers=(FrozenAwareAdamW(model.parameters(), lr=1e-3), None),
         ...     callbacks=[FreezeTrainerCallback("bert.embeddings", "bert.encoder.layer.0")],
         ... )
         >>> _ = trainer.train()  # doctest: +ELLIPSIS
@@ -133,7 +135,8 @@ class FreezeTrainerCallback(FreezeOptions, TrainerCallback):
                 model,
                 [kwargs["optimizer"]],
                 self._caller,
-                "Give the Trainer optimizers=(FrozenAwareSGD(model.parameters(), lr=...), None).",
+                f"Make {fitting([kwargs['optimizer']])} from model.parameters(), all of them, and "
+                "give it to the Trainer: optimizers=(optimizer, None).",
             )
             # It begins at the start: catching up with the count of units restores what is frozen.
             self.schedule = self._make_schedule(model, self._plan)
@@ -251,7 +254,7 @@ class FreezeTrainerCallback(FreezeOptions, TrainerCallback):
 
     def _show(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if self._log and _logger.isEnabledFor(logging.INFO):
-            _logger.info("%s", report(model, getattr(optimizer, "optimizer", optimizer)))
+            _logger.info("%s", report(model, optimizer))
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -316,9 +316,21 @@ class FrozenAware(torch.optim.Optimizer):
             self._zero_grad_kernels(self.param_groups, self.state, set_to_none)
 
 
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside a wrapper of Accelerate, of Lightning or a ZeroRedundancyOptimizer.
+
+    Inside the latter it has this process's share of the parameters.
+    """
+    for attribute in ("optimizer", "optim"):
+        inner = getattr(optimizer, attribute, None)
+        if isinstance(inner, torch.optim.Optimizer):
+            return inner
+    return optimizer
+
+
 def frozen_aware(optimizer: torch.optim.Optimizer) -> FrozenAware | None:
-    """The optimizer if it skips frozen parameters, also one wrapped by Accelerate; else None."""
-    inner = getattr(optimizer, "optimizer", optimizer)
+    """The optimizer, without its wrapper, if it skips frozen parameters; else None."""
+    inner = unwrapped(optimizer)
     return inner if isinstance(inner, FrozenAware) else None
 
 

@@ -81,14 +81,13 @@ class _Adam(FrozenAware):
                 dtype=_get_scalar_dtype(is_fused=group["fused"]),
                 device=param.device if on_device else "cpu",
             )
-        stale = state.pop(ADAM.stale, False)
-        if stale:
-            state["step"].zero_()
+        if state.pop(ADAM.stale, False):
+            for name in ADAM.all:  # with a maximum that a later amsgrad would go on from
+                if state.get(name) is not None:
+                    state[name].zero_()
         for name in ADAM.buffers[: 3 if group["amsgrad"] else 2]:
             if state.get(name) is None:
                 state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            elif stale:
-                state[name].zero_()
         return state
 
 
