@@ -92,8 +92,8 @@ def spread(values: list[float], form: str) -> str:
 def table(results: dict[str, list[Result]]) -> str:
     """One row for each way, in Markdown."""
     rows = [
-        "| moments | training loss | test accuracy, % | mean second moment | bytes of both |",
-        "|---|---|---|---|---|",
+        "| moments | training loss | test accuracy, % | mean second moment |",
+        "|---|---|---|---|",
     ]
     exact = [run.second for run in results["float32"]]
     for way, runs in results.items():
@@ -103,7 +103,6 @@ def table(results: dict[str, list[Result]]) -> str:
             spread([run.loss for run in runs], ".4f"),
             spread([100 * run.accuracy for run in runs], ".1f"),
             spread(ratios, ".2f"),
-            f"{runs[0].bytes:,}",
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -16,7 +16,7 @@
 //                              its branches, the same for a whole tensor
 //   element<Variant, Arith>(param, grad, buffers, scalars, tensor_scalars)
 //                              the update of one element
-// kernels/launch_cpu.h takes the same.
+// kernels/launch_cpu.h takes the same, and kernels/formula_base.h has what most formulas have in common.
 #pragma once
 
 #include <algorithm>

@@ -36,7 +36,7 @@ class BuildInfo:
         debug: whether it was built with ``DEBUG=1``, without optimization and with debug symbols.
         cpu_only_because: why there is no CUDA code; None if there is.
         compiled: False if torch_freeze was installed without its compiled module, so that
-            FrozenAwareSGD uses torch's own operators.
+            the optimizers use torch's own operators.
     """
 
     version: str

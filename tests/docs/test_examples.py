@@ -160,6 +160,29 @@ class TestSentenceEncoder:
             assert float(state) == pytest.approx(buffers * float(gradients), abs=0.15)
 
 
+class TestBfloat16Moments:
+    @pytest.fixture
+    def example(self) -> Any:
+        pytest.importorskip("sklearn", reason="scikit-learn, which ships the digits, is missing")
+        return importlib.import_module("bfloat16_moments")
+
+    def test_rounded_to_nearest_the_second_moment_does_not_fall(self, example: Any) -> None:
+        exact, stochastic, nearest = (example.run(way, seed=0, epochs=60) for way in example.WAYS)
+        assert stochastic.bytes * 2 == exact.bytes
+        assert stochastic.loss == pytest.approx(exact.loss, rel=0.1)
+        assert stochastic.second == pytest.approx(exact.second, rel=0.1)
+        assert nearest.second > 1.3 * exact.second
+
+    def test_as_a_command_it_prints_a_table(
+        self, example: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", [example.__file__, "--seeds", "1", "--epochs", "1"])
+        example.main()
+        header, _, *rows, _ = capsys.readouterr().out.splitlines()
+        assert [row.split(" | ")[0].strip("| ") for row in rows] == list(example.WAYS)
+        assert header in (FOLDER.parent / "docs" / "memory.md").read_text(encoding="utf-8")
+
+
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")

@@ -31,6 +31,7 @@ from tests.optim import walk_cost_run
 
 HERE = Path(__file__).parent
 RECORD = HERE / "walk_cost.json"
+SGD_LAUNCH = "void torch_freeze::launch_cpu<torch_freeze::SgdFormula>"
 MARGIN = 0.15
 MARGIN_ELSEWHERE = 0.6
 
@@ -105,7 +106,7 @@ def measure() -> Measured:
             mark = re.search(r"Client Request: (.+)/(\d+)", text)
             total = re.search(r"^summary: (\d+)", text, re.MULTILINE)
             if mark and mark[1] == walk_cost_run.ONE_LAUNCH:
-                launches = calls_of("torch_freeze::launch_cpu<torch_freeze::SgdFormula>", text)
+                launches = calls_of(SGD_LAUNCH, text)
             elif mark and total:
                 counts.setdefault(mark[1], {})[int(mark[2])] = int(total[1])
     few, many = walk_cost_run.COUNTS
