@@ -37,6 +37,7 @@ class _Kernels:
         if unless_observed and is_observed():
             return NotImplemented
         if done is None:
+            self._check_policies(param_groups)
             rest = [(i, self._to_step(i, group, state)) for i, group in enumerate(param_groups)]
             if any(params for _, params in rest):
                 return [(i, params) for i, params in rest if params]
@@ -71,6 +72,16 @@ class _Kernels:
                 p.grad.zero_()
             if group.get(self._names.policy) == "drop":
                 self._drop_state(group, state)
+
+    def _check_policies(self, param_groups: list[dict[str, Any]]) -> None:
+        option = self._names.policy
+        for index, group in enumerate(param_groups):
+            policy = group.get(option, "keep")
+            if policy not in ("keep", "reset", "drop"):
+                raise ValueError(
+                    f"{self._step_name}: {option} of param_groups[{index}] is {policy!r}; it has "
+                    "to be 'keep', 'reset' or 'drop'"
+                )
 
     def _drop_state(self, group: dict[str, Any], state: dict[Tensor, Any]) -> None:
         for p in _frozen(group):

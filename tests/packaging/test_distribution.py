@@ -192,11 +192,11 @@ assert all(hasattr(torch_freeze, name) for name in torch_freeze.__all__)
 assert not torch_freeze.build_info().compiled
 
 
-def train(make, freeze):
+def train(make, freeze, options):
     torch.manual_seed(0)
     layers = torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
     model = torch.nn.Sequential(*layers)
-    optimizer = make(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    optimizer = make(model.parameters(), lr=0.1, weight_decay=0.1, **options)
     for i in range(6):
         optimizer.zero_grad()
         freeze(model, i)
@@ -211,42 +211,75 @@ def by_hand(model, i):
     model[0].requires_grad_(i not in (2, 3))
 
 
-def stock(*args, **options):
-    optimizer = torch.optim.SGD(*args, **options, foreach=False)
-    def drop(optimizer, args, kwargs):
-        for p in optimizer.param_groups[0]["params"]:
-            p.grad = p.grad if p.requires_grad else None
-    optimizer.register_step_pre_hook(drop)
-    return optimizer
+def stock(kind):
+    def make(*args, **options):
+        optimizer = kind(*args, **options, foreach=False)
+        def drop(optimizer, args, kwargs):
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = p.grad if p.requires_grad else None
+        optimizer.register_step_pre_hook(drop)
+        return optimizer
+    return make
 
 
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    ours, optimizer = train(torch_freeze.FrozenAwareSGD, by_hand)
-    train(torch_freeze.FrozenAwareSGD, by_hand)
-said = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
-assert len(said) == 1 and "no compiled module" in said[0] and "pip install" in said[0], said
-theirs, _ = train(stock, by_hand)
-assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+FAMILIES = {
+    "SGD": ({"momentum": 0.9}, "frozen_momentum", "momentum_dtype"),
+    "Adam": ({"amsgrad": True}, "frozen_state", "moment_dtype"),
+    "AdamW": ({}, "frozen_state", "moment_dtype"),
+}
+for name, (hyper, policy, dtype) in FAMILIES.items():
+    kind = getattr(torch_freeze, f"FrozenAware{name}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours, optimizer = train(kind, by_hand, hyper)
+        train(kind, by_hand, hyper)
+    said = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+    assert len(said) == 1 and "no compiled module" in said[0] and "pip install" in said[0], said
+    theirs, _ = train(stock(getattr(torch.optim, name)), by_hand, hyper)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), name
+
+    for value, left in (("keep", 4), ("reset", 4), ("drop", 2)):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
+        options = hyper | {policy: value, "fused": True}
+        optimizer = kind(model.parameters(), **options)
+        model(torch.ones(3, 8)).sum().backward()
+        optimizer.step()
+        with torch_freeze.guard(model):
+            torch_freeze.freeze(model, "0")
+            optimizer.zero_grad()
+            assert len(optimizer.state) == left, (name, value)
+            torch_freeze.unfreeze(model, "0")
+        print(torch_freeze.report(model, optimizer), torch_freeze.audit(model, optimizer))
+    model[0].requires_grad_(False)
+    optimizer.step()
+    optimizer.param_groups[0][policy] = "forget"
+    try:
+        optimizer.step()
+    except ValueError as error:
+        assert f"{policy} of param_groups[0] is 'forget'" in str(error), error
+    else:
+        raise AssertionError(name)
+    for options in ({"step_in_backward": True}, {dtype: torch.bfloat16}):
+        try:
+            kind(model.parameters(), **options)
+        except RuntimeError as error:
+            assert "needs the compiled module" in str(error), error
+        else:
+            raise AssertionError(options)
+
+    # A late parameter counts its own updates.
+    if "step" in next(iter(optimizer.state.values())):
+        torch_freeze.unfreeze(model, "0")
+        optimizer.param_groups[0][policy] = "keep"
+        model(torch.ones(3, 8)).sum().backward()
+        optimizer.step()
+        counts = [int(optimizer.state[p]["step"]) for p in model.parameters()]
+        assert counts == [1, 1, 2, 2], counts
 
 model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
-options = {"momentum": 0.9, "frozen_momentum": "drop", "fused": True}
-optimizer = torch_freeze.FrozenAwareSGD(model.parameters(), **options)
+optimizer = torch_freeze.FrozenAwareSGD(model.parameters(), momentum=0.9)
 model(torch.ones(3, 8)).sum().backward()
 optimizer.step()
-with torch_freeze.guard(model):
-    torch_freeze.freeze(model, "0")
-    optimizer.zero_grad()
-    assert len(optimizer.state) == 2
-    torch_freeze.unfreeze(model, "0")
-print(torch_freeze.report(model, optimizer), torch_freeze.audit(model, optimizer))
-for options in ({"step_in_backward": True}, {"momentum_dtype": torch.bfloat16}):
-    try:
-        torch_freeze.FrozenAwareSGD(model.parameters(), **options)
-    except RuntimeError as error:
-        assert "needs the compiled module" in str(error), error
-    else:
-        raise AssertionError(options)
 optimizer.state[model[1].bias]["momentum_buffer"] = torch.zeros(3)
 before = model[1].bias.clone()
 model(torch.ones(3, 8)).sum().backward()
