@@ -148,7 +148,7 @@ py::object ParamWalk<Layout>::rest() {
 template <class Layout>
 void ParamWalk<Layout>::raise_no_memory(const Slot& slot, const TensorImpl* grad, const GroupUse& use) const {
   std::string what = !has_memory(slot.param) ? "" : "the gradient of ";
-  for (int k = 0; k < kBuffers && has_memory(slot.param) && has_memory(grad); ++k) {
+  for (int k = 0; k < kSlots && has_memory(slot.param) && has_memory(grad); ++k) {
     if (slot.held[k] != nullptr && !has_memory(slot.held[k])) {
       what = c10::str(keys_.names[k], " of ");
     }

@@ -187,6 +187,26 @@ void ParamWalk<Layout>::hold_from_here_on() {
   held_storages_ = hold_storages();
 }
 
+// Whether the k-th slot's tensor may belong to another parameter too: one with a single reference cannot.
+template <class Layout>
+C10_ALWAYS_INLINE bool ParamWalk<Layout>::may_be_shared(const Slot& slot, int k) {
+  const auto& storage = slot.held[k]->unsafe_storage();
+  return Py_REFCNT(slot.held_object[k]) != 1 || Py_REFCNT(slot.state) != 1 || storage.use_count() != 1 ||
+         !storage.unsafeGetStorageImpl()->resizable();
+}
+
+// Whether it shares memory with the parameter, its gradient or a slot before. The order of reads and writes then
+// matters, and torch's form defines it.
+template <class Layout>
+bool ParamWalk<Layout>::overlaps_own(const Slot& slot, const TensorImpl* grad, int k) {
+  const TensorImpl* const own = slot.held[k];
+  bool any = overlap(own, slot.param) || overlap(own, grad);
+  for (int other = 0; other < k; ++other) {
+    any |= slot.held[other] != nullptr && overlap(own, slot.held[other]);
+  }
+  return any;
+}
+
 template <class Layout>
 C10_ALWAYS_INLINE void ParamWalk<Layout>::push(
     const Slot& slot, TensorImpl* grad, const GroupUse& use, c10::ScalarType param_type,
@@ -209,16 +229,23 @@ C10_ALWAYS_INLINE void ParamWalk<Layout>::push(
     if ((buffer->key_set().raw_repr() & cuda_keys) == 0) {
       prefetch(data[k], 1);
     }
-    // A buffer with one reference cannot belong to another parameter too.
-    const auto& storage = buffer->unsafe_storage();
-    if (Py_REFCNT(slot.held_object[k]) != 1 || Py_REFCNT(slot.state) != 1 || storage.use_count() != 1 ||
-        !storage.unsafeGetStorageImpl()->resizable()) {
+    if (C10_UNLIKELY(may_be_shared(slot, k))) {
       shared_buffers_ = true;
-      if (overlap(buffer, slot.param) || overlap(buffer, grad)) {
-        // It shares memory with its own parameter or gradient. The order of reads and writes then matters, and
-        // torch's form defines it.
+      if (overlaps_own(slot, grad, k)) {
         leave(slot, use);
         return;
+      }
+    }
+  }
+  if constexpr (kCounts) {
+    if (const TensorImpl* const count = slot.held[kBuffers]; count != nullptr) {
+      data_of(count, sizeof(float), has_memory);
+      if (C10_UNLIKELY(may_be_shared(slot, kBuffers))) {
+        shared_buffers_ = true;
+        if (overlaps_own(slot, grad, kBuffers)) {
+          leave(slot, use);
+          return;
+        }
       }
     }
   }
@@ -264,7 +291,6 @@ C10_ALWAYS_INLINE void ParamWalk<Layout>::push(
       update.count = reinterpret_cast<float*>(data_of(count));
       update.count_on_host = device_of_plain(count).is_cpu();
       counts_gpu_on_host_ |= update.count_on_host && batch.kind.device.is_cuda();
-      shared_buffers_ |= Py_REFCNT(slot.held_object[kBuffers]) != 1 || count->unsafe_storage().use_count() != 1;
     }
   }
   batch.updates.push_back(update);
@@ -298,7 +324,9 @@ C10_ALWAYS_INLINE bool ParamWalk<Layout>::has_usable_count(const Slot& slot, con
       missing += is_used(k, use) && slot.held[k] == nullptr ? 1 : 0;
     }
     const c10::TensorImpl* const count = slot.held[kBuffers];
-    return missing == use.buffers + 1 || (missing == 0 && is_count(count, slot.param));
+    // A new count in double precision is torch's to make; with buffers of another dtype there is no such form.
+    return missing == 0 ? is_count(count, slot.param)
+                        : missing == use.buffers + 1 && (!use.count_in_double || has_own_buffer_type(use));
   }
   return true;
 }
@@ -590,10 +618,12 @@ void ParamWalk<Layout>::make_fresh_buffers(bool overlap) {
   for (size_t i = 0; i < fresh_.size(); ++i) {
     auto& fresh = fresh_[i];
     auto& update = batches_[fresh.batch].updates[fresh.update];
-    // A parameter in two groups: the second finds the buffers that the first has made.
+    // A parameter in two groups: the second finds the buffers that the first has made. Where torch makes the state
+    // before the update, this also holds if one group lists it twice.
     for (size_t j = overlap ? i : 0; j-- > 0;) {
       const auto& earlier = fresh_[j];
-      if (earlier.param == fresh.param && batches_[earlier.batch].updates[earlier.update].group != update.group) {
+      if (earlier.param == fresh.param &&
+          (kCounts || batches_[earlier.batch].updates[earlier.update].group != update.group)) {
         fresh.held = earlier.held;
         update.fresh = false;
         break;

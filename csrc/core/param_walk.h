@@ -26,6 +26,7 @@ struct GroupUse {
   int buffers = 0;               // how many of the optimizer's buffers the state holds for each parameter
   bool stock_form = false;       // every trainable parameter goes to the rest
   bool count_on_device = false;  // where a new count is put: on the parameter's device, or the host
+  bool count_in_double = false;  // how torch would make it
   // The dtype of the buffers; Undefined: each parameter's own. An explicit bfloat16 is rounded stochastically.
   c10::ScalarType buffer_type = c10::ScalarType::Undefined;
   // The positions of the parameters in the group's list, if they are only some of its parameters.
@@ -145,6 +146,8 @@ class ParamWalk {
   void hold_from_here_on();
   static bool is_usual(const Slot& slot, const GroupUse& use);
   static bool has_usable_count(const Slot& slot, const GroupUse& use);
+  static bool may_be_shared(const Slot& slot, int k);
+  static bool overlaps_own(const Slot& slot, const c10::TensorImpl* grad, int k);
   PyObject* state_of(PyObject* param, bool exact);
   void emit(const Slot& slot, const GroupUse& use);
   void emit_unusual(const Slot& slot, const GroupUse& use);

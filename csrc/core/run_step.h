@@ -222,6 +222,7 @@ class StepRunner {
         use.buffers = Optimizer::buffers(group);
         if constexpr (State::kCounts) {
           use.count_on_device = Optimizer::count_on_device(reader);
+          use.count_in_double = Optimizer::count_in_double(reader);
         }
       }
       if (use.buffers != 0 || use.stock_form) {

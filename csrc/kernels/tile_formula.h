@@ -142,9 +142,7 @@ struct TileFormula {
 
   using Tensor = detail::TensorBrings<Formula, kStochastic>;
 
-  static TORCH_FREEZE_INLINE bool skips(const Launch& launch) {
-    return has_overflowed(launch.found_inf);
-  }
+  static TORCH_FREEZE_INLINE bool skips(const Launch& launch) { return has_overflowed(launch.found_inf); }
 
   // The update of one tensor. Its branches are the same for all threads of a warp and taken once per vector, not
   // per element; taken any further out, each would repeat the loads and stores around it, in as many kernels'
@@ -325,9 +323,7 @@ struct CountFormula {
   };
   using Group = typename Formula::Counting;
   struct Tensor {};
-  static TORCH_FREEZE_INLINE bool skips(const Launch& launch) {
-    return has_overflowed(launch.found_inf);
-  }
+  static TORCH_FREEZE_INLINE bool skips(const Launch& launch) { return has_overflowed(launch.found_inf); }
 
   struct Rule {
     const Group& group;

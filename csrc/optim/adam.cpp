@@ -1,6 +1,7 @@
 // What the core has to know of Adam and AdamW, and their bindings.
 #include "optim/adam.h"
 
+#include <c10/core/DefaultDtype.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
@@ -57,6 +58,9 @@ struct Adam : OptimizerBase<Adam<kDecoupled>> {
   static int buffers(const AdamGroup& group) { return group.amsgrad ? 3 : 2; }
   static bool count_on_device(const GroupReader& reader) {
     return reader.flag(kCapturable) || reader.flag(kFused);
+  }
+  static bool count_in_double(const GroupReader& reader) {
+    return c10::get_default_dtype() == caffe2::TypeMeta::Make<double>() && !reader.flag(kFused);
   }
 
   // Stock's own implementation is asked for, or what only its separate operators have: derivatives, and betas with

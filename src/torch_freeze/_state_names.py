@@ -9,7 +9,7 @@ class StateNames(NamedTuple):
     """The keys of a parameter's state, and the options of a param group that concern it."""
 
     buffers: tuple[str, ...]  # tensors of the parameter's shape
-    count: str | None  # of updates: a tensor of one element
+    counter: str | None  # of updates: a tensor of one element
     stale: str  # marks buffers that start from zero at the next step
     policy: str  # option: what becomes of a frozen parameter's state, a FrozenState
     dtype: str  # option: of the buffers
