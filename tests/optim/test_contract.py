@@ -646,6 +646,16 @@ def test_counts_that_are_numbers_in_an_old_checkpoint(family: cases.Family) -> N
     assert [float(optimizer.state[p]["step"]) for p in params] == [4.0, 4.0]
 
 
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="the kernels' counts are always float32"
+)
+def test_a_count_has_the_dtype_that_stock_gives_it() -> None:
+    """Torch's default dtype, but float32 unless that is float64."""
+    with _default_dtype(torch.float64):
+        optimizer, params = _trained(FrozenAwareAdamW, {}, "cpu")
+    assert optimizer.state[params[0]]["step"].dtype is torch.float64
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize(("family", "hyper"), SOME_HYPERS)
 def test_copies_go_on_like_their_original(
