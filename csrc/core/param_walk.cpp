@@ -712,7 +712,17 @@ void ParamWalk<Layout>::make_fresh_buffers(bool overlap) {
 template <class Layout>
 void ParamWalk<Layout>::unmark_fresh() {
   for (const auto& fresh : fresh_) {
-    if (fresh.marked && PyDict_DelItem(fresh.state, keys_.stale) != 0) {
+    if (!fresh.marked) {
+      continue;
+    }
+    // A buffer that this step did not use would be gone on from as soon as a step uses it again.
+    for (int k = fresh.buffers; k < kBuffers; ++k) {
+      PyObject* const unused = PyDict_GetItemWithError(fresh.state, keys_.slot[k]);
+      if (unused != nullptr && PyDict_DelItem(fresh.state, keys_.slot[k]) != 0) {
+        PyErr_Clear();
+      }
+    }
+    if (PyDict_DelItem(fresh.state, keys_.stale) != 0) {
       PyErr_Clear();  // a parameter that is listed twice: gone already
     }
   }

@@ -18,12 +18,12 @@ class StateNames(NamedTuple):
     @property
     def all(self) -> tuple[str, ...]:
         """The keys of a state that is not stale."""
-        return self.buffers if self.count is None else (self.count, *self.buffers)
+        return self.buffers if self.counter is None else (self.counter, *self.buffers)
 
 
 SGD = StateNames(
     buffers=("momentum_buffer",),
-    count=None,
+    counter=None,
     stale="momentum_stale",
     policy="frozen_momentum",
     dtype="momentum_dtype",
@@ -31,7 +31,7 @@ SGD = StateNames(
 )
 ADAM = StateNames(
     buffers=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    count="step",
+    counter="step",
     stale="state_stale",
     policy="frozen_state",
     dtype="moment_dtype",

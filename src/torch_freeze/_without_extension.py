@@ -109,7 +109,8 @@ class _Kernels:
                         f"{self._step_name}: {what} of {place} is a {type(tensor).__name__}; it "
                         "must be a tensor or None"
                     )
-                plain = p.layout is torch.strided and not p.is_nested and what != self._names.count
+                plain = p.layout is torch.strided and not p.is_nested
+                plain &= what != self._names.counter
                 if plain and (tensor.shape != p.shape or tensor.device != p.device):
                     raise ValueError(
                         f"{self._step_name}: {what} of {place} has shape {list(tensor.shape)} on "

@@ -332,7 +332,7 @@ class Family(NamedTuple):
 
     def keys(self, group: dict[str, Any]) -> list[str]:
         """The keys of the whole state, in stock's order."""
-        count = () if self.state.count is None else (self.state.count,)
+        count = () if self.state.counter is None else (self.state.counter,)
         return [*count, *self.buffers(group)]
 
 

@@ -307,7 +307,7 @@ def test_fsdp2_with_mixed_and_changing_requires_grad_equals_one_process(
         assert_same(result["state"], expected["state"])
         # Buffers are sharded as their parameters are; a count of updates is whole on each process.
         sharded = {(name, "DTensor", True) for name in names.buffers}
-        counts = {(names.count, "Tensor", False)} if names.count else set()
+        counts = {(names.counter, "Tensor", False)} if names.counter else set()
         assert result["kinds"] == sharded | counts
         assert result["grads of frozen"] == []
 
@@ -408,7 +408,7 @@ def kept_before(kind: str, parameter: Tensor) -> dict[str, Tensor]:
     """A state of the optimizer, as after its first step."""
     names = cases.FAMILIES[kind].state
     state = {name: parameter + 2 * i for i, name in enumerate(names.buffers[:2])}
-    return state if names.count is None else {names.count: torch.tensor(1.0), **state}
+    return state if names.counter is None else {names.counter: torch.tensor(1.0), **state}
 
 
 def on_unlike_placements(device: str, kind: str, what: str) -> Result:

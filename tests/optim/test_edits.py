@@ -612,12 +612,6 @@ STEP_DTYPES = {
         pytest.param(
             *case,
             id=name,
-            marks=[
-                pytest.mark.compiled,
-                pytest.mark.xfail(strict=True, reason="the kernels' counts are always float32"),
-            ]
-            if name == "torch.float64 by default"
-            else [],
         )
         for name, case in STEP_DTYPES.items()
     ],

@@ -240,8 +240,8 @@ def test_narrow_error_is_never_above_stocks(
             # Squares of gradients, as large as those of this test.
             value = values().square() / 4 + 0.1 if name.endswith("_sq") else values()
             held[name] = value.to(device, dtype)
-        if step and family.state.count is not None:
-            held[family.state.count] = torch.tensor(float(step))
+        if step and family.state.counter is not None:
+            held[family.state.counter] = torch.tensor(float(step))
         optimizer = family.ours([p], **hyper)
         stock = family.stock([q], **hyper, foreach=device == "cuda")
         for sgd, x in ((optimizer, p), (stock, q)) if held else ():

@@ -570,10 +570,6 @@ def test_large_overlapping_parameters(family: Family, hyper: Hyper, threads: int
             cases.ADAMW,
             cases.ADAMW.some_hypers["decay"],
             id="AdamW: decay",
-            marks=[
-                pytest.mark.compiled,
-                pytest.mark.xfail(strict=True, reason="each starts from a state of its own"),
-            ],
         ),
     ],
 )

@@ -21,11 +21,6 @@ STATEFUL = cases.per_family(
     cases.UNLIKE_FAMILIES,
 )
 FAMILIES = cases.each_family(cases.UNLIKE_FAMILIES)
-KEEPS_MAXIMUM = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the kernels start over the moments in use, unmark the state and leave the maximum",
-)
 SIZES = ((5,), (3, 7), (65,), (), (0, 2), (33,))
 
 
@@ -220,7 +215,7 @@ def test_reset_keeps_the_memory(family: cases.Family) -> None:
 @pytest.mark.parametrize(
     "foreach",
     [
-        pytest.param(None, marks=KEEPS_MAXIMUM, id="kernels"),
+        pytest.param(None, id="kernels"),
         pytest.param(False, id="loop"),
         pytest.param(True, id="foreach"),
     ],

@@ -86,7 +86,7 @@ class Policies(torch.optim.Optimizer):
 
     def start_over(self, state: dict[str, Any]) -> None:
         for name in self.family.state.all:
-            if self.family.state.count is None:
+            if self.family.state.counter is None:
                 state[name] = None  # SGD's first momentum is no sum with zero
             elif name in state:
                 state[name] = torch.zeros_like(state[name])
@@ -335,7 +335,7 @@ class Training(RuleBasedStateMachine):
             edited = optimizer.param_groups[group % len(optimizer.param_groups)]
             states = [optimizer.state.get(p, {}) for p in edited["params"]]
             if key == "amsgrad" and any(self.family.state.stale in state for state in states):
-                return  # see test_a_reset_reaches_a_maximum_that_is_not_in_use
+                return  # stock has no such state; test_state_policies.py has it
             edited[key] = _copy_value(value)
             if key == "amsgrad" and value:  # stock raises where the state has no maximum yet
                 for p, state in zip(edited["params"], states, strict=True):
@@ -385,7 +385,7 @@ class Training(RuleBasedStateMachine):
             for optimizer, x in ((self.optimizer, p), (self.reference, q)):
                 optimizer.state[x][name] = torch.empty_like(x).detach().copy_(value)
 
-    @precondition(lambda self: self.family.state.count is not None)
+    @precondition(lambda self: self.family.state.counter is not None)
     @rule(place=PLACES, count=st.integers(0, 2**20))
     def set_ones_count(self, place: int, count: int) -> None:
         for optimizer, p in zip(self._both(), self._pair(place), strict=True):

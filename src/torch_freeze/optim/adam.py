@@ -139,8 +139,10 @@ class _Adam(FrozenAware):
             decoupled_weight_decay=group["decoupled_weight_decay"],
         )
         for p, state in zip(params, states, strict=True):
+            if self.state[p].pop(ADAM.stale, False):  # also of a maximum that is not in use
+                for name in ADAM.buffers:
+                    self.state[p].pop(name, None)
             self.state[p].update(state)
-            self.state[p].pop(ADAM.stale, None)
 
     def _ready(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         """What the state of a parameter is to hold, from zero on where it is missing or stale."""
@@ -158,9 +160,6 @@ class _Adam(FrozenAware):
         for name in names:
             if ready[name] is None:
                 ready[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        unused = state.get("max_exp_avg_sq")
-        if stale and unused is not None and not group["amsgrad"]:
-            ready["max_exp_avg_sq"] = torch.zeros_like(unused)  # a later amsgrad goes on from it
         return ready
 
 
