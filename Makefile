@@ -32,7 +32,7 @@ help: ## list the commands
 	@echo "  PYTHON, TORCH    interpreter and torch to set up with: make test TORCH=torch==2.13.0"
 	@echo "  USE_CUDA=0/1 TORCH_CUDA_ARCH_LIST MAX_JOBS DEBUG=1    what is compiled, and how"
 
-compare: $(call need,bench) ## compare FrozenAwareSGD with stock SGD, on the GPU if there is one
+compare: $(call need,bench) ## compare with torch's optimizers, on the GPU if there is one
 	@$(PY) benchmarks/check.py
 	$(compile)
 	$(PY) benchmarks/compare.py $(ARGS)
@@ -89,6 +89,7 @@ gpu: build ## GPU tests, compute-sanitizer and benchmark; results go to $OUT or 
 	  "$$sanitizer" --tool $$tool --error-exitcode 1 $(PY) benchmarks/sanitize.py || exit 1; \
 	done
 	$(PY) benchmarks/compare.py --device cuda --suite speed,digits,targets --results $(RESULTS) $(ARGS)
+	$(PY) benchmarks/compare.py --device cuda --suite speed,targets --optimizer adamw --results $(RESULTS) $(ARGS)
 
 memory: build ## compare what training takes of memory; results go to $OUT or benchmarks/results
 	$(PY) benchmarks/compare.py --suite memory --results $(RESULTS) $(ARGS)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from torch_freeze import FrozenAwareSGD
+from torch_freeze import FrozenAwareAdamW, FrozenAwareSGD
+
+Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The last tile of 4096 elements that begin one element in holds less than a vector.
@@ -24,11 +26,19 @@ SIZES = (1, 7, 127, 128, 129, 4096, 4099)
 TENSORS_OF_TWO_LAUNCHES = 1100
 
 
-def steps(
-    params: Sequence[Tensor], grads: Sequence[Tensor], momentum: float = 0, weight_decay: float = 0
-) -> None:
+def sgd(**hyper: float) -> Make:
+    """Makes SGD."""
+    return lambda params: FrozenAwareSGD(params, lr=0.1, **hyper)
+
+
+def adamw(*, fused: bool | None) -> Make:
+    """Makes AdamW with all of its state; the counts of updates lie on the device if `fused`."""
+    return lambda params: FrozenAwareAdamW(params, amsgrad=True, fused=fused)
+
+
+def steps(params: Sequence[Tensor], grads: Sequence[Tensor], make: Make) -> None:
     """A first step, a steady one, a scaled one and one that overflowed."""
-    optimizer = FrozenAwareSGD(list(params), lr=0.1, momentum=momentum, weight_decay=weight_decay)
+    optimizer = make(list(params))
     for found_inf in (None, None, 0.0, 1.0):
         if found_inf is not None:  # as GradScaler.step hands them over
             scaling = {"grad_scale": torch.tensor(4.0), "found_inf": torch.tensor(found_inf)}
@@ -52,13 +62,18 @@ def run(device: str) -> None:
                 grads.append(
                     torch.ones(numel + 8 - offset, device=device, dtype=dtype)[8 - offset :]
                 )
-            steps(params, grads, momentum=0.9, weight_decay=0.01)
-            steps(params, grads)  # where no momentum lies otherwise, gradients move in vectors
+            steps(params, grads, sgd(momentum=0.9, weight_decay=0.01))
+            steps(
+                params, grads, sgd()
+            )  # where no momentum lies otherwise, gradients move in vectors
+            steps(params, grads, adamw(fused=None))
+            steps(params, grads, adamw(fused=True))
     params = [
         torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(TENSORS_OF_TWO_LAUNCHES)
     ]
     params[0].requires_grad_(False)
-    steps(params, [torch.ones_like(p) for p in params], momentum=0.9)
+    for make in (sgd(momentum=0.9), adamw(fused=True)):
+        steps(params, [torch.ones_like(p) for p in params], make)
 
 
 def main() -> int:
