@@ -22,13 +22,13 @@ Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The last tile of 4096 elements that begin one element in holds less than a vector.
 SIZES = (1, 7, 127, 128, 129, 4096, 4099)
-# One more than the largest table of kernel parameters holds.
-TENSORS_OF_TWO_LAUNCHES = 1100
 
 
-def sgd(**hyper: float) -> Make:
+def sgd(momentum: float = 0, weight_decay: float = 0) -> Make:
     """Makes SGD."""
-    return lambda params: FrozenAwareSGD(params, lr=0.1, **hyper)
+    return lambda params: FrozenAwareSGD(
+        params, lr=0.1, momentum=momentum, weight_decay=weight_decay
+    )
 
 
 def adamw(*, fused: bool | None) -> Make:
@@ -47,6 +47,10 @@ def steps(params: Sequence[Tensor], grads: Sequence[Tensor], make: Make) -> None
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
         optimizer.step()
+
+
+# More tensors than the largest table of kernel parameters holds.
+TWO_LAUNCHES = ((sgd(momentum=0.9), 1100), (adamw(fused=True), 600))
 
 
 def run(device: str) -> None:
@@ -68,11 +72,9 @@ def run(device: str) -> None:
             )  # where no momentum lies otherwise, gradients move in vectors
             steps(params, grads, adamw(fused=None))
             steps(params, grads, adamw(fused=True))
-    params = [
-        torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(TENSORS_OF_TWO_LAUNCHES)
-    ]
-    params[0].requires_grad_(False)
-    for make in (sgd(momentum=0.9), adamw(fused=True)):
+    for make, count in TWO_LAUNCHES:
+        params = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(count)]
+        params[0].requires_grad_(False)
         steps(params, [torch.ones_like(p) for p in params], make)
 
 
