@@ -176,29 +176,30 @@ TORCH_FREEZE_INLINE void update_block(
   update_run<Variant, Arith, Formula>(arrays, n, s, rounding);
 }
 
-// What a formula with a square root does before it.
+// What a formula with a square root does before it. `first` takes the first buffer before it is rounded, unless
+// null.
 template <class Variant, class Arith, class Formula, class T, class Buffer, class Rounding>
 TORCH_FREEZE_INLINE void run_before_root(
     const Arrays<T, const T, Buffer, Formula::kBuffers>& arrays, int64_t n, const AllScalars<Formula, T>& s,
-    Rounding rounding, T* roots, T* first) {
+    Rounding rounding, T* roots, [[maybe_unused]] T* first) {
   constexpr int kBuffers = Formula::kBuffers;
   constexpr int kUsed = Formula::buffers_used(Variant::kBits);
-  T* const param = arrays.param;
+  const T* const param = arrays.param;
   const T* const grad = arrays.grad;
   const std::array<Buffer*, kBuffers> buffers = arrays.buffers;
   TORCH_FREEZE_NO_OVERLAP
   for (int64_t i = 0; i < n; ++i) {
-    T p = param[i];
     T values[kBuffers];
     for (int k = 0; k < kBuffers; ++k) {
       values[k] = k < kUsed ? rounding.load(buffers[k][i]) : T(0);
     }
-    roots[i] = Formula::template before_root<Variant, Arith>(p, grad[i], values, s.group, s.tensor);
+    roots[i] = Formula::template before_root<Variant, Arith>(param[i], grad[i], values, s.group, s.tensor);
     for (int k = 0; k < kUsed; ++k) {
       buffers[k][i] = rounding.store(values[k], k, i);
     }
-    first[i] = values[0];
-    param[i] = p;
+    if constexpr (!std::is_same_v<Rounding, NearestRounding>) {
+      first[i] = values[0];
+    }
   }
 }
 
@@ -208,24 +209,29 @@ template <class Variant, class Arith, class Formula, class T, class Buffer, clas
 TORCH_FREEZE_INLINE void update_block_with_roots(
     const Arrays<T, const T, Buffer, Formula::kBuffers>& block, int64_t n, const AllScalars<Formula, T>& scalars,
     Rounding rounding) {
+  constexpr bool kNearest = std::is_same_v<Rounding, NearestRounding>;
   const AllScalars<Formula, T> s = scalars;
   alignas(64) T roots[kBlockNumel];
-  alignas(64) T first[kBlockNumel];  // of the buffers, before it is rounded
+  alignas(64) T unrounded[kNearest ? 1 : kBlockNumel];
   int64_t done = 0;
-  if constexpr (!std::is_same_v<Rounding, NearestRounding>) {
+  if constexpr (!kNearest) {
     for (; done + kRunNumel <= n; done += kRunNumel) {
       run_before_root<Variant, Arith, Formula>(
-          block.at(done), kRunNumel, s, rounding.at(done), roots + done, first + done);
+          block.at(done), kRunNumel, s, rounding.at(done), roots + done, unrounded + done);
     }
   }
   run_before_root<Variant, Arith, Formula>(
-      block.at(done), n - done, s, rounding.at(done), roots + done, first + done);
+      block.at(done), n - done, s, rounding.at(done), roots + done, unrounded + done);
   torch_sqrt(roots, n);
   T* const param = block.param;
+  const T* first = unrounded;
+  if constexpr (kNearest) {
+    first = block.buffers[0];
+  }
   TORCH_FREEZE_NO_OVERLAP
   for (int64_t i = 0; i < n; ++i) {
     T p = param[i];
-    Formula::template after_root<Arith>(p, first[i], roots[i], s.group, s.tensor);
+    Formula::template after_root<Variant, Arith>(p, first[i], roots[i], s.group, s.tensor);
     param[i] = p;
   }
 }

@@ -119,14 +119,13 @@ struct AdamFormula : FormulaBase<StateLayout<3, true>> {
     }
   }
 
-  // The part before the square root, whose argument it returns.
+  // The part before the square root, whose argument it returns. The parameter is not written, nor read but for an
+  // L2 penalty, so that its memory is waited for in the other part, which computes longer.
   template <class Variant, class Arith, class T>
   static TORCH_FREEZE_INLINE T
-  before_root(T& param, T grad, T (&buffers)[kBuffers], const Scalars<T>& s, const TensorScalars<T>& t) {
+  before_root(T param, T grad, T (&buffers)[kBuffers], const Scalars<T>& s, const TensorScalars<T>&) {
     T d = s.sign * grad;
-    if constexpr (Variant::kDecoupled) {
-      param = param * t.kept;
-    } else if constexpr (Variant::kDecay) {
+    if constexpr (Variant::kDecay && !Variant::kDecoupled) {
       d = Arith::fma(s.weight_decay, param, d);
     }
     auto& [exp_avg, exp_avg_sq, max_exp_avg_sq] = buffers;
@@ -141,17 +140,18 @@ struct AdamFormula : FormulaBase<StateLayout<3, true>> {
     return exp_avg_sq;
   }
   // A GPU multiplies where stock divides on the CPU: the registers of a second division would not fit.
-  template <class Arith, class T>
+  template <class Variant, class Arith, class T>
   static TORCH_FREEZE_INLINE void after_root(
       T& param, T exp_avg, T root, const Scalars<T>& s, const TensorScalars<T>& t) {
     const T corrected = Arith::kDividesTwice ? root / t.root_bias2 : root * t.inverse_root_bias2;
-    param = param + (t.neg_step * exp_avg) / (corrected + s.eps);
+    const T kept = Variant::kDecoupled ? param * t.kept : param;
+    param = kept + (t.neg_step * exp_avg) / (corrected + s.eps);
   }
   template <class Variant, class Arith, class T>
   static TORCH_FREEZE_INLINE void element(
       T& param, T grad, T (&buffers)[kBuffers], const Scalars<T>& s, const TensorScalars<T>& t) {
     const T squared = before_root<Variant, Arith>(param, grad, buffers, s, t);
-    after_root<Arith>(param, buffers[0], Arith::sqrt(squared), s, t);
+    after_root<Variant, Arith>(param, buffers[0], Arith::sqrt(squared), s, t);
   }
 };
 
