@@ -134,7 +134,7 @@ def test_the_page_how_we_know_names_tests_that_exist(test: str) -> None:
     assert files and all(named.search(file.read_text()) for file in files)
 
 
-RECORDED = ROOT / "benchmarks" / "results" / "amd_epyc_memory.csv"
+RESULTS = ROOT / "benchmarks" / "results"
 MEMORY_COLUMNS = {
     "stock default": "stock/default",
     "stock fused": "stock/fused",
@@ -144,16 +144,25 @@ MEMORY_COLUMNS = {
 }
 
 
+def recorded(run: str) -> dict[tuple[str, str, str], list[float]]:
+    """The values of a recorded run, by workload, contestant and measure."""
+    with (RESULTS / f"{run}.csv").open() as file:
+        return {
+            (row["workload"], row["contestant"], row["measure"]): [
+                float(value) for value in row["value"].split()
+            ]
+            for row in csv.DictReader(file)
+        }
+
+
 def test_the_memory_table_is_the_recorded_one() -> None:
     models = {"resnet50": "ResNet-50", "vit_b_16": "ViT-B/16", "bert_base": "BERT-base"}
     models["decoder_1b"] = "1.07B decoder in bf16"
     peaks: dict[tuple[str, str], dict[str, float]] = {}
-    with RECORDED.open() as file:
-        for row in csv.DictReader(file):
-            model, _, case = row["workload"].partition("/")
-            if row["measure"] == "peak":  # of all iterations the steady one, which is the last
-                of_case = peaks.setdefault((models[model], case), {})
-                of_case[row["contestant"]] = float(row["value"].split()[-1])
+    for (workload, contestant, measure), values in recorded("amd_epyc_memory").items():
+        model, _, case = workload.partition("/")
+        if measure == "peak":  # of all iterations the steady one, which is the last
+            peaks.setdefault((models[model], case), {})[contestant] = values[-1]
     page = PAGES["docs/memory.md"]
     table = re.search(r"^\| peak above the model, MB (\|.*\|\n(?:\|.*\|\n)+)", page, re.MULTILINE)
     assert table is not None
@@ -206,13 +215,11 @@ SPEEDS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, str, str]]]] = {
 def test_the_speed_table_is_the_recorded_one(optimizer: str) -> None:
     """Cells with percentiles are of the run of the targets, the others of the longer one."""
     runs, titles = SPEEDS[optimizer]
-    samples: dict[tuple[str, ...], torch.Tensor] = {}
-    for run in runs:
-        with RECORDED.with_name(f"{run}.csv").open() as file:
-            for row in csv.DictReader(file):
-                if row["value"]:
-                    key = (run, row["workload"], row["contestant"], row["measure"])
-                    samples[key] = torch.tensor([*map(float, row["value"].split())]).double()
+    samples = {
+        (run, *key): torch.tensor(values, dtype=torch.float64)
+        for run in runs
+        for key, values in recorded(run).items()
+    }
     page = PAGES["docs/benchmarks.md"]
     heading = rf"^\| step\(\) on the CPU \| {optimizer} \|.*\n\|.*\n((?:\|.*\|\n)+)"
     table = re.search(heading, page, re.MULTILINE)

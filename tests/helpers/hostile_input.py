@@ -1,9 +1,10 @@
 """Hostile input: a clear error with nothing written, or stock's result; never a crash.
 
 Every case builds an optimizer, spoils something and steps twice, in a process of its own, with an
-optimizer here and with stock. Where stock steps, the same bits have to come out; where it raises,
-an error has to say so. A case that names an `error` has to raise that, whatever stock does, and one
-that is `alone` has no counterpart in stock, which crashes or gives up there.
+optimizer here and with stock. Where stock steps, the same bits have to come out, or nearly the same
+where the optimizer promises no more; where it raises, an error has to say so. A case that names an
+`error` has to raise that, whatever stock does, and one that is `alone` has no counterpart in stock,
+which crashes or gives up there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -90,17 +91,24 @@ def edit_state(key: str, value: Callable[[Tensor, dict[str, Any]], Any], **hyper
     return build
 
 
+class Value(NamedTuple):
+    """A tensor: what it is, and its elements."""
+
+    what: str
+    elements: tuple[float, ...] = ()
+
+
 @dataclass
 class Outcome:
     error: str | None
     clear: bool
     untouched: bool  # by the step that raised
-    values: list[str]
+    values: list[Value]
 
 
-def _values(optimizer: Any) -> list[str]:
-    """Every parameter and tensor of the state, as text exact to the bit."""
-    values = []
+def _values(optimizer: Any) -> list[Value]:
+    """Every parameter and tensor of the state."""
+    values: list[Value] = []
     try:
         lists = [group["params"] for group in optimizer.param_groups]
     except (TypeError, KeyError, AttributeError):
@@ -110,37 +118,40 @@ def _values(optimizer: Any) -> list[str]:
         if not isinstance(p, Tensor):
             continue
         entry = optimizer.state.get(p) if isinstance(optimizer.state, dict) else None
-        values += [_text(p)]
+        values += _value("parameter", p)
         for key, value in entry.items() if isinstance(entry, dict) else ():
-            values += [f"{key}: {_text(value)}"]
+            values += _value(key, value)
     return values
 
 
-def _text(tensor: Any) -> str:
+def _value(name: str, tensor: Any) -> list[Value]:
     if not isinstance(tensor, Tensor):
-        return str(type(tensor))
+        return [Value(f"{name}: {type(tensor)}")]
     if tensor.is_meta or torch.nn.parameter.is_lazy(tensor) or "FakeTensor" in str(type(tensor)):
-        return f"{type(tensor)} {tensor.device}"
+        return [Value(f"{name}: {type(tensor)} {tensor.device}")]
     with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
         if tensor.layout is not torch.strided:
             tensor = tensor.to_dense()
         if tensor.is_nested:
-            return str([_text(part) for part in tensor.unbind()])
+            return [value for part in tensor.unbind() for value in _value(name, part)]
         size = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
         if tensor.numel() > max(size, 0) or tensor.numel() > 1 << 20:
-            return f"{tensor.shape} of {size}"
+            return [Value(f"{name}: {tensor.shape} of {size}")]
+        what = f"{name}: {tensor.dtype} {tensor.shape}"
         tensor = tensor.detach()
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor.resolve_conj())
         if tensor.is_floating_point():
             tensor = tensor.float() if tensor.element_size() < 4 else tensor
             tensor = tensor.nan_to_num(nan=7.0, posinf=math.inf, neginf=-math.inf).double()
-        return f"{tensor.dtype} {list(tensor.shape)} {tensor.flatten().tolist()}"
+        return [Value(what, tuple(tensor.flatten().tolist()))]
 
 
 def outcome_of(case: Case, make: Make, device: str) -> Outcome:
     """What two steps do; in a process of its own."""
     hostile.use_device(device)
     optimizer: Any = None
-    before: list[str] = []
+    before: list[Value] = []
     try:
         optimizer = case.build(make)
         before = _values(optimizer)
@@ -182,4 +193,11 @@ def check(case: Case, family: str, device: str) -> None:
         assert (ours.error is None) == (theirs.error is None), (
             f"{ours.error}; stock: {theirs.error}"
         )
-        assert ours.values == theirs.values
+        if cases.FAMILIES[family].exact_on(device):
+            assert ours.values == theirs.values
+            return
+        assert [value.what for value in ours.values] == [value.what for value in theirs.values]
+        for got, wanted in zip(ours.values, theirs.values, strict=True):
+            largest = max((abs(x) for x in wanted.elements if math.isfinite(x)), default=0.0)
+            near = pytest.approx(wanted.elements, rel=1e-5, abs=1e-5 * largest)
+            assert got.elements == near, got.what

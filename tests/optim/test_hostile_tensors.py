@@ -504,10 +504,10 @@ def _on_gpu() -> Iterator[str]:
     """What lies in a GPU's memory, once each.
 
     Left out: what only repeats a case without momentum or with other tensors beside it, memory of
-    NumPy and Python, which stays on the CPU, and float8: simulated CUDA says that it has no
-    arithmetic when the operator runs, which may be late.
+    NumPy and Python, which stays on the CPU, and what stock finds wrong when an operator runs (no
+    arithmetic of float8, shapes that do not fit), which may be late on simulated CUDA.
     """
-    elsewhere = ("no momentum", "memory of NumPy", "byte buffer", "float8")
+    elsewhere = ("no momentum", "memory of NumPy", "byte buffer", "float8", "sq that is of another")
     for name in CASES:
         alone = name.startswith("of a kind") and not name.endswith("with others")
         if not alone and not any(words in name for words in elsewhere):

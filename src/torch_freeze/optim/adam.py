@@ -116,7 +116,12 @@ class _Adam(FrozenAware):
         ):
             fused = fused if fused is None else False
         supported = params[0].device.type in _get_capturable_supported_devices()
+        capturable = group["capturable"] and supported
         beta1, beta2 = group["betas"]
+        tensors = isinstance(beta1, Tensor) or isinstance(beta2, Tensor)
+        odd = any(not c.is_floating_point() or c.itemsize < 4 or c.is_neg() for c in counts)
+        if not group["foreach"] and not fused and (odd or (tensors and not capturable)):
+            foreach = False  # the multi-tensor form, torch's choice on CUDA, refuses these
         adam(
             params,
             grads,
@@ -125,7 +130,7 @@ class _Adam(FrozenAware):
             maxima,
             counts,
             foreach=foreach,
-            capturable=group["capturable"] and supported,
+            capturable=capturable,
             differentiable=group["differentiable"],
             fused=fused,
             has_complex=any(map(torch.is_complex, params)),
