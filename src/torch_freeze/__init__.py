@@ -2,6 +2,7 @@
 
 from torch_freeze._build import BuildInfo, __version__, build_info
 from torch_freeze.audit import FINDING_KINDS, Finding, audit
+from torch_freeze.features import FeatureCache
 from torch_freeze.freezing import freeze, freeze_except, frozen, unfreeze
 from torch_freeze.frozen_state import frozen_state_dict, load_frozen_state_dict
 from torch_freeze.guard import guard
@@ -15,6 +16,7 @@ __all__ = [
     "FINDING_KINDS",
     "AdvanceOnPlateau",
     "BuildInfo",
+    "FeatureCache",
     "Finding",
     "FreezeReport",
     "FreezeSchedule",

@@ -1,0 +1,223 @@
+"""The dataset that hands out stored features where they are, and samples where they are not."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_map
+from torch.utils.data import Dataset, default_collate
+from torch.utils.data._utils.collate import default_collate_fn_map
+
+from ._plan import Inputs, Structure, kept_random_state
+from ._store import Store, find_store
+
+_KEY_LENGTH = 32
+
+
+@dataclass
+class CachedInputs:
+    """The inputs of a batch, for `FeatureCache.__call__`.
+
+    Attributes:
+        rows: int64 of shape [n]; for sample i of K views, i * K + view.
+        store: key of the store that `slots` come from, or None.
+        slots: what is stored of the samples, or None.
+        raw: arguments of the model and targets as the dataset gives them, or None.
+    """
+
+    rows: torch.Tensor
+    store: str | None = None
+    slots: list[torch.Tensor] | None = None
+    raw: tuple[Inputs, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to(self, device: Any, non_blocking: bool = False) -> CachedInputs:
+        """The same on a device."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> CachedInputs:
+        """The same in pinned memory; DataLoader(pin_memory=True) calls it."""
+        return self._map(lambda t: t.pin_memory())
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> CachedInputs:
+        def each(value: Any) -> Any:
+            return function(value) if isinstance(value, torch.Tensor) else value
+
+        slots, raw = tree_map(each, (self.slots, self.raw))
+        return CachedInputs(self.rows, self.store, slots, raw)
+
+
+class Batch(NamedTuple):
+    """What a DataLoader over `FeatureCache.dataset` yields."""
+
+    inputs: CachedInputs
+    targets: Any
+
+
+@dataclass
+class Samples:
+    """Some samples before they are collated."""
+
+    owner: CachedDataset
+    rows: torch.Tensor
+    store: str | None = None
+    slots: list[torch.Tensor] | None = None
+    raw: list[Any] | None = None
+
+
+class Board:
+    """The keys of the stores to look into, best first, as all processes see them."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        if path is not None and not path.exists():
+            path.write_bytes(bytes(mmap.PAGESIZE))
+        if path is None:
+            self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        else:
+            with path.open("r+b") as file:
+                self._memory = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+
+    def put(self, keys: Sequence[str]) -> None:
+        """Show these keys."""
+        # A reader that comes in between sees none, or a key that the training process checks again.
+        self._memory[0] = 0
+        text = "".join(keys).encode()
+        self._memory[1 : 1 + len(text)] = text
+        self._memory[0] = len(keys)
+
+    def shown(self) -> list[str]:
+        """The keys."""
+        text = self._memory[1 : 1 + self._memory[0] * _KEY_LENGTH].decode()
+        return [text[i : i + _KEY_LENGTH] for i in range(0, len(text), _KEY_LENGTH)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.path is None:
+            raise TypeError(
+                "FeatureCache: features in memory cannot be reached from processes that are "
+                "spawned. Give FeatureCache a folder, or let the DataLoader fork its workers."
+            )
+        return Board, (self.path,)
+
+
+class CachedDataset(Dataset[Samples]):
+    """See `FeatureCache.dataset`."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        views: int | None,
+        root: Path | None,
+        board: Board,
+    ) -> None:
+        self.samples = dataset
+        self.collate_fn = default_collate if collate_fn is None else collate_fn
+        self.views = views
+        self.root = root
+        self.board = board
+        self.stores: dict[str, Store | None] = {}
+        self.targets: Structure | None = None
+        self.target_dims: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: Any) -> Samples:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[Any]) -> list[Samples]:
+        rows = self.rows(indices)
+        for key in self.board.shown():
+            if key not in self.stores:
+                self.stores[key] = find_store(self.root, key)
+            store = self.stores[key]
+            if store is not None and bool(store.has(rows).all()):
+                return [Samples(self, rows, key, store.read(rows))]
+        return [Samples(self, rows, raw=self.load(rows))]
+
+    def rows(self, indices: Sequence[Any]) -> torch.Tensor:
+        """The rows of samples, of a random view each if there are several."""
+        length = len(self)
+        checked = []
+        for index in indices:
+            try:
+                number = index.__index__()
+            except (AttributeError, TypeError):
+                raise TypeError(
+                    f"FeatureCache: the sampler gave {index!r}; it must give indices from 0 to "
+                    f"{length - 1}, by which features are stored"
+                ) from None
+            if not -length <= number < length:
+                raise IndexError(f"FeatureCache: sample {number} of {length}")
+            checked.append(number % length)
+        rows = torch.tensor(checked, dtype=torch.int64)
+        if self.views is not None:
+            rows = rows * self.views + torch.randint(self.views, rows.shape)
+        return rows
+
+    def load(self, rows: torch.Tensor) -> list[Any]:
+        """The samples as the dataset gives them, each view from a seed of its own."""
+        if self.views is None:
+            return [self.samples[int(row)] for row in rows]
+        found = []
+        for row in rows.tolist():
+            with kept_random_state(seed=row + 1):
+                found.append(self.samples[row // self.views])
+        return found
+
+    def raw(self, rows: torch.Tensor) -> tuple[Inputs, Any]:
+        """Arguments of the model and targets of some samples."""
+        return split(self.collate_fn(self.load(rows)))
+
+    def collate(self, samples: Sequence[Samples]) -> Batch:
+        """A batch of what `__getitem__` and `__getitems__` give; DataLoader's default does this."""
+        rows = torch.cat([some.rows for some in samples])
+        keys = {some.store for some in samples}
+        if None not in keys and len(keys) == 1 and self.targets is not None:
+            (key,) = keys
+            slots = [some.slots for some in samples if some.slots is not None]
+            joined = (
+                slots[0] if len(slots) == 1 else [torch.cat(s) for s in zip(*slots, strict=True)]
+            )
+            placed = [s.movedim(0, dim) for s, dim in zip(joined, self.target_dims, strict=False)]
+            targets = self.targets.build(placed, len(rows), torch.device("cpu"))
+            return Batch(CachedInputs(rows, key, joined), targets)
+        # Where only some are stored, all are loaded: the batch then goes through the whole model.
+        loaded: list[Any] = []
+        for some in samples:
+            loaded += self.load(some.rows) if some.raw is None else some.raw
+        inputs, targets = split(self.collate_fn(loaded))
+        return Batch(CachedInputs(rows, raw=(inputs, targets)), targets)
+
+
+def split(batch: Any) -> tuple[Inputs, Any]:
+    """A collated batch as arguments of the model and targets.
+
+    A tuple or list is (input, ..., targets), a mapping the model's keyword arguments (also as the
+    first of a pair), anything else the only argument.
+    """
+    targets: Any = None
+    if isinstance(batch, tuple | list) and len(batch) > 1:
+        *given, targets = batch
+    elif isinstance(batch, tuple | list):
+        given = list(batch)
+    else:
+        given = [batch]
+    if len(given) == 1 and isinstance(given[0], Mapping):
+        return ((), {str(key): value for key, value in given[0].items()}), targets
+    return (tuple(given), {}), targets
+
+
+def _collate(batch: list[Samples], *, collate_fn_map: Any = None) -> Batch:
+    return batch[0].owner.collate(batch)
+
+
+default_collate_fn_map[Samples] = _collate

@@ -1,0 +1,804 @@
+"""Where a forward pass can begin from stored features: found by running it, and checked.
+
+One pass over a few samples finds, operation by operation, what depends on a trainable parameter.
+The outermost module calls that do not are skipped later. Of what they return, what meets a
+trainable parameter outside of them is stored; the rest is never needed. Further passes make sure
+that the features of a sample depend on nothing but the sample, and that the model's output from
+stored features is its output.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import (
+    TreeSpec,
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_iter,
+    tree_unflatten,
+)
+from torch.utils.flop_counter import flop_registry
+
+from torch_freeze import _format
+from torch_freeze._flow import _COUNTED_AS, _storage
+from torch_freeze._hold import is_norm
+from torch_freeze._tree import Tree, is_lazy
+
+from ._calls import taken_over
+from ._stand_in import StandIn, StandInError
+
+#: Arguments of the model, by position and by name.
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A tensor that is stored for every sample, without the dimension `dim` of the batch."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    dim: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a sample in this dtype."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One value of a structure: that of a slot, a constant, or a stand-in of this shape."""
+
+    slot: int | None = None
+    constant: Any = None
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype = torch.float32
+    dim: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """How to make what a module returned, or the arguments of the model, from the slots."""
+
+    spec: TreeSpec
+    leaves: tuple[Leaf, ...]
+
+    def build(self, slots: Sequence[Any], count: int, device: torch.device) -> Any:
+        """The structure for `count` samples."""
+        return tree_unflatten(
+            [self._value(leaf, slots, count, device) for leaf in self.leaves], self.spec
+        )
+
+    def _value(self, leaf: Leaf, slots: Sequence[Any], count: int, device: torch.device) -> Any:
+        if leaf.slot is not None:
+            return slots[leaf.slot]
+        if leaf.shape is None:
+            return leaf.constant
+        shape = leaf.shape
+        if leaf.dim is not None:
+            shape = (*shape[: leaf.dim], count, *shape[leaf.dim :])
+        return StandIn.make(shape, leaf.dtype, device)
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A call of a module that a pass from stored features leaves out."""
+
+    module: nn.Module
+    name: str
+    ordinal: int
+    returns: Structure
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is stored and what is skipped.
+
+    Attributes:
+        calls: the skipped calls, by module `id` and which of its calls it is.
+        slots: what is stored; first of the targets, then of the inputs, then of the calls.
+        tensors: parameters and buffers that the stored tensors depend on, by name.
+        modules: every module below a skipped call.
+        share: share (0 to 1) of the forward pass's FLOPs that is skipped.
+    """
+
+    inputs: Structure
+    targets: Structure
+    calls: dict[tuple[int, int], Skipped]
+    slots: tuple[Slot, ...]
+    tensors: dict[str, torch.Tensor]
+    modules: tuple[nn.Module, ...]
+    share: float
+    #: Calls to run in eval mode, and their modules.
+    in_eval: dict[tuple[int, int], nn.Module] = field(default_factory=dict)
+    #: (slot, index among the leaves) of what is stored of a call.
+    stored: dict[tuple[int, int], tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    #: (slot, index among the leaves) of the stored inputs and of the targets.
+    of_inputs: tuple[tuple[int, int], ...] = ()
+    of_targets: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def boundary(self) -> tuple[str, ...]:
+        """Names of the modules whose outputs are stored."""
+        return tuple(dict.fromkeys(self.calls[key].name for key in self.stored))
+
+    @property
+    def skipped_modules(self) -> list[nn.Module]:
+        """The modules with a call that is skipped, each once."""
+        return list({id(call.module): call.module for call in self.calls.values()}.values())
+
+    def rows(
+        self, inputs: Inputs, targets: Any, calls: dict[int, torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """The slots of a batch, with the batch's dimension first."""
+        rows: list[Any] = [calls.get(number) for number in range(len(self.slots))]
+        for values, places in ((inputs, self.of_inputs), (targets, self.of_targets)):
+            leaves = tree_flatten(values)[0]
+            for slot, at in places:
+                value = leaves[at]
+                value = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+                rows[slot] = value.movedim(self.slots[slot].dim, 0)
+        return rows
+
+
+class EnoughError(BaseException):
+    """Ends a forward pass of which nothing more is needed. No `except Exception` catches it."""
+
+
+class _Call:
+    """A call of a module as the trace sees it."""
+
+    def __init__(self, module: nn.Module, ordinal: int) -> None:
+        self.module, self.ordinal = module, ordinal
+        #: Whether an operation in it depends on a trainable parameter, and the call whose random
+        #: numbers one depends on.
+        self.trains = False
+        self.drawn: _Call | None = None
+        #: Calls inside it that could be skipped.
+        self.inside: list[_Call] = []
+
+
+class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
+    """Follows what depends on trainable parameters, and where everything else comes from.
+
+    Tensors are told apart by their storage, so views count as what they show.
+    """
+
+    def __init__(self, tree: Tree, inputs: Inputs) -> None:
+        super().__init__()  # type: ignore[no-untyped-call,unused-ignore]
+        self.tree = tree
+        self.stack = [_Call(tree.root.module, -1)]
+        #: Storages whose content depends on a trainable parameter (its name, or "" further on), or
+        #: on random numbers (the call that drew them).
+        self.tainted: dict[int, str | _Call] = {}
+        self.owned: dict[int, list[tuple[str, torch.Tensor]]] = {}
+        #: Where the content of a storage comes from: (number of a call or -1, index of the leaf).
+        self.origins: dict[int, frozenset[tuple[int, int]]] = {}
+        self.calls: list[_Call] = []
+        self.needed: set[tuple[int, int]] = set()
+        self.tensors: dict[str, torch.Tensor] = {}
+        #: Calls that draw random numbers which a module with frozen parameters then uses.
+        self.blocked: dict[tuple[int, int], _Call] = {}
+        #: The trainable parameter that is used first.
+        self.first: str | None = None
+        self.frozen_flops = self.flops = 0.0
+        self._kept: list[Any] = []  # keeps the addresses of storages from being used again
+        for entry in tree.params.values():
+            if is_lazy(entry.parameter):
+                continue
+            key = _storage(entry.parameter)
+            self.owned.setdefault(key, []).append((entry.name, entry.parameter))
+            if entry.parameter.requires_grad:
+                self.tainted[key] = entry.name
+        for module in tree.order:
+            for name, buffer in module.module._buffers.items():
+                if buffer is not None and not is_lazy(buffer):
+                    full = f"{module.name}.{name}" if module.name else name
+                    self.owned.setdefault(_storage(buffer), []).append((full, buffer))
+        for j, leaf in enumerate(tree_flatten(inputs)[0]):
+            if isinstance(leaf, torch.Tensor):
+                self.origins[_storage(leaf)] = frozenset([(-1, j)])
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Attention may draw too, so what counts is whether the operation did.
+        may_draw = torch.Tag.nondeterministic_seeded in func.tags
+        state = _random_state() if may_draw else []
+        out = func(*args, **kwargs)
+        draws = may_draw and not all(map(torch.equal, state, _random_state()))
+        used = [_storage(t) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
+        made = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
+        self._kept.append(made)
+        results = {_storage(t) for t in made} | set(_written(func, args))
+        flops = flop_registry.get(func._overloadpacket) or flop_registry.get(
+            _COUNTED_AS.get(func._overloadpacket.__name__)
+        )
+        work = float(flops(*args, **kwargs, out_val=out)) if flops is not None else 0.0
+        self.flops += work
+        taints = [self.tainted[key] for key in used if key in self.tainted]
+        if not taints and draws:
+            taints = [self.stack[-1]]
+        if taints:
+            names = [taint for taint in taints if isinstance(taint, str)]
+            self.first = self.first or next(filter(None, names), None)
+            self._mark(self.stack[-1], "" if names else taints[0])
+            for key in used:
+                if key not in self.tainted:
+                    self.needed |= self.origins.get(key, frozenset())
+            for key in results:
+                self.tainted.setdefault(key, "" if names else taints[0])
+            return out
+        self.frozen_flops += work
+        sources = frozenset().union(*(self.origins.get(key, frozenset()) for key in used))
+        if not results or not all(key in self.owned for key in results):  # not a count of batches
+            for key in used:
+                for name, tensor in self.owned.get(key, ()):
+                    self.tensors[name] = tensor
+        for key in results:
+            if key not in self.owned:
+                self.origins[key] = sources | (
+                    self.origins.get(key, frozenset()) if key in used else frozenset()
+                )
+        return out
+
+    @staticmethod
+    def _mark(call: _Call, taint: str | _Call) -> None:
+        if isinstance(taint, str):
+            call.trains = True
+        elif call.drawn is None:
+            call.drawn = taint
+
+    def call(
+        self, at: set[int], module: nn.Module, ordinal: int, args: Any, kwargs: Any, usual: Any
+    ) -> Any:
+        """Run a call of a module, and see whether it can be skipped."""
+        call = _Call(module, ordinal)
+        self.stack.append(call)
+        try:
+            out = usual(*args, **kwargs)
+        finally:
+            self.stack.pop()
+        around = self.stack[-1]
+        if call.trains:
+            around.trains = True
+        elif call.drawn is not None:
+            self._mark(around, call.drawn)
+            if any(True for _ in module.parameters()):
+                self.blocked[id(call.drawn.module), call.drawn.ordinal] = call.drawn
+        if not self._can_be_skipped(call, args, kwargs, out):
+            around.inside += call.inside
+            return out
+        number = len(self.calls)
+        self.calls.append(call)
+        around.inside.append(call)
+        given = {id(t) for t in tree_iter((args, kwargs))}
+        for j, leaf in enumerate(tree_flatten(out)[0]):
+            if isinstance(leaf, torch.Tensor):
+                key = _storage(leaf)
+                before = self.origins.get(key, frozenset()) if id(leaf) in given else frozenset()
+                self.origins[key] = before | {(number, j)}
+                if id(module) in at:
+                    self.needed.add((number, j))
+                    self.tainted[key] = ""
+        return out
+
+    def _can_be_skipped(self, call: _Call, args: Any, kwargs: Any, out: Any) -> bool:
+        tensors = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
+        given = {id(t) for t in tree_iter((args, kwargs))}
+        if (
+            call.trains
+            or call.drawn is not None
+            or any(_storage(t) in self.tainted for t in tensors)
+        ):
+            return False
+        if all(id(t) in given for t in tensors):  # nothing new, as of Identity
+            return False
+        if any(True for _ in call.module.parameters()):
+            return True
+        # Without parameters, only what follows a skipped call is worth it: positions and masks,
+        # made of the inputs, are made again.
+        return any(n >= 0 for t in tensors for n, _ in self.origins.get(_storage(t), ()))
+
+
+def _random_state() -> list[torch.Tensor]:
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *on_gpu]
+
+
+def _written(func: Any, args: tuple[Any, ...]) -> Iterator[int]:
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            for tensor in tree_iter(value):
+                if isinstance(tensor, torch.Tensor):
+                    yield _storage(tensor)
+
+
+def make_plan(
+    tree: Tree,
+    run: Callable[[Inputs], Any],
+    batches: Sequence[tuple[Inputs, Any]],
+    pairs: Sequence[tuple[int, int]],
+    at: nn.Module | None = None,
+    eval_frozen: bool = False,
+) -> Plan:
+    """Find what can be skipped, and make sure that skipping changes nothing.
+
+    Args:
+        tree: the model's.
+        run: calls the model.
+        batches: inputs and targets of two batches of different sizes that share samples.
+        pairs: places of the same sample in the first and the second batch.
+        at: the module whose output ends the prefix, or None for the longest prefix.
+        eval_frozen: run the prefix in eval mode.
+
+    Raises:
+        ValueError: nothing can be skipped, or something cannot; the message says why.
+    """
+    (inputs, targets), (other_inputs, other_targets) = batches
+    in_eval: dict[tuple[int, int], nn.Module] = {}
+    while True:
+        trace, changed = _traced(tree, run, inputs, at, eval_frozen, in_eval)
+        new = {key: call.module for key, call in trace.blocked.items() if key not in in_eval}
+        if not eval_frozen or not new:
+            break
+        in_eval |= new  # dropout between frozen modules
+    calls = {id(call): n for n, call in enumerate(trace.calls)}
+    outermost = [(calls[id(call)], call) for call in trace.stack[0].inside]
+    name_of = {n: tree.modules[id(call.module)].name for n, call in outermost}
+    _check_trace(tree, trace, outermost, at, changed, eval_frozen)
+    if eval_frozen:
+        in_eval |= {(id(call.module), call.ordinal): call.module for _, call in outermost}
+
+    # The same two batches again, as they will be run from now on.
+    needed = {key: None for key in sorted(trace.needed) if key[0] < 0 or key[0] in name_of}
+    plain = [(call.module, call.ordinal) for _, call in outermost]
+    first, output = _returned(run, plain, inputs, in_eval, seed=0)
+    second, _ = _returned(run, plain, other_inputs, in_eval, seed=1)
+    for (n, _), one, two in zip(outermost, first, second, strict=True):
+        if one is None or two is None:
+            raise ValueError(
+                f"FeatureCache: {name_of[n]} is not called in every pass, so the model's path "
+                "depends on chance (LayerDrop, stochastic depth) or on the samples. Turn that off, "
+                "or choose an earlier boundary with at=...."
+            )
+    slots: list[Slot] = []
+    places: dict[int, list[tuple[int, int]]] = {}
+
+    def structure(what: str, number: int, one: Any, two: Any, stored: set[int] | None) -> Structure:
+        paths, spec = tree_flatten_with_path(one)
+        others, other_spec = tree_flatten(two)
+        if spec != other_spec:
+            raise ValueError(
+                f"FeatureCache: {what} has another structure in a batch of another size; return "
+                "tensors whose first dimension is the batch (a collate_fn can make them)."
+            )
+        made = []
+        for j, ((path, a), b) in enumerate(zip(paths, others, strict=True)):
+            # Of the inputs, the first key says whether it is positional.
+            leaf = _leaf(what + keystr(path[number == -1 :]), a, b, stored is None or j in stored)
+            if isinstance(leaf, Slot):
+                places.setdefault(number, []).append((len(slots), j))
+                slots.append(leaf)
+                leaf = Leaf(slot=len(slots) - 1)
+            made.append(leaf)
+        return Structure(spec, tuple(made))
+
+    of_targets = structure("targets", -2, targets, other_targets, None)
+    of_inputs = structure("inputs", -1, inputs, other_inputs, {j for n, j in needed if n < 0})
+    skipped: dict[tuple[int, int], Skipped] = {}
+    for (n, call), one, two in zip(outermost, first, second, strict=True):
+        of_call = {j for number, j in needed if number == n}
+        returns = structure(name_of[n], n, one, two, of_call)
+        skipped[id(call.module), call.ordinal] = Skipped(
+            call.module, name_of[n], call.ordinal, returns
+        )
+    keys = {n: (id(call.module), call.ordinal) for n, call in outermost}
+    below = {id(m): m for _, call in outermost for m in call.module.modules()}
+    plan = Plan(
+        inputs=of_inputs,
+        targets=of_targets,
+        calls=skipped,
+        slots=tuple(slots),
+        tensors=dict(sorted(trace.tensors.items())),
+        modules=tuple(below.values()),
+        share=trace.frozen_flops / trace.flops if trace.flops else 0.0,
+        in_eval=in_eval,
+        stored={keys[n]: tuple(found) for n, found in places.items() if n >= 0},
+        of_inputs=tuple(places.get(-1, ())),
+        of_targets=tuple(places.get(-2, ())),
+    )
+    if not plan.stored:
+        raise ValueError(_nothing_to_store(trace))
+    captured = _captured(plan, run, inputs, targets, seed=0)
+    _check_samples(plan, run, captured, batches, pairs)
+    _check_output(plan, run, captured, inputs, output)
+    return plan
+
+
+def _traced(
+    tree: Tree,
+    run: Callable[[Inputs], Any],
+    inputs: Inputs,
+    at: nn.Module | None,
+    eval_frozen: bool,
+    in_eval: dict[tuple[int, int], nn.Module],
+) -> tuple[_Trace, set[str]]:
+    """A pass that follows what depends on what, and the buffers that it writes."""
+    buffers = {name: b for name, b in tree.root.module.named_buffers() if not is_lazy(b)}
+    before = {name: b.clone() for name, b in buffers.items()}
+    modules = [e.module for e in tree.order[1:] if not isinstance(e.module, torch.jit.ScriptModule)]
+    frozen = {
+        id(m)
+        for m in modules
+        if (own := list(m.parameters())) and not any(p.requires_grad for p in own)
+    }
+    trace = _Trace(tree, inputs)
+    chosen = set() if at is None else {id(at)}
+
+    def handler(module: nn.Module, ordinal: int, args: Any, kwargs: Any, usual: Any) -> Any:
+        is_eval = eval_frozen and (id(module) in frozen or (id(module), ordinal) in in_eval)
+        with eval_mode(module) if is_eval else nullcontext():
+            return trace.call(chosen, module, ordinal, args, kwargs, usual)
+
+    try:
+        with kept_random_state(seed=0), torch.enable_grad(), taken_over(modules, handler), trace:
+            run(inputs)
+        changed = {name for name, b in buffers.items() if not torch.equal(b, before[name])}
+    finally:
+        for name, buffer in buffers.items():
+            if not torch.equal(buffer, before[name]):
+                buffer.copy_(before[name])
+    return trace, changed
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Have a module and all below it in eval mode, inside the block only."""
+    changed = [m for m in module.modules() if m.training]
+    for m in changed:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in changed:
+            m.training = True
+
+
+def _check_trace(
+    tree: Tree,
+    trace: _Trace,
+    outermost: list[tuple[int, _Call]],
+    at: nn.Module | None,
+    changed: set[str],
+    eval_frozen: bool,
+) -> None:
+    if trace.blocked:
+        where = {
+            tree.modules[id(call.module)].name or "the model": None
+            for call in trace.blocked.values()
+        }
+        raise ValueError(
+            "FeatureCache: the frozen prefix gives other features each time, because it draws "
+            f"random numbers in {_format.listed(where, 4)}. Set the p of that dropout to 0 or call "
+            "eval() on it, give eval_frozen=True, which runs the frozen prefix in eval mode, or "
+            "choose an earlier boundary with at=...."
+        )
+    if trace.first is None and at is None:
+        raise ValueError(
+            "FeatureCache: the output depends on no trainable parameter; there is nothing to train "
+            "from the features. Leave something trainable: freeze_except(model, 'head')."
+        )
+    found = {id(call.module) for _, call in outermost}
+    if at is not None and id(at) not in found:
+        name = tree.modules[id(at)].name
+        raise ValueError(
+            f"FeatureCache: at={name!r} is not frozen as a whole with all that comes before it"
+            + (f" ({trace.first} trains)" if trace.first else "")
+            + f"; freeze that too, or leave out `at`. Frozen are: {_names(tree, outermost)}."
+        )
+    if not outermost:
+        raise ValueError(_nothing_to_store(trace))
+    writing = [
+        entry.name
+        for _, call in outermost
+        for entry in map(tree.modules.__getitem__, map(id, call.module.modules()))
+        if entry.module.training and is_norm(entry.module)
+    ]
+    if writing and not eval_frozen:
+        raise ValueError(
+            f"FeatureCache: {_format.listed(writing)} in the frozen prefix normalizes by the batch "
+            "and updates its statistics, so features would change. Freeze with "
+            "torch_freeze.freeze(...), which holds such layers, or call eval() on them."
+        )
+    frozen = changed & set(trace.tensors)
+    if frozen:
+        raise ValueError(
+            f"FeatureCache: the forward pass writes {_format.listed(sorted(frozen))}, which the "
+            "features depend on. Call eval() on that module."
+        )
+
+
+def _names(tree: Tree, outermost: list[tuple[int, _Call]]) -> str:
+    return (
+        _format.listed((tree.modules[id(call.module)].name for _, call in outermost), 6) or "none"
+    )
+
+
+def _nothing_to_store(trace: _Trace) -> str:
+    return (
+        "FeatureCache: nothing can be cached, because the first operation of the model already "
+        f"uses the trainable parameter {trace.first}. Freeze the layers that come first."
+    )
+
+
+def _leaf(what: str, a: Any, b: Any, stored: bool) -> Leaf | Slot:
+    """What to make of a value, from its two occurrences in batches of different sizes."""
+    if not isinstance(a, torch.Tensor):
+        if stored and a is not None and isinstance(a, str | bytes):
+            raise ValueError(
+                f"FeatureCache: {what} has a {type(a).__name__}, which cannot be stored; make it a "
+                "number, or leave it out of the sample."
+            )
+        return Leaf(constant=a)
+    if a.layout is not torch.strided or a.is_nested:
+        raise ValueError(
+            f"FeatureCache: {what} is a {a.layout} tensor; only dense ones are stored."
+        )
+    differing = [d for d in range(a.dim()) if a.dim() == b.dim() and a.shape[d] != b.shape[d]]
+    if a.dim() != b.dim() or len(differing) > 1:
+        raise ValueError(
+            f"FeatureCache: {what} has shape {list(a.shape)} in one batch and {list(b.shape)} in "
+            "another; samples must all have one shape. Pad text to one length "
+            "(padding='max_length'), resize images."
+        )
+    if not differing:
+        if stored and not torch.equal(a, b):
+            raise ValueError(
+                f"FeatureCache: {what} depends on the samples, but no dimension of its shape "
+                f"{list(a.shape)} is the batch's. Choose another boundary with at=...."
+            )
+        if stored:
+            return Leaf(constant=a.detach().clone())
+        return Leaf(shape=tuple(a.shape), dtype=a.dtype)
+    (dim,) = differing
+    shape = tuple(a.shape[:dim] + a.shape[dim + 1 :])
+    if stored:
+        return Slot(what, shape, a.dtype, dim)
+    return Leaf(shape=shape, dtype=a.dtype, dim=dim)
+
+
+def _returned(
+    run: Callable[[Inputs], Any],
+    calls: list[tuple[nn.Module, int]],
+    inputs: Inputs,
+    in_eval: dict[tuple[int, int], nn.Module],
+    seed: int,
+) -> tuple[list[Any], Any]:
+    """What some calls return in a pass, each copied, and the output of the pass."""
+    wanted = {(id(module), ordinal): n for n, (module, ordinal) in enumerate(calls)}
+    found: list[Any] = [None] * len(calls)
+
+    def handler(module: nn.Module, ordinal: int, args: Any, kwargs: Any, usual: Any) -> Any:
+        with eval_mode(module) if (id(module), ordinal) in in_eval else nullcontext():
+            out = usual(*args, **kwargs)
+        if (n := wanted.get((id(module), ordinal))) is not None:
+            leaves, spec = tree_flatten(out)
+            copies = [t.detach().clone() if isinstance(t, torch.Tensor) else t for t in leaves]
+            found[n] = tree_unflatten(copies, spec)
+        return out
+
+    with kept_random_state(seed), torch.enable_grad():
+        modules = {id(m): m for m in [*(m for m, _ in calls), *in_eval.values()]}
+        with taken_over(modules.values(), handler):
+            output = run(inputs)
+    return found, output
+
+
+def capturing(
+    plan: Plan, found: dict[int, torch.Tensor], only_these: bool = False, frozen: Any = nullcontext
+) -> Any:
+    """Keep what the stored calls of a plan return, by slot, in the forward passes of a block.
+
+    Args:
+        plan: the plan.
+        found: gets the tensors, with the batch's dimension first.
+        only_these: end the pass with EnoughError when all are there.
+        frozen: makes a context for the frozen calls.
+    """
+    modules = [plan.calls[key].module for key in plan.stored] + list(plan.in_eval.values())
+    if frozen is not nullcontext:
+        modules += plan.skipped_modules
+    waiting = set(plan.stored)
+
+    def handler(module: nn.Module, ordinal: int, args: Any, kwargs: Any, usual: Any) -> Any:
+        key = (id(module), ordinal)
+        with (
+            frozen() if key in plan.calls else nullcontext(),
+            eval_mode(module) if key in plan.in_eval else nullcontext(),
+        ):
+            out = usual(*args, **kwargs)
+        if key in plan.stored:
+            keep(plan, key, out, found)
+            waiting.discard(key)
+            if only_these and not waiting:
+                raise EnoughError
+        return out
+
+    return taken_over({id(m): m for m in modules}.values(), handler)
+
+
+def keep(plan: Plan, key: tuple[int, int], out: Any, found: dict[int, torch.Tensor]) -> None:
+    """Copy what is stored of a call's result."""
+    leaves = tree_flatten(out)[0]
+    for slot, at in plan.stored[key]:
+        # Copied, because what follows may write into it.
+        found[slot] = leaves[at].detach().movedim(plan.slots[slot].dim, 0).clone()
+
+
+def skipping(
+    plan: Plan,
+    slots: Sequence[Any],
+    count: int,
+    device: torch.device,
+    deeper: Plan | None = None,
+    found: dict[int, torch.Tensor] | None = None,
+) -> Any:
+    """Leave out the frozen calls in the forward passes of a block.
+
+    Args:
+        plan: what to leave out.
+        slots: what the store has, with the batch's dimension first.
+        count: how many samples there are.
+        device: of stand-ins.
+        deeper: a plan whose stored calls are kept in `found`.
+        found: gets them, by slot.
+    """
+    placed = [
+        value if slot.dim == 0 else value.movedim(0, slot.dim)
+        for value, slot in zip(slots, plan.slots, strict=True)
+    ]
+    in_eval = plan.in_eval if deeper is None else {**plan.in_eval, **deeper.in_eval}
+    modules = {id(m): m for m in [*plan.skipped_modules, *in_eval.values()]}
+    if deeper is not None:
+        modules |= {key[0]: deeper.calls[key].module for key in deeper.stored}
+
+    def handler(module: nn.Module, ordinal: int, args: Any, kwargs: Any, usual: Any) -> Any:
+        key = (id(module), ordinal)
+        call = plan.calls.get(key)
+        if call is not None:
+            out = call.returns.build(placed, count, device)
+        else:
+            with eval_mode(module) if key in in_eval else nullcontext():
+                out = usual(*args, **kwargs)
+        if deeper is not None and found is not None and key in deeper.stored:
+            keep(deeper, key, out, found)
+        return out
+
+    return taken_over(modules.values(), handler)
+
+
+def _captured(
+    plan: Plan, run: Callable[[Inputs], Any], inputs: Inputs, targets: Any, seed: int
+) -> list[torch.Tensor]:
+    found: dict[int, torch.Tensor] = {}
+    with kept_random_state(seed), torch.enable_grad(), capturing(plan, found):
+        run(inputs)
+    return plan.rows(inputs, targets, found)
+
+
+def _check_samples(
+    plan: Plan,
+    run: Callable[[Inputs], Any],
+    captured: list[torch.Tensor],
+    batches: Sequence[tuple[Inputs, Any]],
+    pairs: Sequence[tuple[int, int]],
+) -> None:
+    """Raise if the features of a sample depend on chance or on the other samples of its batch."""
+    other = _captured(plan, run, *batches[1], seed=1)
+    ones, twos = map(list, zip(*pairs, strict=True))
+    differs = [
+        slot.name
+        for slot, a, b in zip(plan.slots, captured, other, strict=True)
+        if not near(a[ones], b[twos])
+    ]
+    if not differs:
+        return
+    again = _captured(plan, run, *batches[0], seed=2)
+    if not all(near(a, b) for a, b in zip(captured, again, strict=True)):
+        raise ValueError(
+            f"FeatureCache: what {_format.listed(differs)} gives differs each time, so the frozen "
+            "prefix draws random numbers. Turn that off, or choose an earlier boundary with at=...."
+        )
+    raise ValueError(
+        f"FeatureCache: what {_format.listed(differs)} gives for a sample depends on the other "
+        "samples of its batch, so it cannot be stored by sample. Choose an earlier boundary with "
+        "at=...."
+    )
+
+
+def _check_output(
+    plan: Plan,
+    run: Callable[[Inputs], Any],
+    captured: list[torch.Tensor],
+    inputs: Inputs,
+    output: Any,
+) -> None:
+    """Raise unless the pass from stored features gives the output of the whole pass."""
+    count = captured[0].shape[0]
+    devices = [t.device for t in plan.tensors.values()]
+    device = devices[0] if devices else torch.device("cpu")
+    try:
+        with (
+            kept_random_state(seed=0),
+            torch.enable_grad(),
+            skipping(plan, captured, count, device),
+        ):
+            placed = [v.movedim(0, s.dim) for v, s in zip(captured, plan.slots, strict=True)]
+            got = run(plan.inputs.build(placed, count, device))
+        pairs = zip(tree_iter(got), tree_iter(output), strict=True)
+        compared = [
+            (a, b) for a, b in pairs if isinstance(b, torch.Tensor) and not isinstance(a, StandIn)
+        ]
+        same = bool(compared) and all(near(a.detach(), b.detach()) for a, b in compared)
+    except StandInError as error:
+        raise ValueError(
+            f"FeatureCache: this model needs more from its frozen part than what "
+            f"{_format.listed(plan.boundary)} returns: {error}. Choose another boundary with "
+            "at=...."
+        ) from error
+    if not same:
+        raise ValueError(
+            "FeatureCache: from stored features this model gives another output, so it does "
+            "something in its frozen part that cannot be left out (a cache, an attribute that it "
+            "writes). Choose another boundary with at=...."
+        )
+
+
+def near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal up to what the order of additions changes."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    if a.numel() == 0:
+        return True
+    tolerance = 2e-2 if a.dtype.itemsize < 4 else 1e-3
+    a, b = a.double(), b.double()
+    finite = b.isfinite()
+    if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
+        return False
+    scale = float(b[finite].abs().max()) if bool(finite.any()) else 0.0
+    return float((a - b)[finite].abs().max() if bool(finite.any()) else 0.0) <= tolerance * scale
+
+
+@contextmanager
+def kept_random_state(seed: int) -> Iterator[None]:
+    """Seed all generators, and put their states back afterwards."""
+    numpy: Any = sys.modules.get("numpy")
+    python_state = random.getstate()
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            if numpy is not None:
+                numpy.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
