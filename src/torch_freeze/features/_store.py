@@ -191,7 +191,7 @@ def open_store(
                 path, columns, rows
             ):
                 store = Store(path, columns, rows)
-                if found["boot"] != _boot() or not _boot():
+                if found.get("boot") != _boot() or not _boot():
                     store._flags[store._flags == 1] = 0  # may not have reached the disk
                     _write_manifest(path, manifest)
                 return store
@@ -209,7 +209,7 @@ def open_store(
                 f"{_format.size(free)} free. Store them as dtype=torch.bfloat16, choose a boundary "
                 "with smaller outputs (at=...), or another folder",
             )
-        path.mkdir()
+        path.mkdir(exist_ok=True)  # what is not of a store was left
         try:
             for n, column in enumerate(columns):
                 _allocate(path / f"slot{n:02}.bin", rows * column.nbytes)
@@ -238,7 +238,7 @@ def _manifest(path: Path) -> dict[str, Any] | None:
         columns = [Column.from_json(saved) for saved in found["columns"]]
         if found["format"] != _FORMAT or not isinstance(found["rows"], int) or not columns:
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return dict(found)
 
@@ -289,7 +289,7 @@ def _bytes(file: mmap.mmap, size: int) -> torch.Tensor:
 def _remove(path: Path) -> None:
     """Remove a store, the manifest first, and nothing that is not of one."""
     (path / _MANIFEST).unlink(missing_ok=True)
-    for pattern in ("slot*.bin", "written.bin", f"{_MANIFEST}.*"):
+    for pattern in ("slot[0-9][0-9]*.bin", "written.bin", f"{_MANIFEST}.*"):
         for file in path.glob(pattern):
             file.unlink(missing_ok=True)
     if path.is_dir() and not any(path.iterdir()):
