@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_map
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, default_collate, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ._plan import Inputs, Structure, kept_random_state
@@ -151,7 +151,11 @@ class CachedDataset(Dataset[Samples]):
 
     def __getitems__(self, indices: Sequence[Any]) -> list[Samples]:
         rows = self.rows(indices)
-        for key in self.board.shown():
+        shown = self.board.shown()
+        if get_worker_info() is not None:  # a store that was deleted, and may come back filled anew
+            for key in [key for key in self.stores if key not in shown and self.root is not None]:
+                del self.stores[key]
+        for key in shown:
             if key not in self.stores:
                 self.stores[key] = find_store(self.root, key)
             store = self.stores[key]

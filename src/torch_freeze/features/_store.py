@@ -195,6 +195,7 @@ def open_store(
                     store._flags[store._flags == 1] = 0  # may not have reached the disk
                     _write_manifest(path, manifest)
                 return store
+        if found is not None or (path / _MANIFEST).exists():
             warnings.warn(
                 f"FeatureCache: {path} is damaged and is filled again.",
                 RuntimeWarning,

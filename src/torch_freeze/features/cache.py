@@ -49,7 +49,8 @@ class _Source:
     key: str
     plan: Plan
     store: Store
-    digest: str
+    names: list[str]
+    digests: dict[str, str]
     cast: Any
     modes: list[bool]
     hooks: list[tuple[int, ...]]
@@ -338,7 +339,10 @@ samples, 26.5 kB in memory; 0 stored.
         count = len(rows)
         placed = [v.movedim(0, s.dim) for v, s in zip(moved, plan.slots, strict=True)]
         args, kwargs = plan.inputs.build(placed, count, device)
-        if now is source or now is None or bool(now.store.has(rows).all()):
+        complete = now is None or bool(now.store.has(rows).all())
+        if now is source and not complete:  # a worker had the store open when it was deleted
+            now.store.write(rows, slots)
+        if now is None or now is source or complete:
             with skipping(plan, moved, count, device):
                 return self.model(*args, **kwargs)
         found: dict[int, torch.Tensor] = {}
@@ -487,7 +491,6 @@ samples, 26.5 kB in memory; 0 stored.
         """Follow what was replaced in the model; what of the prefix that is, in words, or ""."""
         if self._state[2] == self._look()[2]:
             return ""
-        names = {key: entry.name for key, entry in self._tree.modules.items()}
         self._take_stock()
         tensors: dict[str, torch.Tensor] = {
             entry.name: entry.parameter for entry in self._tree.params.values()
@@ -499,7 +502,11 @@ samples, 26.5 kB in memory; 0 stored.
         changed = ""
         for key, source in list(self._sources.items()):
             plan = source.plan
-            gone = [names.get(id(m), "?") for m in plan.modules if id(m) not in self._tree.modules]
+            gone = [
+                name
+                for name, module in zip(source.names, plan.modules, strict=True)
+                if id(module) not in self._tree.modules
+            ]
             gone = gone or [name for name in plan.tensors if name not in tensors]
             if not gone:
                 plan.tensors.update({name: tensors[name] for name in plan.tensors})
@@ -512,14 +519,13 @@ samples, 26.5 kB in memory; 0 stored.
     def _what_changed(self, source: _Source, before: tuple[Any, ...], now: tuple[Any, ...]) -> str:
         """What else than requires_grad changed in the prefix, in words; "" if nothing."""
         plan = source.plan
-        names = [self._tree.modules[id(m)].name for m in plan.modules]
         # What trains now is after the next boundary, and unfreezing changes the mode of a norm.
         frozen = [not any(p.requires_grad for p in m.parameters()) for m in plan.modules]
         for place, told in (
             (3, "the mode (train or eval) of"),
             (4, "hooks on"),
         ):
-            pairs = zip(names, before[place], now[place], frozen, strict=False)
+            pairs = zip(source.names, before[place], now[place], frozen, strict=False)
             differing = [n for n, a, b, still in pairs if a != b and still]
             if differing:
                 return f"{told} {_format.listed(differing)} changed"
@@ -531,9 +537,10 @@ samples, 26.5 kB in memory; 0 stored.
             if not t.requires_grad and held[:2] != held[2:]
         ]
         # A move to another device or back changes addresses, and no value.
-        if moved and self._digest(plan) != source.digest:
-            return f"{_format.listed(moved)} changed"
-        return ""
+        if moved:
+            digests = self._digests_of(plan)
+            moved = [name for name in moved if digests[name] != source.digests[name]]
+        return f"{_format.listed(moved)} changed" if moved else ""
 
     def _plan(self) -> Plan:
         """Find the boundary as things are."""
@@ -594,8 +601,8 @@ samples, 26.5 kB in memory; 0 stored.
 
     def _begin(self, plan: Plan) -> None:
         """Use a plan from now on."""
-        digest = self._digest(plan)
-        made_from = self._made_from(plan, digest)
+        digests = self._digests_of(plan)
+        made_from = self._made_from(plan, digests)
         key = _hashed(sorted(made_from.items()))
         stored_as = {slot for places in plan.stored.values() for slot, _ in places}
         columns = [
@@ -613,9 +620,9 @@ samples, 26.5 kB in memory; 0 stored.
             store = self._sources.pop(key).store
         else:
             store = open_store(self._root, key, columns, rows, made_from)
-        now = _Source(
-            key, plan, store, digest, self._cast(), self._modes(plan), self._hooks(plan)
-        )
+        names = [self._tree.modules[id(m)].name for m in plan.modules]
+        kept = (self._cast(), self._modes(plan), self._hooks(plan))
+        now = _Source(key, plan, store, names, digests, *kept)
         self._check_against_store(now)
         self._sources[key] = now
         self._now = now
@@ -638,7 +645,7 @@ samples, 26.5 kB in memory; 0 stored.
                 continue
             if (
                 not source.still_frozen()
-                or self._digest(source.plan) != source.digest
+                or self._digests_of(source.plan) != source.digests
                 or self._modes(source.plan) != source.modes
                 or self._hooks(source.plan) != source.hooks
             ):
@@ -668,7 +675,7 @@ samples, 26.5 kB in memory; 0 stored.
         if self._old == "delete":
             source.store.delete()
 
-    def _made_from(self, plan: Plan, digest: str) -> dict[str, Any]:
+    def _made_from(self, plan: Plan, digests: dict[str, str]) -> dict[str, Any]:
         """All that features depend on, for the key of the store and its manifest."""
         witness = _hashed([_hashed(value) for value in tree_flatten(self._witness)[0]])
         modes = "".join("01"[m.training and not self._eval_frozen] for m in plan.modules)
@@ -680,7 +687,7 @@ samples, 26.5 kB in memory; 0 stored.
                 [call.name, call.ordinal] for k, call in plan.calls.items() if k in plan.stored
             ],
             "slots": [[s.name, list(s.shape), str(s.dtype)] for s in plan.slots],
-            "tensors": digest,
+            "tensors": _hashed(list(digests.items())),
             "modes": _hashed(modes),
             "hooks": _hashed(
                 [
@@ -702,16 +709,16 @@ samples, 26.5 kB in memory; 0 stored.
             "compile_frozen": self._compile_frozen,
         }
 
-    def _digest(self, plan: Plan) -> str:
-        """A hash of all values that the features depend on."""
-        whole = []
+    def _digests_of(self, plan: Plan) -> dict[str, str]:
+        """Hashes of all tensors that the features depend on."""
+        whole = {}
         for name, tensor in plan.tensors.items():
             version, alias, digest = self._digests.get(tensor, (None, tensor, ""))
             if version != tensor._version or alias.data_ptr() != tensor.data_ptr():
                 digest = _hashed(tensor)
                 self._digests[tensor] = (tensor._version, tensor.detach(), digest)
-            whole.append((name, str(tensor.dtype), tuple(tensor.shape), digest))
-        return _hashed(whole)
+            whole[name] = f"{tensor.dtype} {list(tensor.shape)} {digest}"
+        return whole
 
     # --------------------------------------------------------------------------- checks of content
 
