@@ -600,10 +600,10 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "new parameter": (lambda m: replace(m, "weight"), "0.weight"),
     "new module": (lambda m: m.__setitem__(0, nn.Linear(4, 6).requires_grad_(False)), "0 was"),
     "no bias": (lambda m: m[0].register_parameter("bias", None), "0.bias was replaced"),
-    "new hook": (lambda m: m[0].register_forward_hook(lambda m, a, out: 2 * out), "hooks on 0"),
+    "new hook": (lambda m: m[0].register_forward_hook(lambda m, a, out: 2 * out), "the forward of 0"),
     "new hook before": (
         lambda m: m[0].register_forward_pre_hook(lambda m, args: (args[0] * 2,)),
-        "hooks on 0",
+        "the forward of 0",
     ),
     "eval": (lambda m: m.eval(), r"mode \(train or eval\) of 0"),
     "float64": (lambda m: m.double(), "0.bias, 0.weight"),

@@ -102,6 +102,8 @@ class Structure:
     def _value(self, leaf: Leaf, slots: Sequence[Any], count: int, device: torch.device) -> Any:
         if leaf.slot is not None:
             return slots[leaf.slot]
+        if leaf.shape is None and isinstance(leaf.constant, torch.Tensor):
+            return leaf.constant.to(device, copy=True)  # what follows may write into it
         if leaf.shape is None:
             return leaf.constant
         shape = leaf.shape

@@ -153,7 +153,8 @@ class Store:
     def delete(self) -> None:
         """Give the disk space back. Processes that have it open keep it until they close it."""
         if self.path is not None:
-            _remove(self.path)
+            with _locked(self.path.parent):
+                _remove(self.path)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is None:
@@ -186,15 +187,13 @@ def open_store(
             "made_from": made_from,
         }
         found = _manifest(path) if path.is_dir() else None
-        if found is not None:
-            if {**found, "boot": None} == {**manifest, "boot": None} and _complete(
-                path, columns, rows
-            ):
-                store = Store(path, columns, rows)
-                if found.get("boot") != _boot() or not _boot():
-                    store._flags[store._flags == 1] = 0  # may not have reached the disk
-                    _write_manifest(path, manifest)
-                return store
+        same = found is not None and {**found, "boot": None} == {**manifest, "boot": None}
+        if found is not None and same and _complete(path, columns, rows):
+            store = Store(path, columns, rows)
+            if found.get("boot") != _boot() or not _boot():
+                store._flags[store._flags == 1] = 0  # may not have reached the disk
+                _write_manifest(path, manifest)
+            return store
         if found is not None or (path / _MANIFEST).exists():
             warnings.warn(
                 f"FeatureCache: {path} is damaged and is filled again.",
@@ -230,7 +229,10 @@ def find_store(root: Path | None, key: str) -> Store | None:
     columns = [Column.from_json(saved) for saved in found["columns"]]
     if not _complete(root / key, columns, found["rows"]):
         return None
-    return Store(root / key, columns, found["rows"])
+    try:
+        return Store(root / key, columns, found["rows"])
+    except (OSError, ValueError):  # another process deleted it just now
+        return None
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:

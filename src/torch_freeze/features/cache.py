@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import sys
 import time
 import uuid
@@ -175,7 +176,7 @@ samples, 26.5 kB in memory; 0 stored.
         self._finalizer = weakref.finalize(self, _close, self.dataset.stores, board)
         self._sources: dict[str, _Source] = {}
         self._now: _Source | None = None
-        # Of each tensor: its version, an alias that keeps its memory from being used again, its hash.
+        # Of each tensor: its version, an alias that keeps its memory from being reused, its hash.
         self._digests: Any = WeakIdKeyDictionary()
         self._hooks_changed = 0  # times
         self._state: tuple[Any, ...] = ()
@@ -322,8 +323,9 @@ samples, 26.5 kB in memory; 0 stored.
             return self.model(*args, **kwargs)
         plan, store = self._now.plan, self._now.store
         found: dict[int, torch.Tensor] = {}
+        given = _copied((args, kwargs)) if plan.of_inputs else (args, kwargs)
         with capturing(plan, found, frozen=self._frozen_calls()):
-            output = self.model(*args, **kwargs)
+            output = self.model(*given[0], **given[1])
         self._check_found(plan, found)
         store.write(rows, plan.rows((args, kwargs), targets, found))
         return output
@@ -346,6 +348,7 @@ samples, 26.5 kB in memory; 0 stored.
             with skipping(plan, moved, count, device):
                 return self.model(*args, **kwargs)
         found: dict[int, torch.Tensor] = {}
+        args, kwargs = _copied((args, kwargs))
         with skipping(plan, moved, count, device, now.plan, found):
             output = self.model(*args, **kwargs)
         self._check_found(now.plan, found)
@@ -385,7 +388,8 @@ samples, 26.5 kB in memory; 0 stored.
                 torch.no_grad(),
                 capturing(plan, found, only_these=True, frozen=self._frozen_calls()),
             ):
-                self._bare(*args, **kwargs)
+                given = _copied((args, kwargs)) if plan.of_inputs else (args, kwargs)
+                self._bare(*given[0], **given[1])
         except EnoughError:
             pass
         finally:
@@ -430,6 +434,11 @@ samples, 26.5 kB in memory; 0 stored.
             self._hooks_changed += self._hooks(self._now.plan) != self._now.hooks
             self._drop(self._now.key)
             self._now = None
+        if flags:
+            # Some optimizers write without a trace (through .data), so it may have other values.
+            for p in self._params:
+                if p.requires_grad:
+                    self._digests.pop(p, None)
         if flags or casts or changed:
             try:
                 plan = self._plan()
@@ -476,7 +485,10 @@ samples, 26.5 kB in memory; 0 stored.
         return [] if self._eval_frozen else [m.training for m in plan.modules]
 
     def _hooks(self, plan: Plan) -> list[tuple[int, ...]]:
-        return [(*m._forward_hooks, *m._forward_pre_hooks) for m in plan.modules]
+        return [
+            (*m._forward_hooks, *m._forward_pre_hooks, id(m.__dict__.get("forward")))
+            for m in plan.modules
+        ]
 
     def _take_stock(self) -> None:
         """Find all modules and parameters of the model."""
@@ -523,7 +535,7 @@ samples, 26.5 kB in memory; 0 stored.
         frozen = [not any(p.requires_grad for p in m.parameters()) for m in plan.modules]
         for place, told in (
             (3, "the mode (train or eval) of"),
-            (4, "hooks on"),
+            (4, "the hooks or the forward of"),
         ):
             pairs = zip(source.names, before[place], now[place], frozen, strict=False)
             differing = [n for n, a, b, still in pairs if a != b and still]
@@ -556,7 +568,7 @@ samples, 26.5 kB in memory; 0 stored.
         self._witness = first
 
         def run(inputs: Inputs) -> Any:
-            args, kwargs = inputs
+            args, kwargs = _copied(inputs)  # a model may write into its input
             return self._bare(*args, **kwargs)
 
         batches = [(self._moved(inputs), targets) for inputs, targets in (first, second)]
@@ -688,6 +700,10 @@ samples, 26.5 kB in memory; 0 stored.
             ],
             "slots": [[s.name, list(s.shape), str(s.dtype)] for s in plan.slots],
             "tensors": _hashed(list(digests.items())),
+            # What activation, stride and so on; without addresses of functions.
+            "modules": _hashed(
+                [re.sub("0x[0-9a-f]+", "", repr(c.module)) for c in plan.calls.values()]
+            ),
             "modes": _hashed(modes),
             "hooks": _hashed(
                 [
@@ -713,6 +729,11 @@ samples, 26.5 kB in memory; 0 stored.
         """Hashes of all tensors that the features depend on."""
         whole = {}
         for name, tensor in plan.tensors.items():
+            if tensor.is_inference():
+                raise ValueError(
+                    f"FeatureCache: {name} was made in torch.inference_mode(), which hides later "
+                    "changes of it. Make and load the model outside of that."
+                )
             version, alias, digest = self._digests.get(tensor, (None, tensor, ""))
             if version != tensor._version or alias.data_ptr() != tensor.data_ptr():
                 digest = _hashed(tensor)
@@ -830,6 +851,10 @@ def _hashed(value: Any, size: int = 16) -> str:
     # Not through NumPy, which torch does not need and which has no bfloat16.
     content = (ctypes.c_char * count).from_address(flat.data_ptr()) if count else b""
     return hashlib.blake2b(content, digest_size=size).hexdigest()
+
+
+def _copied(inputs: Inputs) -> Any:
+    return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, inputs)
 
 
 def _same_nans(a: torch.Tensor, b: torch.Tensor) -> bool:
