@@ -157,6 +157,12 @@ samples, 26.5 kB in memory; 0 stored.
             )
         self.model = model
         self._bare = unwrap(model)
+        for name, tensor in (*self._bare.named_parameters(), *self._bare.named_buffers()):
+            if tensor.is_inference():
+                raise ValueError(
+                    f"FeatureCache: {name} was made in torch.inference_mode(), which hides later "
+                    "changes of it. Make and load the model outside of that."
+                )
         self._take_stock()
         self._at = at
         if at is not None:
@@ -183,6 +189,7 @@ samples, 26.5 kB in memory; 0 stored.
         self._digests: Any = WeakIdKeyDictionary()
         self._hooks_changed = 0  # times
         self._state: tuple[Any, ...] = ()
+        self._held: list[int] | None = None  # what `_renew` saw; None for what `_state` has
         self._checked = time.monotonic()
         self._check_seconds = 0.0
         try:
@@ -518,7 +525,8 @@ samples, 26.5 kB in memory; 0 stored.
 
     def _renew(self) -> str:
         """Follow what was replaced in the model; what of the prefix that is, in words, or ""."""
-        if self._state[2] == self._look()[2]:
+        held = self._look()[2]
+        if held == self._state[2] and self._held in (None, held):
             return ""
         self._take_stock()
         tensors: dict[str, torch.Tensor] = {
@@ -543,6 +551,7 @@ samples, 26.5 kB in memory; 0 stored.
                 changed = f"{_format.listed(gone)} was replaced"
             else:
                 self._drop(key)
+        self._held = self._look()[2]
         return changed
 
     def _what_changed(self, source: _Source, before: tuple[Any, ...], now: tuple[Any, ...]) -> str:
@@ -746,11 +755,6 @@ samples, 26.5 kB in memory; 0 stored.
         """Hashes of all tensors that the features depend on."""
         whole = {}
         for name, tensor in plan.tensors.items():
-            if tensor.is_inference():
-                raise ValueError(
-                    f"FeatureCache: {name} was made in torch.inference_mode(), which hides later "
-                    "changes of it. Make and load the model outside of that."
-                )
             version, alias, digest = self._digests.get(tensor, (None, tensor, ""))
             if version != tensor._version or alias.data_ptr() != tensor.data_ptr():
                 digest = _hashed(tensor)
