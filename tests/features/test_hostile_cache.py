@@ -292,6 +292,7 @@ def test_autocast_may_be_entered_and_left(in_memory: bool, tmp_path: Path) -> No
                     assert torch.equal(features(batch.inputs), model(X))
                     batch = first_batch(features)
                     assert epoch == 0 or batch.inputs.slots is not None
+            assert epoch == 0 or len(features._sources) == 2  # neither took the other's place
 
 
 # -------------------------------------------------------------------------------------- processes
@@ -533,6 +534,12 @@ def replace_module(model: Any) -> None:
     model[0] = nn.Linear(4, 6).requires_grad_(False)
 
 
+def replace_hook(model: Any) -> None:
+    model[0]._forward_hooks.clear()
+    factor = float(torch.rand(()))
+    model[0].register_forward_hook(lambda module, args, out: factor * out)
+
+
 BOTH = r"0\.bias, 0\.weight"
 FORWARD = "the hooks or the forward of 0"
 # fmt: off
@@ -548,6 +555,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "new module": (replace_module, "0 was replaced"),
     "no bias": (lambda m: m[0].register_parameter("bias", None), r"0\.bias was replaced"),
     "new hook": (lambda m: m[0].register_forward_hook(lambda m, a, out: 2 * out), FORWARD),
+    "another hook of the same name": (replace_hook, FORWARD),
     "new hook before": (
         lambda m: m[0].register_forward_pre_hook(lambda m, args: (args[0] * 2,)), FORWARD),
     "new forward": (lambda m: setattr(m[0], "forward", lambda x: x.new_ones(len(x), 6)), FORWARD),
@@ -590,6 +598,7 @@ def test_a_changed_prefix_is_noticed(name: str, on_change: str, tmp_path: Path) 
         else:
             labels_of(features, model, [batch])
             check_right(features, model, shuffle=times == 1)
+            batch = first_batch(features, 3, sampler=[3, 4, 5])
 
 
 def test_what_is_undone_was_no_change() -> None:
@@ -862,6 +871,18 @@ def test_batches_in_flight_stay_right(move: str, in_memory: bool, tmp_path: Path
         (freeze if move == "deeper" else unfreeze)(model, "2")
     seen += labels_of(features, model, batches)
     assert seen == EACH_ONCE
+    check_right(features, model)
+
+
+def test_samples_from_two_stores_make_one_batch() -> None:
+    model = model_of()
+    features = cached(model, Data())
+    features.fill(progress=False)
+    freeze(model, "2")
+    features(first_batch(features, sampler=[3, 4]).inputs)  # these two are stored deeper
+    loader = D.DataLoader(D.ConcatDataset([features.dataset]), 4)  # asks sample by sample
+    assert len(features._sources) == 2
+    assert labels_of(features, model, loader) == EACH_ONCE
     check_right(features, model)
 
 
