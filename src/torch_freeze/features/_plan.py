@@ -436,9 +436,7 @@ def _traced(
     eval_frozen: bool,
     in_eval: dict[tuple[int, int], nn.Module],
 ) -> tuple[_Trace, set[str]]:
-    """A pass that follows what depends on what, and the buffers that it writes."""
-    buffers = {name: b for name, b in tree.root.module.named_buffers() if not is_lazy(b)}
-    before = {name: b.clone() for name, b in buffers.items()}
+    """A pass that follows what depends on what, and the names of the buffers that it writes."""
     modules = [e.module for e in tree.order[1:] if not isinstance(e.module, torch.jit.ScriptModule)]
     frozen = {
         id(m)
@@ -453,15 +451,29 @@ def _traced(
         with eval_mode(module) if is_eval else nullcontext():
             return trace.call(chosen, module, ordinal, args, kwargs, usual)
 
-    try:
-        with kept_random_state(seed=0), torch.enable_grad(), taken_over(modules, handler), trace:
-            run(inputs)
-        changed = {name for name, b in buffers.items() if not torch.equal(b, before[name])}
-    finally:
-        for name, buffer in buffers.items():
-            if not torch.equal(buffer, before[name]):
-                buffer.copy_(before[name])
+    with (
+        kept_buffers(tree.root.module) as changed,
+        kept_random_state(seed=0),
+        torch.enable_grad(),
+        taken_over(modules, handler),
+        trace,
+    ):
+        run(inputs)
     return trace, changed
+
+
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[set[str]]:
+    """Give buffers their values back, and name those that needed it when the block is left."""
+    before = {name: (b, b.clone()) for name, b in model.named_buffers() if not is_lazy(b)}
+    changed: set[str] = set()
+    try:
+        yield changed
+    finally:
+        for name, (buffer, value) in before.items():
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+                changed.add(name)
 
 
 @contextmanager

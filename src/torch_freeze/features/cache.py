@@ -28,13 +28,14 @@ from torch_freeze._select import as_selectors, select
 from torch_freeze._tree import Tree, check_model, unwrap
 
 from ._calls import taken_over
-from ._dataset import Board, CachedDataset, CachedInputs, split
+from ._dataset import Board, CachedDataset, CachedInputs, Samples, split
 from ._plan import (
     EnoughError,
     Inputs,
     Plan,
     Runner,
     capturing,
+    kept_buffers,
     kept_random_state,
     make_plan,
     near,
@@ -50,10 +51,15 @@ class _Source:
     key: str
     plan: Plan
     store: Store
-    values: tuple[Any, ...]
+    digest: str
+    modes: list[bool]
+    #: The dtype of autocast, or False.
+    cast: torch.dtype | bool
 
     def still_frozen(self) -> bool:
-        return not any(t.requires_grad for t in self.plan.tensors.values())
+        """Whether the prefix neither trains nor has another mode than when it was stored."""
+        trains = any(t.requires_grad for t in self.plan.tensors.values())
+        return not trains and self.modes == [m.training for m in self.plan.modules]
 
 
 class FeatureCache:
@@ -120,7 +126,7 @@ class FeatureCache:
 samples, 26.5 kB in memory; 0 stored.
         >>> for batch in DataLoader(features.dataset, 10, shuffle=True):
         ...     loss = nn.functional.cross_entropy(features(batch.inputs), batch.targets)
-        >>> len(features)
+        >>> features.stored
         100
     """
 
@@ -206,6 +212,8 @@ samples, 26.5 kB in memory; 0 stored.
             )
         self._follow()
         source = self._sources.get(inputs.store or "")
+        if source is not None and source.cast != self._cast():
+            source = None
         slots, raw = inputs.slots, inputs.raw
         if source is None and raw is None:  # stored for a boundary that is no longer valid
             raw = self.dataset.raw(inputs.rows)
@@ -269,11 +277,22 @@ samples, 26.5 kB in memory; 0 stored.
 
         Returns:
             A context manager. Inside, `model(batch.inputs)` and `model(cached=batch.inputs)` do
-            what calling this object does; other calls of the model are as always.
+            what calling this object does; other calls of the model are as always. The callbacks of
+            `torch_freeze.integrations` do this for their `cache`.
         """
         return self._attached()
 
-    def __len__(self) -> int:
+    def collator(self, samples: list[Any]) -> Any:
+        """A batch for training loops that call `model(**batch)`: `{"cached": inputs}`.
+
+        It collates samples of another dataset, for an evaluation, as `collate_fn` does.
+        """
+        if samples and isinstance(samples[0], Samples):
+            return {"cached": self.dataset.collate(samples).inputs}
+        return self.dataset.collate_fn(samples)
+
+    @property
+    def stored(self) -> int:
         """How many rows (samples times views) are stored."""
         return 0 if self._now is None else self._now.store.count
 
@@ -368,6 +387,7 @@ samples, 26.5 kB in memory; 0 stored.
         try:
             with (
                 torch.no_grad(),
+                kept_buffers(self._bare),
                 capturing(plan, found, only_these=True, runner=self._runner()),
             ):
                 self._bare(*args, **kwargs)
@@ -444,8 +464,7 @@ samples, 26.5 kB in memory; 0 stored.
 
     def _look(self) -> tuple[Any, ...]:
         """All that a batch checks, in a form that is quick to make and to compare."""
-        device = self._params[0].device.type
-        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        cast = self._cast()
         flags = [p.requires_grad for p in self._params]
         if self._now is None:
             return (flags, cast)
@@ -459,18 +478,23 @@ samples, 26.5 kB in memory; 0 stored.
             [t.data_ptr() for t in plan.tensors.values()],
         )
 
+    def _cast(self) -> torch.dtype | bool:
+        device = self._params[0].device.type
+        return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+
     def _what_changed(self, source: _Source, before: tuple[Any, ...], now: tuple[Any, ...]) -> str:
         """What else than requires_grad changed in the prefix, in words; "" if nothing."""
         plan = source.plan
-        names = [self._tree.modules[id(m)].name for m in plan.modules]
-        for place, told in (
-            (2, "the mode (train or eval) of"),
-            (3, "hooks on"),
-        ):
-            pairs = zip(names, before[place], now[place], strict=False)
-            differing = [n for n, a, b in pairs if a != b]
+        same_flags = before[0] == now[0]
+        for place, what in ((2, "the mode (train or eval) of"), (3, "hooks on")):
+            differing = [
+                self._tree.modules[id(m)].name
+                for m, a, b in zip(plan.modules, before[place], now[place], strict=False)
+                # A norm that is unfrozen gets its own mode back.
+                if a != b and (same_flags or _all_frozen(m))
+            ]
             if differing:
-                return f"{told} {_format.listed(differing)} changed"
+                return f"{what} {_format.listed(differing)} changed"
         moved = [
             name
             for name, t, *held in zip(
@@ -479,7 +503,7 @@ samples, 26.5 kB in memory; 0 stored.
             if not t.requires_grad and held[:2] != held[2:]
         ]
         # A move to another device or back changes addresses, and no value.
-        if moved and self._digest(plan) != source.values[0]:
+        if moved and self._digest(plan) != source.digest:
             return f"{_format.listed(moved)} changed"
         return ""
 
@@ -501,7 +525,8 @@ samples, 26.5 kB in memory; 0 stored.
             return self._bare(*args, **kwargs)
 
         batches = [(self._moved(inputs), targets) for inputs, targets in (first, second)]
-        return make_plan(self._tree, run, batches, pairs, self._at, self._eval_frozen)
+        with kept_buffers(self._bare):
+            return make_plan(self._tree, run, batches, pairs, self._at, self._eval_frozen)
 
     def _check_drawn(
         self, first: Any, second: Any, pairs: tuple[tuple[int, int], ...], picked: list[int]
@@ -546,7 +571,7 @@ samples, 26.5 kB in memory; 0 stored.
             store = self._sources.pop(key).store
         else:
             store = open_store(self._root, key, columns, rows, made_from)
-        now = _Source(key, plan, store, (digest,))
+        now = _Source(key, plan, store, digest, [m.training for m in plan.modules], self._cast())
         self._check_against_store(now)
         self._sources[key] = now
         self._now = now
@@ -567,19 +592,24 @@ samples, 26.5 kB in memory; 0 stored.
         for key, source in list(self._sources.items()):
             if source is self._now:
                 continue
-            if not source.still_frozen() or self._digest(source.plan) != source.values[0]:
+            if not source.still_frozen() or self._digest(source.plan) != source.digest:
                 self._drop(key)
         now = [] if self._now is None else [self._now.key]
-        older = [key for key in reversed(self._sources) if key not in now]
+        older = [key for key in reversed(self._sources) if key not in now and self._alike(key)]
         self.dataset.board.put([*now, *older][:16])
         self._drop_shallower()
 
     def _drop_shallower(self) -> None:
         """Forget features of earlier boundaries when all samples have those of the last."""
         if len(self._sources) > 1 and self._now is not None and not len(self._now.store.missing):
-            for key in [key for key, source in self._sources.items() if source is not self._now]:
-                self._drop(key)
+            for key in [*self._sources]:
+                if key != self._now.key and self._alike(key):
+                    self._drop(key)
             self.dataset.board.put([self._now.key])
+
+    def _alike(self, key: str) -> bool:
+        """Whether features were stored under the present autocast, if any."""
+        return self._sources[key].cast == self._cast()
 
     def _drop(self, key: str) -> None:
         source = self._sources.pop(key)
@@ -591,8 +621,6 @@ samples, 26.5 kB in memory; 0 stored.
         """All that features depend on, for the key of the store and its manifest."""
         witness = _hashed([_hashed(value) for value in tree_flatten(self._witness)[0]])
         modes = "".join("01"[m.training and not self._eval_frozen] for m in plan.modules)
-        device = self._device().type
-        cast = torch.is_autocast_enabled(device) and str(torch.get_autocast_dtype(device))
         return {
             "model": type(self._bare).__qualname__,
             "boundary": [
@@ -601,7 +629,7 @@ samples, 26.5 kB in memory; 0 stored.
             "slots": [[s.name, list(s.shape), str(s.dtype)] for s in plan.slots],
             "tensors": digest,
             "modes": _hashed(modes),
-            "autocast": cast,
+            "autocast": str(self._cast()),
             "torch": ".".join(torch.__version__.split(".")[:2]),
             "samples": len(self.dataset),
             "views": self.dataset.views,
@@ -668,9 +696,9 @@ samples, 26.5 kB in memory; 0 stored.
     @contextmanager
     def _attached(self) -> Iterator[None]:
         def handler(module: nn.Module, ordinal: int, args: Any, kwargs: Any, usual: Any) -> Any:
-            given = kwargs.get("cached") if not args else args[0]
-            if isinstance(given, CachedInputs) and len(args) + len(kwargs) == 1:
-                return self(given)
+            given = [*args, *(value for value in kwargs.values() if value is not None)]
+            if len(given) == 1 and isinstance(given[0], CachedInputs):
+                return self(given[0])
             return usual(*args, **kwargs)
 
         with taken_over([self.model], handler):
@@ -733,6 +761,12 @@ def _hashed(value: Any, size: int = 16) -> str:
     # Not through NumPy, which torch does not need and which has no bfloat16.
     content = (ctypes.c_char * count).from_address(flat.data_ptr()) if count else b""
     return hashlib.blake2b(content, digest_size=size).hexdigest()
+
+
+def _all_frozen(module: nn.Module) -> bool:
+    """Whether a module has parameters, and none of them trains."""
+    params = [*module.parameters()]
+    return bool(params) and not any(p.requires_grad for p in params)
 
 
 def _same_nans(a: torch.Tensor, b: torch.Tensor) -> bool:
