@@ -187,6 +187,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         self.origins: dict[int, frozenset[tuple[int, int]]] = {}
         self.calls: list[_Call] = []
         self.needed: set[tuple[int, int]] = set()
+        self.sizes: dict[tuple[int, int], int] = {}  # in bytes
         self.tensors: dict[str, torch.Tensor] = {}
         #: Calls that draw random numbers which a module with frozen parameters then uses.
         self.blocked: dict[tuple[int, int], _Call] = {}
@@ -290,6 +291,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
                 key = _storage(leaf)
                 before = self.origins.get(key, frozenset()) if id(leaf) in given else frozenset()
                 self.origins[key] = before | {(number, j)}
+                self.sizes[number, j] = leaf.nbytes
                 if id(module) in at:
                     self.needed.add((number, j))
                     self.tainted[key] = ""
@@ -487,6 +489,23 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for m in changed:
             m.training = True
+
+
+def estimate(
+    tree: Tree, run: Callable[[Inputs], Any], inputs: Inputs
+) -> tuple[float, list[str], int]:
+    """What could be stored, from one pass in which frozen modules are in eval mode.
+
+    Returns:
+        The share (0 to 1) of the forward pass's FLOPs that would be skipped, the modules whose
+        outputs would be stored, and their bytes for the whole batch.
+    """
+    trace, _ = _traced(tree, run, inputs, None, True, {})
+    outermost = {id(call) for call in trace.stack[0].inside}
+    stored = [(n, j) for n, j in sorted(trace.needed) if n >= 0 and id(trace.calls[n]) in outermost]
+    names = dict.fromkeys(tree.modules[id(trace.calls[n].module)].name for n, _ in stored)
+    size = sum(trace.sizes[n, j] for n, j in stored)
+    return (trace.frozen_flops / trace.flops if trace.flops else 0.0), list(names), size
 
 
 def _check_trace(
