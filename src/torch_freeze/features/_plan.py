@@ -218,6 +218,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         self.origins: dict[int, frozenset[tuple[int, int]]] = {}
         self.calls: list[_Call] = []
         self.needed: set[tuple[int, int]] = set()
+        self.sizes: dict[tuple[int, int], int] = {}  # in bytes
         self.tensors: dict[str, torch.Tensor] = {}
         #: Calls that draw random numbers which a module with frozen parameters then uses.
         self.blocked: dict[tuple[int, int], _Call] = {}
@@ -324,6 +325,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
                 key = _storage(leaf)
                 before = self.origins.get(key, frozenset()) if id(leaf) in given else frozenset()
                 self.origins[key] = before | {(number, j)}
+                self.sizes[number, j] = leaf.nbytes
                 if id(module) in at:
                     self.needed.add((number, j))
                     self.tainted[key] = ""
@@ -483,9 +485,7 @@ def _traced(
     eval_frozen: bool,
     in_eval: dict[tuple[int, int], nn.Module],
 ) -> tuple[_Trace, set[str]]:
-    """A pass that follows what depends on what, and the buffers that it writes."""
-    buffers = {name: b for name, b in tree.root.module.named_buffers() if not is_lazy(b)}
-    before = {name: b.clone() for name, b in buffers.items()}
+    """A pass that follows what depends on what, and the names of the buffers that it writes."""
     modules = [e.module for e in tree.order[1:] if not isinstance(e.module, torch.jit.ScriptModule)]
     frozen = {
         id(m)
@@ -500,15 +500,29 @@ def _traced(
         with eval_mode(module) if is_eval else nullcontext():
             return trace.call(chosen, module, ordinal, args, kwargs, usual)
 
-    try:
-        with kept_random_state(seed=0), torch.enable_grad(), taken_over(modules, handler), trace:
-            run(inputs)
-        changed = {name for name, b in buffers.items() if not torch.equal(b, before[name])}
-    finally:
-        for name, buffer in buffers.items():
-            if not torch.equal(buffer, before[name]):
-                buffer.copy_(before[name])
+    with (
+        kept_buffers(tree.root.module) as changed,
+        kept_random_state(seed=0),
+        torch.enable_grad(),
+        taken_over(modules, handler),
+        trace,
+    ):
+        run(inputs)
     return trace, changed
+
+
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[set[str]]:
+    """Give buffers their values back, and name those that needed it when the block is left."""
+    before = {name: (b, b.clone()) for name, b in model.named_buffers() if not is_lazy(b)}
+    changed: set[str] = set()
+    try:
+        yield changed
+    finally:
+        for name, (buffer, value) in before.items():
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+                changed.add(name)
 
 
 @contextmanager
@@ -522,6 +536,23 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for m in changed:
             m.training = True
+
+
+def estimate(
+    tree: Tree, run: Callable[[Inputs], Any], inputs: Inputs
+) -> tuple[float, list[str], int]:
+    """What could be stored, from one pass in which frozen modules are in eval mode.
+
+    Returns:
+        The share (0 to 1) of the forward pass's FLOPs that would be skipped, the modules whose
+        outputs would be stored, and their bytes for the whole batch.
+    """
+    trace, _ = _traced(tree, run, inputs, None, True, {})
+    outermost = {id(call) for call in trace.stack[0].inside}
+    stored = [(n, j) for n, j in sorted(trace.needed) if n >= 0 and id(trace.calls[n]) in outermost]
+    names = dict.fromkeys(tree.modules[id(trace.calls[n].module)].name for n, _ in stored)
+    size = sum(trace.sizes[n, j] for n, j in stored)
+    return (trace.frozen_flops / trace.flops if trace.flops else 0.0), list(names), size
 
 
 def _check_trace(

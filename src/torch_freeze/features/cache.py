@@ -30,13 +30,14 @@ from torch_freeze._select import as_selectors, select
 from torch_freeze._tree import Tree, check_model, unwrap
 
 from ._calls import taken_over
-from ._dataset import Board, CachedDataset, CachedInputs, split
+from ._dataset import Board, CachedDataset, CachedInputs, Samples, split
 from ._plan import (
     EnoughError,
     Inputs,
     Plan,
     Runner,
     capturing,
+    kept_buffers,
     kept_random_state,
     make_plan,
     near,
@@ -59,6 +60,7 @@ class _Source:
     hooks: list[tuple[int, ...]]
 
     def still_frozen(self) -> bool:
+        """Whether nothing of the prefix trains."""
         return not any(t.requires_grad for t in self.plan.tensors.values())
 
 
@@ -126,7 +128,7 @@ class FeatureCache:
 samples, 26.5 kB in memory; 0 stored.
         >>> for batch in DataLoader(features.dataset, 10, shuffle=True):
         ...     loss = nn.functional.cross_entropy(features(batch.inputs), batch.targets)
-        >>> len(features)
+        >>> features.stored
         100
     """
 
@@ -292,11 +294,22 @@ samples, 26.5 kB in memory; 0 stored.
 
         Returns:
             A context manager. Inside, `model(batch.inputs)` and `model(cached=batch.inputs)` do
-            what calling this object does; other calls of the model are as always.
+            what calling this object does; other calls of the model are as always. The callbacks of
+            `torch_freeze.integrations` do this for their `cache`.
         """
         return self._attached()
 
-    def __len__(self) -> int:
+    def collator(self, samples: list[Any]) -> Any:
+        """A batch for training loops that call `model(**batch)`: `{"cached": inputs}`.
+
+        It collates samples of another dataset, for an evaluation, as `collate_fn` does.
+        """
+        if samples and isinstance(samples[0], Samples):
+            return {"cached": self.dataset.collate(samples).inputs}
+        return self.dataset.collate_fn(samples)
+
+    @property
+    def stored(self) -> int:
         """How many rows (samples times views) are stored."""
         return 0 if self._now is None else self._now.store.count
 
@@ -396,6 +409,7 @@ samples, 26.5 kB in memory; 0 stored.
         try:
             with (
                 torch.no_grad(),
+                kept_buffers(self._bare),
                 capturing(plan, found, only_these=True, runner=self._runner()),
             ):
                 given = _copied((args, kwargs)) if plan.of_inputs else (args, kwargs)
@@ -558,7 +572,8 @@ samples, 26.5 kB in memory; 0 stored.
         """What else than requires_grad changed in the prefix, in words; "" if nothing."""
         plan = source.plan
         # What trains now is after the next boundary, and unfreezing changes the mode of a norm.
-        frozen = [not any(p.requires_grad for p in m.parameters()) for m in plan.modules]
+        flags = [[p.requires_grad for p in m.parameters()] for m in plan.modules]
+        frozen = [not any(f) and (bool(f) or before[0] == now[0]) for f in flags]
         for place, told in (
             (3, "the mode (train or eval) of"),
             (4, "the hooks or the forward of"),
@@ -599,7 +614,8 @@ samples, 26.5 kB in memory; 0 stored.
 
         batches = [(self._moved(inputs), targets) for inputs, targets in (first, second)]
         at = None if self._at is None else _one_module(self._tree, self._at)
-        return make_plan(self._tree, run, batches, pairs, at, self._eval_frozen)
+        with kept_buffers(self._bare):
+            return make_plan(self._tree, run, batches, pairs, at, self._eval_frozen)
 
     def _check_redrawn(self) -> None:
         """Draw two samples often: a flip with p=0.5 gives the same two times out of four."""
@@ -717,8 +733,6 @@ samples, 26.5 kB in memory; 0 stored.
         """All that features depend on, for the key of the store and its manifest."""
         witness = _hashed([_hashed(value) for value in tree_flatten(self._witness)[0]])
         modes = "".join("01"[m.training and not self._eval_frozen] for m in plan.modules)
-        device = self._device().type
-        cast = torch.is_autocast_enabled(device) and str(torch.get_autocast_dtype(device))
         return {
             "model": type(self._bare).__qualname__,
             "boundary": [
@@ -739,7 +753,7 @@ samples, 26.5 kB in memory; 0 stored.
                 ]
             ),
             "changes of hooks": self._hooks_changed,
-            "autocast": cast,
+            "autocast": str(self._cast()),
             "torch": ".".join(torch.__version__.split(".")[:2]),
             "samples": len(self.dataset),
             "views": self.dataset.views,
@@ -807,9 +821,9 @@ samples, 26.5 kB in memory; 0 stored.
     @contextmanager
     def _attached(self) -> Iterator[None]:
         def handler(module: nn.Module, ordinal: int, args: Any, kwargs: Any, usual: Any) -> Any:
-            given = kwargs.get("cached") if not args else args[0]
-            if isinstance(given, CachedInputs) and len(args) + len(kwargs) == 1:
-                return self(given)
+            given = [*args, *(value for value in kwargs.values() if value is not None)]
+            if len(given) == 1 and isinstance(given[0], CachedInputs):
+                return self(given[0])
             return usual(*args, **kwargs)
 
         with taken_over([self.model], handler):
