@@ -625,7 +625,7 @@ def test_check_finds_what_leaves_no_trace() -> None:
     model = model_of()
     features = FeatureCache(model, Data(), spot_check=1)
     features.fill(progress=False)
-    model[0].weight.data.mul_(2)
+    model[0].bias.data.add_(100)
     for noticing in (features.check, lambda: check_right(features, model)):
         with pytest.raises(RuntimeError, match=r"changed without a trace .*\.data"):
             noticing()
