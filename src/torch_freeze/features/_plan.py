@@ -607,8 +607,15 @@ def _returned(
     return found, output
 
 
+#: Runs a frozen call: gets the module, a function that runs it as usual, and its arguments.
+Runner = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
 def capturing(
-    plan: Plan, found: dict[int, torch.Tensor], only_these: bool = False, frozen: Any = nullcontext
+    plan: Plan,
+    found: dict[int, torch.Tensor],
+    only_these: bool = False,
+    runner: Runner | None = None,
 ) -> Any:
     """Keep what the stored calls of a plan return, by slot, in the forward passes of a block.
 
@@ -616,20 +623,21 @@ def capturing(
         plan: the plan.
         found: gets the tensors, with the batch's dimension first.
         only_these: end the pass with EnoughError when all are there.
-        frozen: makes a context for the frozen calls.
+        runner: runs the frozen calls; None runs them as usual.
     """
     modules = [plan.calls[key].module for key in plan.stored] + list(plan.in_eval.values())
-    if frozen is not nullcontext:
+    if runner is not None:
         modules += plan.skipped_modules
     waiting = set(plan.stored)
 
     def handler(module: nn.Module, ordinal: int, args: Any, kwargs: Any, usual: Any) -> Any:
         key = (id(module), ordinal)
-        with (
-            frozen() if key in plan.calls else nullcontext(),
-            eval_mode(module) if key in plan.in_eval else nullcontext(),
-        ):
-            out = usual(*args, **kwargs)
+        with eval_mode(module) if key in plan.in_eval else nullcontext():
+            if runner is None or key not in plan.calls:
+                out = usual(*args, **kwargs)
+            else:
+                out = runner(module, usual, args, kwargs)
+                out = _as_recorded(plan, plan.calls[key].returns, out)
         if key in plan.stored:
             keep(plan, key, out, found)
             waiting.discard(key)
@@ -638,6 +646,17 @@ def capturing(
         return out
 
     return taken_over({id(m): m for m in modules}.values(), handler)
+
+
+def _as_recorded(plan: Plan, recorded: Structure, out: Any) -> Any:
+    """What a call returned, in the dtypes that it returns otherwise."""
+    leaves, spec = tree_flatten(out)
+    made = []
+    for value, leaf in zip(leaves, recorded.leaves, strict=True):
+        dtype = leaf.dtype if leaf.slot is None else plan.slots[leaf.slot].dtype
+        cast = isinstance(value, torch.Tensor) and value.is_floating_point()
+        made.append(value.to(dtype) if cast else value)
+    return tree_unflatten(made, spec)
 
 
 def keep(plan: Plan, key: tuple[int, int], out: Any, found: dict[int, torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -12,7 +13,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from ._plan import (
     EnoughError,
     Inputs,
     Plan,
+    Runner,
     capturing,
     kept_random_state,
     make_plan,
@@ -169,6 +171,7 @@ samples, 26.5 kB in memory; 0 stored.
         self._finalizer = weakref.finalize(self, _close, self.dataset.stores, board)
         self._sources: dict[str, _Source] = {}
         self._now: _Source | None = None
+        self._compiled: dict[int, Callable[..., Any]] = {}
         self._digests: dict[tuple[Any, ...], str] = {}
         self._state: tuple[Any, ...] = ()
         self._checked = time.monotonic()
@@ -307,7 +310,7 @@ samples, 26.5 kB in memory; 0 stored.
             return self.model(*args, **kwargs)
         plan, store = self._now.plan, self._now.store
         found: dict[int, torch.Tensor] = {}
-        with capturing(plan, found, frozen=self._frozen_calls()):
+        with capturing(plan, found, runner=self._runner()):
             output = self.model(*args, **kwargs)
         self._check_found(plan, found)
         store.write(rows, plan.rows((args, kwargs), targets, found))
@@ -365,7 +368,7 @@ samples, 26.5 kB in memory; 0 stored.
         try:
             with (
                 torch.no_grad(),
-                capturing(plan, found, only_these=True, frozen=self._frozen_calls()),
+                capturing(plan, found, only_these=True, runner=self._runner()),
             ):
                 self._bare(*args, **kwargs)
         except EnoughError:
@@ -386,11 +389,25 @@ samples, 26.5 kB in memory; 0 stored.
     def _device(self) -> torch.device:
         return self._params[0].device
 
-    def _frozen_calls(self) -> Any:
-        """What frozen calls run in."""
-        if self._frozen_dtype is None:
-            return nullcontext
-        return functools.partial(torch.autocast, self._device().type, dtype=self._frozen_dtype)
+    def _runner(self) -> Runner | None:
+        """What runs frozen calls, None for as usual."""
+        if self._frozen_dtype is None and not self._compile_frozen:
+            return None
+
+        def run(module: nn.Module, usual: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            with contextlib.ExitStack() as stack:
+                if self._frozen_dtype is not None:
+                    stack.enter_context(torch.autocast(self._device().type, self._frozen_dtype))
+                if self._compile_frozen and any(True for _ in module.parameters()):
+                    if id(module) not in self._compiled:
+                        self._compiled[id(module)] = torch.compile(usual)
+                    usual = self._compiled[id(module)]
+                    # The limit counts what all modules have compiled together.
+                    limit = 8 + 2 * len(self._compiled)
+                    stack.enter_context(torch._dynamo.config.patch(recompile_limit=limit))
+                return usual(*args, **kwargs)
+
+        return run
 
     # ----------------------------------------------------------------- what is frozen, and whether
 
