@@ -355,6 +355,11 @@ def make_plan(
         if not eval_frozen or not new:
             break
         in_eval |= new  # dropout between frozen modules
+
+    def run_again(inputs: Inputs) -> Any:
+        with kept_buffers(tree):  # as the running statistics of norms that train
+            return run(inputs)
+
     calls = {id(call): n for n, call in enumerate(trace.calls)}
     outermost = [(calls[id(call)], call) for call in trace.stack[0].inside]
     name_of = {n: tree.modules[id(call.module)].name for n, call in outermost}
@@ -365,8 +370,8 @@ def make_plan(
     # The same two batches again, as they will be run from now on.
     needed = {key: None for key in sorted(trace.needed) if key[0] < 0 or key[0] in name_of}
     plain = [(call.module, call.ordinal) for _, call in outermost]
-    first, output = _returned(run, plain, inputs, in_eval, seed=0)
-    second, _ = _returned(run, plain, other_inputs, in_eval, seed=1)
+    first, output = _returned(run_again, plain, inputs, in_eval, seed=0)
+    second, _ = _returned(run_again, plain, other_inputs, in_eval, seed=1)
     for (n, _), one, two in zip(outermost, first, second, strict=True):
         if one is None or two is None:
             raise ValueError(
@@ -422,9 +427,9 @@ def make_plan(
     )
     if not plan.stored:
         raise ValueError(_nothing_to_store(trace))
-    captured = _captured(plan, run, inputs, targets, seed=0)
-    _check_samples(plan, run, captured, batches, pairs)
-    _check_output(plan, run, captured, inputs, output)
+    captured = _captured(plan, run_again, inputs, targets, seed=0)
+    _check_samples(plan, run_again, captured, batches, pairs)
+    _check_output(plan, run_again, captured, inputs, output)
     return plan
 
 
@@ -437,8 +442,6 @@ def _traced(
     in_eval: dict[tuple[int, int], nn.Module],
 ) -> tuple[_Trace, set[str]]:
     """A pass that follows what depends on what, and the buffers that it writes."""
-    buffers = {name: b for name, b in tree.root.module.named_buffers() if not is_lazy(b)}
-    before = {name: b.clone() for name, b in buffers.items()}
     modules = [e.module for e in tree.order[1:] if not isinstance(e.module, torch.jit.ScriptModule)]
     frozen = {
         id(m)
@@ -453,15 +456,25 @@ def _traced(
         with eval_mode(module) if is_eval else nullcontext():
             return trace.call(chosen, module, ordinal, args, kwargs, usual)
 
-    try:
+    with kept_buffers(tree) as changed:
         with kept_random_state(seed=0), torch.enable_grad(), taken_over(modules, handler), trace:
             run(inputs)
-        changed = {name for name, b in buffers.items() if not torch.equal(b, before[name])}
+    return trace, changed
+
+
+@contextmanager
+def kept_buffers(tree: Tree) -> Iterator[set[str]]:
+    """Give buffers their values back after the block; the set then names those that changed."""
+    buffers = {name: b for name, b in tree.root.module.named_buffers() if not is_lazy(b)}
+    before = {name: b.clone() for name, b in buffers.items()}
+    changed: set[str] = set()
+    try:
+        yield changed
     finally:
         for name, buffer in buffers.items():
             if not torch.equal(buffer, before[name]):
+                changed.add(name)
                 buffer.copy_(before[name])
-    return trace, changed
 
 
 @contextmanager

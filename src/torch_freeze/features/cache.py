@@ -463,6 +463,10 @@ samples, 26.5 kB in memory; 0 stored.
         """What else than requires_grad changed in the prefix, in words; "" if nothing."""
         plan = source.plan
         names = [self._tree.modules[id(m)].name for m in plan.modules]
+        if not source.still_frozen():
+            # Norms that `unfreeze` released are in another mode, but no longer in the prefix.
+            trains = (any(p.requires_grad for p in m.parameters()) for m in plan.modules)
+            names = names[: next((n for n, found in enumerate(trains) if found), None)]
         for place, told in (
             (2, "the mode (train or eval) of"),
             (3, "hooks on"),
