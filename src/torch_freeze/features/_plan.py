@@ -456,9 +456,14 @@ def _traced(
         with eval_mode(module) if is_eval else nullcontext():
             return trace.call(chosen, module, ordinal, args, kwargs, usual)
 
-    with kept_buffers(tree) as changed:
-        with kept_random_state(seed=0), torch.enable_grad(), taken_over(modules, handler), trace:
-            run(inputs)
+    with (
+        kept_buffers(tree) as changed,
+        kept_random_state(seed=0),
+        torch.enable_grad(),
+        taken_over(modules, handler),
+        trace,
+    ):
+        run(inputs)
     return trace, changed
 
 

@@ -423,12 +423,15 @@ samples, 26.5 kB in memory; 0 stored.
                 f"FeatureCache: {changed} since the features were stored, so they are no longer "
                 "what the model computes. Undo it, or make the cache with on_change='refill'."
             )
+        if casts or changed:  # what an earlier boundary stored is of no use either
+            for key in list(self._sources):
+                self._drop(key)
         if flags or casts or changed:
             try:
                 plan = self._plan()
             except ValueError as error:
                 kept = self._now if self._now is not None and self._now.still_frozen() else None
-                if changed or kept is None:
+                if casts or changed or kept is None:
                     self._end()
                 warnings.warn(
                     f"{error} Until then, "
@@ -605,6 +608,7 @@ samples, 26.5 kB in memory; 0 stored.
             "slots": [[s.name, list(s.shape), str(s.dtype)] for s in plan.slots],
             "tensors": digest,
             "modes": _hashed(modes),
+            "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in plan.modules],
             "autocast": cast,
             "torch": ".".join(torch.__version__.split(".")[:2]),
             "samples": len(self.dataset),
