@@ -151,7 +151,6 @@ COLUMNS: dict[str, Columns] = {
             for number in range(2)
         ),
         ("total", _time("total")),
-        ("stored\nMB", _size("features", -1)),
     ],
     "iterations": [
         ("iteration", _time("iteration")),

@@ -143,9 +143,9 @@ def test_where_a_changed_prefix_cannot_be_stored_forward_is_whole() -> None:
     for inputs, _ in DataLoader(features.dataset, 8):
         features(inputs)
     freeze(model, "1", hold_norm=False)  # its output now depends on the other samples of a batch
-    (first, _), (second, rows) = DataLoader(features.dataset, 8)
+    (first, _), second = DataLoader(features.dataset, 8)
     with pytest.warns(UserWarning, match="forward is whole"):
         features(first)
     assert features.boundary == ()
-    for inputs, rows in [(second, rows), *DataLoader(features.dataset, 8)]:
+    for inputs, rows in [second, *DataLoader(features.dataset, 8)]:
         assert torch.equal(features(inputs), model(data.tensors[0][rows]))

@@ -23,7 +23,7 @@ from ..checks import MissingPackageError, require, usable
 from ..contestants import DEFAULT, FORMS, FROZEN_AWARE, Contestant
 from ..records import FACTS, OURS, Measured
 from ..tables import Reached, duration, judge, multiple
-from ..timing import Budget, iteration_turn, interleave, no_collector, timed
+from ..timing import Budget, interleave, iteration_turn, no_collector, timed
 from .base import Setting, Suite, Task
 from .digits import load_digits
 
@@ -96,11 +96,15 @@ def _cut_vit(model: Any, trains: Sequence[str]) -> Parts:
         token = model.class_token.expand(len(images), -1, -1)
         value = torch.cat([token, patches], 1) + model.encoder.pos_embedding
         value = nn.Sequential(*layers[:count])(value)
-        return value if count < len(layers) else model.encoder.ln(value)[:, 0]
+        return value if count < len(layers) else first_token(value)
+
+    def first_token(value: Tensor) -> Tensor:
+        normed: Tensor = model.encoder.ln(value)
+        return normed[:, 0]
 
     def suffix(value: Tensor) -> Tensor:
         if count < len(layers):
-            value = model.encoder.ln(nn.Sequential(*layers[count:])(value))[:, 0]
+            value = first_token(nn.Sequential(*layers[count:])(value))
         scores: Tensor = model.heads(value)
         return scores
 
@@ -115,9 +119,10 @@ def _vision(name: str, **options: Any) -> nn.Module:
 def _vit() -> nn.Module:
     shape = {"image_size": SIZE, "patch_size": 8, "num_layers": 6, "num_heads": 3}
     width = {"hidden_dim": 192, "mlp_dim": 768, "num_classes": CLASSES}
-    model = _vision("VisionTransformer", **shape, **width)
+    model: Any = _vision("VisionTransformer", **shape, **width)
     nn.init.trunc_normal_(model.heads.head.weight, std=0.02)  # torchvision begins with zeros
-    return model
+    made: nn.Module = model
+    return made
 
 
 _FROM_LAYER_3, _FROM_LAYER_4 = ("layer3", "layer4", "fc"), ("layer4", "fc")
@@ -376,7 +381,10 @@ def run_digits(setting: Setting, name: str, cut: str, *, options: bool = False) 
     )
     found = Measured("epochs", f"{name}/{cut}", _title(network, cut), details, "epochs")
     prepare = partial(_freeze_but, trains)
-    parts = partial(network.parts, trains=trains)
+
+    def parts(model: nn.Module) -> Parts:
+        return network.parts(model, trains)
+
     return run_all(found, setting, start, data, prepare, parts, OPTIONS if options else {})
 
 
@@ -423,7 +431,7 @@ def run_all(
     data: Data,
     prepare: Callable[[nn.Module], Any],
     parts: Callable[[nn.Module], Parts],
-    options: Mapping[str, dict[str, Any]],
+    options: dict[str, dict[str, Any]],
 ) -> Measured:
     """Everyone trains the same model, taking turns epoch by epoch."""
     extent = QUICK if setting.quick else FULL
@@ -434,12 +442,15 @@ def run_all(
             OURS: Run(OURS, FROZEN_AWARE, *rest),
             BY_HAND: ByHand(BY_HAND, FROZEN_AWARE, *rest, parts=parts),
         }
-        for number, (key, given) in enumerate(({CACHED: {}} | options).items()):
-            where = f"{folder}/{number}"
-            everyone[key] = Cached(key, FROZEN_AWARE, *rest, folder=where, **given)
+        made: dict[str, dict[str, Any]] = {CACHED: {}, **options}
+        caches = [
+            Cached(key, FROZEN_AWARE, *rest, folder=f"{folder}/{number}", **given)
+            for number, (key, given) in enumerate(made.items())
+        ]
+        everyone |= {run.key: run for run in caches}
         length = len(data.train)  # type: ignore[arg-type]
         take_turns(setting, [*everyone.values()], orders(length, extent, extent.epochs))
-    share = everyone[CACHED].share
+    share = caches[0].share
     found.details = (
         f" ({100 * share:.1f} % of forward; {length} samples in batches of {extent.batch}: "
         f"{found.details})"
@@ -510,12 +521,14 @@ def run_iterations(setting: Setting, name: str, cut: str, batch: int) -> Measure
 
     def loaded(first: int) -> Tensor:
         inputs, _ = default_collate([data[i] for i in range(first, first + batch)])
-        return model(inputs.to(device))
+        scores: Tensor = model(inputs.to(device))
+        return scores
 
     def cached(first: int) -> Tensor:
         rows = range(first, first + batch)
         read = features.dataset.collate(features.dataset.__getitems__(rows))
-        return features(read.inputs)
+        scores: Tensor = features(read.inputs)
+        return scores
 
     ways: dict[str, Callable[[], Tensor]] = {
         PLAIN.key: lambda: loaded(0),
