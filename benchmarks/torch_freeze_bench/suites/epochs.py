@@ -58,7 +58,7 @@ class Extent:
     epochs: int
 
 
-FULL, QUICK = Extent(384, 128, 32, 3, 4), Extent(32, 32, 16, 1, 2)
+FULL, QUICK = Extent(256, 96, 32, 3, 4), Extent(32, 32, 16, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,10 @@ class Network:
 class Data(NamedTuple):
     """Samples to train on, as the dataset gives them, and a batch to test with."""
 
-    train: Dataset[Any]
+    train: Any
     tested: list[Tensor]
+    rate: float
+    """The learning rate, over that of the suite digits."""
 
 
 def _cut_resnet(model: nn.Module, trains: Sequence[str]) -> Parts:
@@ -198,7 +200,7 @@ def digits(first: int, extent: Extent) -> Data:
     (images, labels), (others, right) = load_digits(first, torch.device("cpu"))
     train = Pictures(images[: extent.images], labels[: extent.images])
     tested = Pictures(others[: extent.tested], right[: extent.tested])
-    return Data(train, default_collate([tested[i] for i in range(len(tested))]))
+    return Data(train, default_collate([tested[i] for i in range(len(tested))]), 0.2)
 
 
 def orders(length: int, extent: Extent, epochs: int) -> list[list[int]]:
@@ -235,9 +237,10 @@ class Run:
         self.key, self.data, self.extent, self.device = key, data, extent, setting.device
         self.model = copy.deepcopy(start)
         self.schedule = prepare(self.model)
-        family = setting.family
+        usual = setting.family.hyper["digits"]
+        hyper = {**usual, "lr": data.rate * usual["lr"]}
         groups = [list(self.model.parameters())]
-        self.trainer = contestant.build(family, groups, family.hyper["digits"])
+        self.trainer = contestant.build(setting.family, groups, hyper)
         self.losses: list[float] = []
         self.epochs: list[float] = []
         self.right: list[float] = []
@@ -365,7 +368,7 @@ def pretrained(name: str, extent: Extent, device: torch.device) -> tuple[nn.Modu
     torch.manual_seed(0)
     model = network.build().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for order in orders(len(data.train), extent, extent.pretraining):  # type: ignore[arg-type]
+    for order in orders(len(data.train), extent, extent.pretraining):
         for images, labels in DataLoader(data.train, extent.batch, sampler=order):
             optimizer.zero_grad()
             torch.autograd.backward(
@@ -410,13 +413,14 @@ def run_sentences(setting: Setting) -> Measured:
     example = _example()
     texts, tested = example.load()
     torch.manual_seed(0)
-    model = example.Classifier().to(setting.device)
+    model = example.Classifier().to(setting.device).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # else what the frozen part gives would be random
     data = Data(
         TensorDataset(texts.tokens, texts.mask, texts.labels),
         [tested.tokens, tested.mask, tested.labels],
+        10,  # the vectors have length 1
     )
 
     def parts(model: Any) -> Parts:
@@ -457,7 +461,7 @@ def run_all(
             for number, (key, given) in enumerate(made.items())
         ]
         everyone |= {run.key: run for run in caches}
-        length = len(data.train)  # type: ignore[arg-type]
+        length = len(data.train)
         take_turns(setting, [*everyone.values()], orders(length, extent, extent.epochs))
     share = caches[0].share
     found.details = (
@@ -497,7 +501,7 @@ def run_schedule(setting: Setting) -> Measured:
         everyone[STOCK.key] = Run(STOCK.key, STOCK, *rest)
         everyone[OURS] = Run(OURS, FROZEN_AWARE, *rest)
         everyone[CACHED] = Cached(CACHED, FROZEN_AWARE, *rest, folder=folder)
-        length = len(data.train)  # type: ignore[arg-type]
+        length = len(data.train)
         take_turns(setting, [*everyone.values()], orders(length, extent, 6))
     title = f"{network.title}, the head, then half, then all train"
     details = f" (2 epochs each of {length} images)"
