@@ -203,11 +203,10 @@ def digits(first: int, extent: Extent) -> Data:
     return Data(train, default_collate([tested[i] for i in range(len(tested))]), 0.2)
 
 
-def orders(length: int, extent: Extent, epochs: int) -> list[list[int]]:
-    """The order of the samples in each epoch, the same for everyone; whole batches only."""
+def orders(length: int, epochs: int) -> list[list[int]]:
+    """The order of the samples in each epoch, the same for everyone."""
     generator = torch.Generator().manual_seed(1)
-    whole = length // extent.batch * extent.batch
-    return [torch.randperm(length, generator=generator)[:whole].tolist() for _ in range(epochs)]
+    return [torch.randperm(length, generator=generator).tolist() for _ in range(epochs)]
 
 
 def accuracy(model: nn.Module, data: Data, device: torch.device) -> float:
@@ -368,7 +367,7 @@ def pretrained(name: str, extent: Extent, device: torch.device) -> tuple[nn.Modu
     torch.manual_seed(0)
     model = network.build().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for order in orders(len(data.train), extent, extent.pretraining):
+    for order in orders(len(data.train), extent.pretraining):
         for images, labels in DataLoader(data.train, extent.batch, sampler=order):
             optimizer.zero_grad()
             torch.autograd.backward(
@@ -417,8 +416,12 @@ def run_sentences(setting: Setting) -> Measured:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # else what the frozen part gives would be random
+    batch = (QUICK if setting.quick else FULL).batch
+    # Whole batches: what a last, smaller one computes may differ in the last bit.
+    rows = torch.randperm(len(texts.labels), generator=torch.Generator().manual_seed(0))
+    rows = rows[: len(rows) // batch * batch]
     data = Data(
-        TensorDataset(texts.tokens, texts.mask, texts.labels),
+        TensorDataset(texts.tokens[rows], texts.mask[rows], texts.labels[rows]),
         [tested.tokens, tested.mask, tested.labels],
         10,  # the vectors have length 1
     )
@@ -462,7 +465,7 @@ def run_all(
         ]
         everyone |= {run.key: run for run in caches}
         length = len(data.train)
-        take_turns(setting, [*everyone.values()], orders(length, extent, extent.epochs))
+        take_turns(setting, [*everyone.values()], orders(length, extent.epochs))
     share = caches[0].share
     found.details = (
         f" ({100 * share:.1f} % of forward; {length} samples in batches of {extent.batch}: "
@@ -502,7 +505,7 @@ def run_schedule(setting: Setting) -> Measured:
         everyone[OURS] = Run(OURS, FROZEN_AWARE, *rest)
         everyone[CACHED] = Cached(CACHED, FROZEN_AWARE, *rest, folder=folder)
         length = len(data.train)
-        take_turns(setting, [*everyone.values()], orders(length, extent, 6))
+        take_turns(setting, [*everyone.values()], orders(length, 6))
     title = f"{network.title}, the head, then half, then all train"
     details = f" (2 epochs each of {length} images)"
     found = Measured("epochs", "resnet18/schedule", title, details, "schedule")
