@@ -138,9 +138,9 @@ COLUMNS: dict[str, Columns] = {
     "epochs": [
         ("first\nepoch", _time("first epoch")),
         ("later\nones", _time("epoch")),
-        ("times as\nfast", _gain("epoch")),
+        ("gain", _gain("epoch")),
         ("to ac-\ncuracy", _time("to accuracy")),
-        ("correct\n%", _cell("accuracy", lambda right: f"{right[-1]:.1f}")),
+        ("right\n%", _cell("accuracy", lambda right: f"{right[-1]:.1f}")),
         ("loss\nlast", _cell("loss", lambda losses: f"{losses[-1]:.4f}")),
         ("stored\nMB", _size("features", -1)),
     ],
@@ -154,7 +154,7 @@ COLUMNS: dict[str, Columns] = {
     ],
     "iterations": [
         ("iteration", _time("iteration")),
-        ("times as fast", _gain("iteration", spread=True)),
+        ("gain", _gain("iteration", spread=True)),
     ],
 }
 """By a record's kind the columns of its table."""
@@ -223,9 +223,10 @@ _LEGEND = {
         " in iterations in memory). by hand: the frozen part is run once over all samples, within"
         " the first epoch, and the rest trains on what it gave, in memory. bf16 stored, bf16"
         " prefix, compiled: the options dtype, frozen_dtype and compile_frozen of FeatureCache.",
-        "later ones: the median epoch after the first. times as fast: {name}'s median over the"
-        " contestant's. to accuracy: training time, with the making of the cache, until 2 points"
-        " less are right than stock's best. stored: the features of all samples.",
+        "later ones: the median epoch after the first. gain: {name}'s median over the contestant's, of"
+        " the later epochs or of iterations; then the 10th to 90th percentile. to accuracy: training"
+        " time, with the making of the cache, until 2 points less are right than stock's best."
+        " stored: the features of all samples.",
         "equal: losses and weights (of iterations the output) compared, {name}'s with stock's and"
         " the others' with {name}'s; bits: equal in every bit, else the largest difference over the"
         " largest value. The options of FeatureCache are not exact and are not judged by it.",
