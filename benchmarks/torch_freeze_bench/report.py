@@ -145,10 +145,10 @@ COLUMNS: dict[str, Columns] = {
         ("stored\nMB", _size("features", -1)),
     ],
     "schedule": [
+        ("head\n1", _time("first epoch")),
         *(
-            (f"{name}\n{number + 1}", _epoch(2 * phase + number))
-            for phase, name in enumerate(("head", "half", "all"))
-            for number in range(2)
+            (f"{name}\n{1 + number % 2}", _epoch(number - 1))
+            for number, name in enumerate(("head", "half", "half", "all", "all"), start=1)
         ),
         ("total", _time("total")),
     ],
@@ -223,10 +223,10 @@ _LEGEND = {
         " in iterations in memory). by hand: the frozen part is run once over all samples, within"
         " the first epoch, and the rest trains on what it gave, in memory. bf16 stored, bf16"
         " prefix, compiled: the options dtype, frozen_dtype and compile_frozen of FeatureCache.",
-        "later ones: the median epoch after the first. gain: {name}'s median over the contestant's, of"
-        " the later epochs or of iterations; then the 10th to 90th percentile. to accuracy: training"
-        " time, with the making of the cache, until 2 points less are right than stock's best."
-        " stored: the features of all samples.",
+        "later ones: the median epoch after the first. gain: {name}'s median over the contestant's,"
+        " of the later epochs or of iterations (then 10th and 90th percentile). to accuracy:"
+        " training time, with the making of the cache, until 2 points less are right than stock's"
+        " best. stored: the features of all samples.",
         "equal: losses and weights (of iterations the output) compared, {name}'s with stock's and"
         " the others' with {name}'s; bits: equal in every bit, else the largest difference over the"
         " largest value. The options of FeatureCache are not exact and are not judged by it.",

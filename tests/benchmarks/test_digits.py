@@ -159,7 +159,7 @@ class TestEpochs:
         model = network.build()
         trains = network.trains[cut]
         freeze_except(model, *trains)
-        prefix, suffix = network.parts(model, trains)
+        prefix, suffix = network.cut(cut, model)
         images = torch.randn(4, 3, network.size, network.size)
         features = prefix(images)
         assert not features.requires_grad
@@ -187,7 +187,7 @@ class TestEpochs:
 
     def test_inexact_options_are_shown_and_not_judged(self) -> None:
         start, _ = epochs.pretrained("resnet18", epochs.QUICK, CPU)
-        data = epochs.digits(5, epochs.QUICK)
+        data = epochs.digits(5, 16, 8)
         found = Measured("epochs", "made-up", "made-up", kind="epochs")
         options = {"cached, bf16 stored": epochs.OPTIONS["cached, bf16 stored"]}
         network = epochs.NETWORKS["resnet18"]

