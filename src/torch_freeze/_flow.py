@@ -124,7 +124,7 @@ def measure_flow(tree: Tree, example: Any) -> Facts:
     """Measure with forward passes over `example`: one of the model as it is, one all trainable."""
     entries = {id(e.parameter): e for e in tree.params.values()}
     watch = everything = _Watch(entries)
-    with _left_as_they_were(tree):
+    with left_as_they_were(tree):
         output = _forward(tree, example, watch)
         # Freezing saves the difference to the same pass with everything trainable. Only autograd
         # knows what is tracked in that pass: an input or activation may be, whatever is frozen.
@@ -187,7 +187,7 @@ def _forward(tree: Tree, example: Any, watch: _Watch) -> Any:
             torch.random.fork_rng([d.index for d in devices]),
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
-            _checkpoints_run_at_once(),
+            checkpoints_run_at_once(),
             watch,
         ):
             return functional_call(model, buffers, args, kwargs)
@@ -197,7 +197,7 @@ def _forward(tree: Tree, example: Any, watch: _Watch) -> Any:
 
 
 @contextmanager
-def _checkpoints_run_at_once() -> Iterator[None]:
+def checkpoints_run_at_once() -> Iterator[None]:
     """Run reentrant checkpoints, which hide their operations, as their backward would."""
 
     class AtOnce:
@@ -216,7 +216,7 @@ def _checkpoints_run_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def _left_as_they_were(tree: Tree) -> Iterator[None]:
+def left_as_they_were(tree: Tree) -> Iterator[None]:
     """Restore tensors kept as plain attributes, as the older weight_norm keeps the weight."""
     kept = [
         (entry.module.__dict__, key, value)

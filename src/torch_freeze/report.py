@@ -10,11 +10,21 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_iter
 
 from . import _format
-from ._flow import Facts, Kind, Leaf, Reasons, estimate_flow, measure_flow
+from ._flow import (
+    Facts,
+    Kind,
+    Leaf,
+    Reasons,
+    checkpoints_run_at_once,
+    estimate_flow,
+    left_as_they_were,
+    measure_flow,
+)
 from ._hold import held_by, is_norm
-from ._tree import ModuleEntry, ParamEntry, Tree, check_model, is_lazy
+from ._tree import ModuleEntry, ParamEntry, Tree, check_model, is_lazy, unwrap
 from .optim._base import unwrapped
 
 _MAX_ROWS = 40
@@ -301,6 +311,8 @@ def build_report(
     rows = list(_rows(tree, sums, depth, optimizers is not None))
     entries = list(tree.params.values())
     facts = estimate_flow(entries) if example is None else measure_flow(tree, example)
+    if example is not None and facts.kind not in ("nothing frozen", "everything frozen"):
+        call["notes"] = (*call.get("notes", _notes(entries)), *_cache_note(tree, example))
     return FreezeReport(
         model=type(tree.root.module).__name__,
         total=total,
@@ -310,6 +322,31 @@ def build_report(
         tied=tuple(tuple(e.names) for e in entries if e.aliases),
         flow=_flow(facts),
         **{"notes": _notes(entries), **call},
+    )
+
+
+def _cache_note(tree: Tree, example: Any) -> Iterator[str]:
+    """What a FeatureCache would save."""
+    # It needs this module's report.
+    from .features._dataset import split
+    from .features._plan import estimate
+
+    given = (*example, None) if isinstance(example, tuple) else example
+    model = unwrap(tree.root.module)
+    inputs, _ = split(given)
+    with (
+        left_as_they_were(tree),
+        torch.compiler.set_stance("force_eager"),
+        checkpoints_run_at_once(),
+    ):
+        share, names, size = estimate(tree, lambda i: model(*i[0], **i[1]), inputs)
+    tensors = [t for t in tree_iter(inputs) if isinstance(t, torch.Tensor) and t.dim()]
+    if not names or not tensors:
+        return
+    each = _format.size(size // len(tensors[0]))
+    yield (
+        f"FeatureCache would skip {_format.percent(share)} of forward, up to "
+        f"{_format.listed(names)}, and store {each} for each sample"
     )
 
 

@@ -117,7 +117,7 @@ def test_a_refill_uses_nothing_that_was_stored_before_the_change(
             found = features(inputs)
             assert torch.equal(found, model(data.tensors[0][rows]))
             assert not torch.equal(found, before[n])
-            assert len(features) == (16 if epoch else 8 * (n + 1))
+            assert features.stored == (16 if epoch else 8 * (n + 1))
 
 
 def test_features_of_another_precision_are_not_used_under_autocast() -> None:
@@ -131,7 +131,7 @@ def test_features_of_another_precision_are_not_used_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         for inputs, rows in DataLoader(features.dataset, 8):
             assert torch.equal(features(inputs), model(data.tensors[0][rows]))
-        assert len(features) == 16
+        assert features.stored == 16
 
 
 def test_where_a_changed_prefix_cannot_be_stored_forward_is_whole() -> None:

@@ -187,6 +187,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         self.origins: dict[int, frozenset[tuple[int, int]]] = {}
         self.calls: list[_Call] = []
         self.needed: set[tuple[int, int]] = set()
+        self.sizes: dict[tuple[int, int], int] = {}  # in bytes
         self.tensors: dict[str, torch.Tensor] = {}
         #: Calls that draw random numbers which a module with frozen parameters then uses.
         self.blocked: dict[tuple[int, int], _Call] = {}
@@ -290,6 +291,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
                 key = _storage(leaf)
                 before = self.origins.get(key, frozenset()) if id(leaf) in given else frozenset()
                 self.origins[key] = before | {(number, j)}
+                self.sizes[number, j] = leaf.nbytes
                 if id(module) in at:
                     self.needed.add((number, j))
                     self.tainted[key] = ""
@@ -355,11 +357,6 @@ def make_plan(
         if not eval_frozen or not new:
             break
         in_eval |= new  # dropout between frozen modules
-
-    def run_again(inputs: Inputs) -> Any:
-        with kept_buffers(tree):  # as the running statistics of norms that train
-            return run(inputs)
-
     calls = {id(call): n for n, call in enumerate(trace.calls)}
     outermost = [(calls[id(call)], call) for call in trace.stack[0].inside]
     name_of = {n: tree.modules[id(call.module)].name for n, call in outermost}
@@ -370,8 +367,8 @@ def make_plan(
     # The same two batches again, as they will be run from now on.
     needed = {key: None for key in sorted(trace.needed) if key[0] < 0 or key[0] in name_of}
     plain = [(call.module, call.ordinal) for _, call in outermost]
-    first, output = _returned(run_again, plain, inputs, in_eval, seed=0)
-    second, _ = _returned(run_again, plain, other_inputs, in_eval, seed=1)
+    first, output = _returned(run, plain, inputs, in_eval, seed=0)
+    second, _ = _returned(run, plain, other_inputs, in_eval, seed=1)
     for (n, _), one, two in zip(outermost, first, second, strict=True):
         if one is None or two is None:
             raise ValueError(
@@ -427,9 +424,9 @@ def make_plan(
     )
     if not plan.stored:
         raise ValueError(_nothing_to_store(trace))
-    captured = _captured(plan, run_again, inputs, targets, seed=0)
-    _check_samples(plan, run_again, captured, batches, pairs)
-    _check_output(plan, run_again, captured, inputs, output)
+    captured = _captured(plan, run, inputs, targets, seed=0)
+    _check_samples(plan, run, captured, batches, pairs)
+    _check_output(plan, run, captured, inputs, output)
     return plan
 
 
@@ -441,7 +438,7 @@ def _traced(
     eval_frozen: bool,
     in_eval: dict[tuple[int, int], nn.Module],
 ) -> tuple[_Trace, set[str]]:
-    """A pass that follows what depends on what, and the buffers that it writes."""
+    """A pass that follows what depends on what, and the names of the buffers that it writes."""
     modules = [e.module for e in tree.order[1:] if not isinstance(e.module, torch.jit.ScriptModule)]
     frozen = {
         id(m)
@@ -457,7 +454,7 @@ def _traced(
             return trace.call(chosen, module, ordinal, args, kwargs, usual)
 
     with (
-        kept_buffers(tree) as changed,
+        kept_buffers(tree.root.module) as changed,
         kept_random_state(seed=0),
         torch.enable_grad(),
         taken_over(modules, handler),
@@ -468,18 +465,17 @@ def _traced(
 
 
 @contextmanager
-def kept_buffers(tree: Tree) -> Iterator[set[str]]:
-    """Give buffers their values back after the block; the set then names those that changed."""
-    buffers = {name: b for name, b in tree.root.module.named_buffers() if not is_lazy(b)}
-    before = {name: b.clone() for name, b in buffers.items()}
+def kept_buffers(model: nn.Module) -> Iterator[set[str]]:
+    """Give buffers their values back, and name those that needed it when the block is left."""
+    before = {name: (b, b.clone()) for name, b in model.named_buffers() if not is_lazy(b)}
     changed: set[str] = set()
     try:
         yield changed
     finally:
-        for name, buffer in buffers.items():
-            if not torch.equal(buffer, before[name]):
+        for name, (buffer, value) in before.items():
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
                 changed.add(name)
-                buffer.copy_(before[name])
 
 
 @contextmanager
@@ -493,6 +489,23 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for m in changed:
             m.training = True
+
+
+def estimate(
+    tree: Tree, run: Callable[[Inputs], Any], inputs: Inputs
+) -> tuple[float, list[str], int]:
+    """What could be stored, from one pass in which frozen modules are in eval mode.
+
+    Returns:
+        The share (0 to 1) of the forward pass's FLOPs that would be skipped, the modules whose
+        outputs would be stored, and their bytes for the whole batch.
+    """
+    trace, _ = _traced(tree, run, inputs, None, True, {})
+    outermost = {id(call) for call in trace.stack[0].inside}
+    stored = [(n, j) for n, j in sorted(trace.needed) if n >= 0 and id(trace.calls[n]) in outermost]
+    names = dict.fromkeys(tree.modules[id(trace.calls[n].module)].name for n, _ in stored)
+    size = sum(trace.sizes[n, j] for n, j in stored)
+    return (trace.frozen_flops / trace.flops if trace.flops else 0.0), list(names), size
 
 
 def _check_trace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch_freeze import _format
 from torch_freeze._select import Selector, flatten
 from torch_freeze._tree import Tree
+from torch_freeze.features import FeatureCache
 from torch_freeze.freezing import freeze
 from torch_freeze.plateau import AdvanceOnPlateau, as_metric, check_same_metric
 from torch_freeze.schedule import FreezeSchedule
@@ -38,10 +40,15 @@ class FreezeOptions:
         monitor: str | None = None,
         hold_norm: bool = True,
         log: bool = True,
+        cache: FeatureCache | None = None,
     ) -> None:
         self._what = flatten(what)
-        if not self._what and schedule is None:
+        if not self._what and schedule is None and cache is None:
             raise ValueError(f"{self._caller}: name what to freeze, or give a schedule.")
+        if cache is not None and not isinstance(cache, FeatureCache):
+            raise TypeError(
+                f"{self._caller}: cache must be a FeatureCache; got {type(cache).__name__}."
+            )
         if monitor is not None and schedule is None:
             raise ValueError(f"{self._caller}: {monitor=} is given, but no schedule.")
         self._exclude = exclude
@@ -49,12 +56,26 @@ class FreezeOptions:
         self._given_monitor = monitor
         self._hold_norm = hold_norm
         self._log = log
+        self._cache = cache
+        self._attached: AbstractContextManager[None] | None = None
         #: The schedule, once training has begun; None without one.
         self.schedule: FreezeSchedule | None = None
         self._init_state()
 
     def _init_state(self) -> None:
         raise NotImplementedError
+
+    def _attach(self) -> None:
+        """Let the cache's model take its batches."""
+        if self._cache is not None and self._attached is None:
+            self._attached = self._cache.attach()
+            self._attached.__enter__()
+
+    def _detach(self) -> None:
+        attached, self._attached = self._attached, None
+        if attached is not None and self._cache is not None:
+            attached.__exit__(None, None, None)
+            self._cache.flush()
 
     def _freeze(self, model: nn.Module) -> None:
         """Freeze what is frozen for good."""

@@ -48,9 +48,12 @@ class FreezeCallback(FreezeOptions, pl.Callback):
         hold_norm: as in `torch_freeze.freeze`, for `what`.
         log: print a report whenever the frozen set changes, and log the numbers of trainable and
             frozen parameters to the Trainer's loggers ("freeze/trainable", "freeze/frozen").
+        cache: a `FeatureCache` of the LightningModule or of a module in it. While training runs,
+            that module takes `batch.inputs` of a DataLoader over `cache.dataset`, so that
+            `training_step` calls `self(batch.inputs)`.
 
     Raises:
-        ValueError: neither `what` nor a schedule is given; when training starts, a parameter is
+        ValueError: `what`, schedule and cache are all missing; when training starts, a parameter is
             in no optimizer although the schedule may unfreeze it; something named matches nothing;
             an `AdvanceOnPlateau` has no `monitor`, another schedule has one, or nothing is logged
             under that name.
@@ -105,6 +108,7 @@ class FreezeCallback(FreezeOptions, pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin or continue the schedule. By now the module is complete and wrapped."""
+        self._attach()
         self._settle(pl_module)
         if self._plan is not None:
             check_owned(
@@ -149,6 +153,16 @@ class FreezeCallback(FreezeOptions, pl.Callback):
             self._settle(pl_module)
         if self._what or (self.schedule is not None and self.schedule.last >= 0):
             self._show(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let go of the cache's model."""
+        self._detach()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Let go of the cache's model."""
+        self._detach()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Step a schedule of epochs."""

@@ -69,9 +69,11 @@ class FreezeTrainerCallback(FreezeOptions, TrainerCallback):
         hold_norm: as in `torch_freeze.freeze`, for `what`.
         log: log a report whenever the frozen set changes, to the logger of this module at level
             INFO.
+        cache: a `FeatureCache` of the model. Give the Trainer `train_dataset=cache.dataset` and
+            `data_collator=cache.collator`.
 
     Raises:
-        ValueError: neither `what` nor a schedule is given; when training starts, a parameter is
+        ValueError: `what`, schedule and cache are all missing; when training starts, a parameter is
             in no optimizer although the schedule may unfreeze it; something named matches nothing;
             an `AdvanceOnPlateau` has no metric to watch, another schedule has a `monitor`, or an
             evaluation has no metric of that name.
@@ -128,6 +130,7 @@ class FreezeTrainerCallback(FreezeOptions, TrainerCallback):
     ) -> None:
         """Begin the schedule."""
         model: nn.Module = kwargs["model"]
+        self._attach()
         # A Trainer with model_init has made another model since on_init_end.
         self._freeze(model)
         if self._plan is not None:
@@ -218,6 +221,7 @@ class FreezeTrainerCallback(FreezeOptions, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Ignore evaluations from now on: they are the user's own."""
+        self._detach()
         self._training = False
 
     def _watch(self, schedule: FreezeSchedule, args: TrainingArguments) -> None:
