@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_map
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, default_collate, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ._plan import Inputs, Structure, kept_random_state
@@ -28,12 +29,14 @@ class CachedInputs:
         store: key of the store that `slots` come from, or None.
         slots: what is stored of the samples, or None.
         raw: arguments of the model and targets as the dataset gives them, or None.
+        owner: names the FeatureCache whose dataset they are of.
     """
 
     rows: torch.Tensor
     store: str | None = None
     slots: list[torch.Tensor] | None = None
     raw: tuple[Inputs, Any] | None = None
+    owner: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -51,7 +54,7 @@ class CachedInputs:
             return function(value) if isinstance(value, torch.Tensor) else value
 
         slots, raw = tree_map(each, (self.slots, self.raw))
-        return CachedInputs(self.rows, self.store, slots, raw)
+        return CachedInputs(self.rows, self.store, slots, raw, self.owner)
 
 
 class Batch(NamedTuple):
@@ -70,6 +73,12 @@ class Samples:
     store: str | None = None
     slots: list[torch.Tensor] | None = None
     raw: list[Any] | None = None
+
+    def __iter__(self) -> Any:
+        raise TypeError(
+            "FeatureCache: its dataset gives no single samples to collate. Give the collate_fn to "
+            "FeatureCache(..., collate_fn=...), and none to the DataLoader."
+        )
 
 
 class Board:
@@ -119,6 +128,8 @@ class CachedDataset(Dataset[Samples]):
         board: Board,
     ) -> None:
         self.samples = dataset
+        self.length = len(dataset)
+        self.owner = uuid.uuid4().hex
         self.collate_fn = default_collate if collate_fn is None else collate_fn
         self.views = views
         self.root = root
@@ -128,14 +139,23 @@ class CachedDataset(Dataset[Samples]):
         self.target_dims: tuple[int, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.samples)
+        if len(self.samples) != self.length:
+            raise RuntimeError(
+                f"FeatureCache: the dataset has {len(self.samples)} samples now, and had "
+                f"{self.length} when the FeatureCache was made. Make a new one."
+            )
+        return self.length
 
     def __getitem__(self, index: Any) -> Samples:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[Any]) -> list[Samples]:
         rows = self.rows(indices)
-        for key in self.board.shown():
+        shown = self.board.shown()
+        if get_worker_info() is not None:  # a store that was deleted, and may come back filled anew
+            for key in [key for key in self.stores if key not in shown and self.root is not None]:
+                del self.stores[key]
+        for key in shown:
             if key not in self.stores:
                 self.stores[key] = find_store(self.root, key)
             store = self.stores[key]
@@ -179,6 +199,12 @@ class CachedDataset(Dataset[Samples]):
 
     def collate(self, samples: Sequence[Samples]) -> Batch:
         """A batch of what `__getitem__` and `__getitems__` give; DataLoader's default does this."""
+        for some in samples:
+            if not isinstance(some, Samples) or some.owner.owner != self.owner:
+                raise ValueError(
+                    "FeatureCache: a batch has samples of several datasets. Give each FeatureCache "
+                    "a DataLoader of its own, or make one FeatureCache of the joined dataset."
+                )
         rows = torch.cat([some.rows for some in samples])
         keys = {some.store for some in samples}
         if None not in keys and len(keys) == 1 and self.targets is not None:
@@ -189,13 +215,13 @@ class CachedDataset(Dataset[Samples]):
             )
             placed = [s.movedim(0, dim) for s, dim in zip(joined, self.target_dims, strict=False)]
             targets = self.targets.build(placed, len(rows), torch.device("cpu"))
-            return Batch(CachedInputs(rows, key, joined), targets)
+            return Batch(CachedInputs(rows, key, joined, owner=self.owner), targets)
         # Where only some are stored, all are loaded: the batch then goes through the whole model.
         loaded: list[Any] = []
         for some in samples:
             loaded += self.load(some.rows) if some.raw is None else some.raw
         inputs, targets = split(self.collate_fn(loaded))
-        return Batch(CachedInputs(rows, raw=(inputs, targets)), targets)
+        return Batch(CachedInputs(rows, raw=(inputs, targets), owner=self.owner), targets)
 
 
 def split(batch: Any) -> tuple[Inputs, Any]:

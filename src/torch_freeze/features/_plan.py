@@ -66,6 +66,25 @@ class Leaf:
     dtype: torch.dtype = torch.float32
     dim: int | None = None
 
+    def fits(self, value: Any) -> bool:
+        """Whether a value of a later batch may be made like this; slots are checked when stored."""
+        if self.slot is not None:
+            return True
+        if self.shape is None and isinstance(self.constant, torch.Tensor):
+            constant = self.constant.to(value.device) if isinstance(value, torch.Tensor) else None
+            return constant is not None and torch.equal(value, constant)
+        if self.shape is None:
+            return _same_constant(self.constant, value)
+        shape = list(value.shape) if isinstance(value, torch.Tensor) else []
+        if self.dim is not None and len(shape) > self.dim:
+            del shape[self.dim]
+        return tuple(shape) == self.shape
+
+
+def _same_constant(a: Any, b: Any) -> bool:
+    plain = (bool, int, float, complex, str, bytes, type(None))
+    return type(a) is type(b) and (not isinstance(a, plain) or bool(a == b))
+
 
 @dataclass(frozen=True, slots=True)
 class Structure:
@@ -83,6 +102,8 @@ class Structure:
     def _value(self, leaf: Leaf, slots: Sequence[Any], count: int, device: torch.device) -> Any:
         if leaf.slot is not None:
             return slots[leaf.slot]
+        if leaf.shape is None and isinstance(leaf.constant, torch.Tensor):
+            return leaf.constant.to(device, copy=True)  # what follows may write into it
         if leaf.shape is None:
             return leaf.constant
         shape = leaf.shape
@@ -143,8 +164,18 @@ class Plan:
     ) -> list[torch.Tensor]:
         """The slots of a batch, with the batch's dimension first."""
         rows: list[Any] = [calls.get(number) for number in range(len(self.slots))]
-        for values, places in ((inputs, self.of_inputs), (targets, self.of_targets)):
-            leaves = tree_flatten(values)[0]
+        for what, values, first, places in (
+            ("inputs", inputs, self.inputs, self.of_inputs),
+            ("targets", targets, self.targets, self.of_targets),
+        ):
+            leaves, spec = tree_flatten(values)
+            if spec != first.spec or not all(map(Leaf.fits, first.leaves, leaves)):
+                raise ValueError(
+                    f"FeatureCache: the {what} of a batch differ from those of the first samples "
+                    "in their structure, shape or numbers that are not tensors. Samples must be "
+                    "alike: pad text to one length (padding='max_length'), resize images, and let "
+                    "collate_fn give tensors whose first dimension is the batch."
+                )
             for slot, at in places:
                 value = leaves[at]
                 value = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
@@ -268,10 +299,13 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         """Run a call of a module, and see whether it can be skipped."""
         call = _Call(module, ordinal)
         self.stack.append(call)
+        state = _python_random_state()
         try:
             out = usual(*args, **kwargs)
         finally:
             self.stack.pop()
+        if not call.trains and call.drawn is None and _python_random_state() != state:
+            call.drawn = call  # which LayerDrop does, say
         around = self.stack[-1]
         if call.trains:
             around.trains = True
@@ -318,6 +352,14 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
 def _random_state() -> list[torch.Tensor]:
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return [torch.get_rng_state(), *on_gpu]
+
+
+def _python_random_state() -> tuple[Any, ...]:
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is None:
+        return random.getstate()
+    _, numbers, place, *_ = numpy.random.get_state()
+    return (random.getstate(), numbers.tobytes(), place)
 
 
 def _written(func: Any, args: tuple[Any, ...]) -> Iterator[int]:
@@ -382,6 +424,11 @@ def make_plan(
     def structure(what: str, number: int, one: Any, two: Any, stored: set[int] | None) -> Structure:
         paths, spec = tree_flatten_with_path(one)
         others, other_spec = tree_flatten(two)
+        if stored is None and any(isinstance(value, str | bytes) for _, value in paths):
+            raise ValueError(
+                f"FeatureCache: {what} has strings, which cannot be stored; make them numbers, or "
+                "leave them out of the sample."
+            )
         if spec != other_spec:
             raise ValueError(
                 f"FeatureCache: {what} has another structure in a batch of another size; return "
@@ -577,11 +624,12 @@ def _nothing_to_store(trace: _Trace) -> str:
 
 def _leaf(what: str, a: Any, b: Any, stored: bool) -> Leaf | Slot:
     """What to make of a value, from its two occurrences in batches of different sizes."""
-    if not isinstance(a, torch.Tensor):
-        if stored and a is not None and isinstance(a, str | bytes):
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        if not _same_constant(a, b):
             raise ValueError(
-                f"FeatureCache: {what} has a {type(a).__name__}, which cannot be stored; make it a "
-                "number, or leave it out of the sample."
+                f"FeatureCache: {what} is {a!r} in one batch and {b!r} in another. Make it a "
+                "tensor whose first dimension is the batch (a collate_fn can), or leave it out of "
+                "the sample."
             )
         return Leaf(constant=a)
     if a.layout is not torch.strided or a.is_nested:

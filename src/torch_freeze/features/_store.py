@@ -153,7 +153,8 @@ class Store:
     def delete(self) -> None:
         """Give the disk space back. Processes that have it open keep it until they close it."""
         if self.path is not None:
-            _remove(self.path)
+            with _locked(self.path.parent):
+                _remove(self.path)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is None:
@@ -186,15 +187,14 @@ def open_store(
             "made_from": made_from,
         }
         found = _manifest(path) if path.is_dir() else None
-        if found is not None:
-            if {**found, "boot": None} == {**manifest, "boot": None} and _complete(
-                path, columns, rows
-            ):
-                store = Store(path, columns, rows)
-                if found["boot"] != _boot() or not _boot():
-                    store._flags[store._flags == 1] = 0  # may not have reached the disk
-                    _write_manifest(path, manifest)
-                return store
+        same = found is not None and {**found, "boot": None} == {**manifest, "boot": None}
+        if found is not None and same and _complete(path, columns, rows):
+            store = Store(path, columns, rows)
+            if found.get("boot") != _boot() or not _boot():
+                store._flags[store._flags == 1] = 0  # may not have reached the disk
+                _write_manifest(path, manifest)
+            return store
+        if found is not None or (path / _MANIFEST).exists():
             warnings.warn(
                 f"FeatureCache: {path} is damaged and is filled again.",
                 RuntimeWarning,
@@ -209,7 +209,7 @@ def open_store(
                 f"{_format.size(free)} free. Store them as dtype=torch.bfloat16, choose a boundary "
                 "with smaller outputs (at=...), or another folder",
             )
-        path.mkdir()
+        path.mkdir(exist_ok=True)  # what is not of a store was left
         try:
             for n, column in enumerate(columns):
                 _allocate(path / f"slot{n:02}.bin", rows * column.nbytes)
@@ -229,7 +229,10 @@ def find_store(root: Path | None, key: str) -> Store | None:
     columns = [Column.from_json(saved) for saved in found["columns"]]
     if not _complete(root / key, columns, found["rows"]):
         return None
-    return Store(root / key, columns, found["rows"])
+    try:
+        return Store(root / key, columns, found["rows"])
+    except (OSError, ValueError):  # another process deleted it just now
+        return None
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:
@@ -238,7 +241,7 @@ def _manifest(path: Path) -> dict[str, Any] | None:
         columns = [Column.from_json(saved) for saved in found["columns"]]
         if found["format"] != _FORMAT or not isinstance(found["rows"], int) or not columns:
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return dict(found)
 
@@ -289,7 +292,7 @@ def _bytes(file: mmap.mmap, size: int) -> torch.Tensor:
 def _remove(path: Path) -> None:
     """Remove a store, the manifest first, and nothing that is not of one."""
     (path / _MANIFEST).unlink(missing_ok=True)
-    for pattern in ("slot*.bin", "written.bin", f"{_MANIFEST}.*"):
+    for pattern in ("slot[0-9][0-9]*.bin", "written.bin", f"{_MANIFEST}.*"):
         for file in path.glob(pattern):
             file.unlink(missing_ok=True)
     if path.is_dir() and not any(path.iterdir()):
