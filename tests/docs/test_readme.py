@@ -268,7 +268,7 @@ def test_the_table_of_cached_features_is_the_recorded_one() -> None:
 
     def shown(nanoseconds: float) -> str:
         unit, size = ("s", 1e9) if nanoseconds >= 1e9 else ("ms", 1e6)
-        return f"{nanoseconds / size:.2g} {unit}"
+        return f"{nanoseconds / size:.3g} {unit}"
 
     expected = []
     for title, workload in CACHED_FEATURES.items():
@@ -282,17 +282,16 @@ def test_the_table_of_cached_features_is_the_recorded_one() -> None:
         filled, plain = (
             statistics.median(samples[workload, who, first]) for who in (filling, "ours")
         )
-        size = "" if single else f"{samples[workload, 'cached', 'features'][0] / 1e6:.1f} MB"
-        gains = (f"{times['ours'] / times[who]:.2g}x" for who in ("cached", "by hand"))
+        size = "–" if single else f"{samples[workload, 'cached', 'features'][0] / 1e6:.1f} MB"
+        gains = (f"{times['ours'] / times[who]:,.1f}x" for who in ("cached", "by hand"))
         cells = (title, *map(shown, (times["ours"], times["cached"])), *gains)
-        expected.append(" | ".join((*cells, f"{filled / plain:.2f}x", size)).strip())
+        expected.append(f"| {' | '.join((*cells, f'{filled / plain:.2f}x', size))} |")
     page = PAGES["docs/benchmarks.md"]
     table = re.search(
         r"^\| each epoch after the first .*\n\|.*\n((?:\|.*\|\n)+)", page, re.MULTILINE
     )
     assert table is not None
-    rows = [row.strip("| ") for row in table[1].splitlines()]
-    assert rows == [row.strip("| ") for row in expected]
+    assert table[1].splitlines() == expected, "it is:\n" + "\n".join(expected)
 
 
 def documented() -> list[Any]:
