@@ -282,7 +282,7 @@ def test_the_table_of_cached_features_is_the_recorded_one() -> None:
         filled, plain = (
             statistics.median(samples[workload, who, first]) for who in (filling, "ours")
         )
-        size = "–" if single else f"{samples[workload, 'cached', 'features'][0] / 1e6:.1f} MB"
+        size = "-" if single else f"{samples[workload, 'cached', 'features'][0] / 1e6:.1f} MB"
         gains = (f"{times['ours'] / times[who]:,.1f}x" for who in ("cached", "by hand"))
         cells = (title, *map(shown, (times["ours"], times["cached"])), *gains)
         expected.append(f"| {' | '.join((*cells, f'{filled / plain:.2f}x', size))} |")
