@@ -54,6 +54,15 @@ def _ratio(measure: str) -> Cell:
     return cell
 
 
+def _gain(measure: str, *, spread: bool = False) -> Cell:
+    """How many times as long as this contestant ours takes."""
+
+    def cell(found: Measured, key: str) -> str:
+        return times(found.ratio(OURS, measure, to=key), spread=spread)
+
+    return cell
+
+
 def _over(measure: str, *, ours: bool) -> Cell:
     """The median on all threads, over another one of the same contestant or over ours."""
 
@@ -62,6 +71,11 @@ def _over(measure: str, *, ours: bool) -> Cell:
         return f"{multiple(summarise(found.of(key, 'all threads')).median / base.median)}x"
 
     return cell
+
+
+def _epoch(number: int) -> Cell:
+    """The time of an epoch, counted from 0."""
+    return _cell("epoch", lambda epochs: duration(epochs[number]), least=number + 1)
 
 
 def _peak_ratio(found: Measured, key: str) -> str:
@@ -120,6 +134,27 @@ COLUMNS: dict[str, Columns] = {
         ("90th\nperc.", _cell("all threads", lambda steps: duration(summarise(steps).high))),
         ("all over\none", _over("one thread", ours=False)),
         ("times\nours", _over("all threads", ours=True)),
+    ],
+    "epochs": [
+        ("first\nepoch", _time("first epoch")),
+        ("later\nones", _time("epoch")),
+        ("gain", _gain("epoch")),
+        ("to ac-\ncuracy", _time("to accuracy")),
+        ("right\n%", _cell("accuracy", lambda right: f"{right[-1]:.1f}")),
+        ("loss\nlast", _cell("loss", lambda losses: f"{losses[-1]:.4f}")),
+        ("stored\nMB", _size("features", -1)),
+    ],
+    "schedule": [
+        ("head\n1", _time("first epoch")),
+        *(
+            (f"{name}\n{1 + number % 2}", _epoch(number - 1))
+            for number, name in enumerate(("head", "half", "half", "all", "all"), start=1)
+        ),
+        ("total", _time("total")),
+    ],
+    "iterations": [
+        ("iteration", _time("iteration")),
+        ("gain", _gain("iteration", spread=True)),
     ],
 }
 """By a record's kind the columns of its table."""
@@ -182,6 +217,19 @@ _LEGEND = {
         " model.zero_grad().",
         "frozen in the middle of a run: gradients and state before that and after one step; peak:"
         " in the last iteration before, and in the second one after.",
+    ),
+    ("epochs", "schedule", "iterations"): (
+        "cached: {name} with FeatureCache, which fills its store in the first epoch (on the disk;"
+        " in iterations in memory). by hand: the frozen part is run once over all samples, within"
+        " the first epoch, and the rest trains on what it gave, in memory. bf16 stored, bf16"
+        " prefix, compiled: the options dtype, frozen_dtype and compile_frozen of FeatureCache.",
+        "later ones: the median epoch after the first. gain: {name}'s median over the contestant's,"
+        " of the later epochs or of iterations (then 10th and 90th percentile). to accuracy:"
+        " training time, with the making of the cache, until 2 points less are right than stock's"
+        " best. stored: the features of all samples.",
+        "equal: losses and weights (of iterations the output) compared, {name}'s with stock's and"
+        " the others' with {name}'s; bits: equal in every bit, else the largest difference over the"
+        " largest value. The options of FeatureCache are not exact and are not judged by it.",
     ),
 }
 

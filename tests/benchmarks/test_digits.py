@@ -1,10 +1,15 @@
-"""Fine-tuning on real images: everyone learns the same, and the frozen backbone stays."""
+"""Fine-tuning on real images: everyone learns the same, with cached features as without."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import re
 import sys
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +20,14 @@ pytest.importorskip("tqdm", reason="compare.py needs tqdm: pip install tqdm")
 pytest.importorskip("matplotlib", reason="compare.py needs matplotlib: pip install matplotlib")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
-from torch_freeze_bench import checks
+import pandas
+from torch_freeze_bench import checks, command, report
 from torch_freeze_bench.contestants import FROZEN_AWARE, FUSED, REFERENCE, SGD, Contestant, select
-from torch_freeze_bench.records import OURS, Measured
-from torch_freeze_bench.suites import digits
+from torch_freeze_bench.records import FACTS, OURS, Measured
+from torch_freeze_bench.suites import digits, epochs
 
-from tests.benchmarks.compare_cases import CPU, GPUS, fact, setting
+from tests.benchmarks.compare_cases import CPU, GPUS, fact, setting, widest
+from torch_freeze import freeze_except
 
 
 @pytest.fixture(scope="module", params=["cpu", GPUS])
@@ -88,3 +95,114 @@ def test_without_scikit_learn_the_command_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(checks.MissingPackageError, match="pip install scikit-learn"):
         digits.load_digits(0, CPU)
+
+
+class TestEpochs:
+    """The suite that trains with a frozen prefix, which FeatureCache skips or not."""
+
+    @pytest.fixture(autouse=True)
+    def _small(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        models = pytest.importorskip("torchvision.models", reason="it builds the networks")
+        monkeypatch.setattr(epochs, "QUICK", epochs.Extent(16, 8, 8, 1, 2))
+        block = models.resnet.BasicBlock
+        for name, classes in (("resnet18", 5), ("resnet50", 1000)):
+            build = partial(models.ResNet, block, [1, 1, 1, 1], num_classes=classes)
+            small = dataclasses.replace(epochs.NETWORKS[name], build=build, size=32)
+            monkeypatch.setitem(epochs.NETWORKS, name, small)
+        epochs.pretrained.cache_clear()
+
+    def test_the_command_prints_what_it_measured(self, capsys: pytest.CaptureFixture[str]) -> None:
+        given = ["--device", "cpu", "--suite", "epochs", "--quick", "--steps", "3"]
+        assert command.main(given) == 0
+        printed = capsys.readouterr().out
+        assert widest(printed) <= 80
+        assert "WRONG" not in printed
+        read = pandas.read_csv(next(Path("compare-results").glob("*_epochs.csv")))
+        values = {(r.workload, r.contestant, r.measure): r.value for r in read.itertuples()}
+        everyone = {"filter/default", "ours", "by hand", "cached"}
+        for workload, found in (
+            ("resnet18/half", everyone),
+            ("resnet18/schedule", {"all/default", "ours", "cached"}),
+            ("resnet50/head/iteration", everyone | {"filling"}),
+        ):
+            assert {c for w, c, _ in values if w == workload} - {FACTS} == found
+            for key in found - {"filter/default", "all/default"}:
+                assert float(values[workload, key, "difference"]) == 0
+        losses = values["resnet18/half", "cached", "loss"].split()
+        assert len(losses) == 2 * 16 // 8
+        assert losses == values["resnet18/half", "filter/default", "loss"].split()
+        (row,) = [line for line in printed.splitlines() if re.match("cached .*bits", line)][:1]
+        assert f"{float(losses[-1]):.4f}" in row
+        # Half of the network's features, in float32, and a flag for each sample.
+        stored = float(values["resnet18/half", "cached", "features"])
+        assert stored == 16 * (4 * 128 * 8 * 8 + 8 + 1)
+
+    def test_another_result_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        right = epochs.Cached.scores
+
+        def wrong(self: epochs.Cached, order: list[int]) -> Any:
+            for scores, labels in right(self, order):
+                yield 1.1 * scores, labels
+
+        monkeypatch.setattr(epochs.Cached, "scores", wrong)
+        found = epochs.run_digits(setting(quick=True), "resnet18", "half")
+        assert report.unequal([found], SGD) == [f"cached on {found.title}"]
+        (line,) = [t for t in epochs.reached([found]) if "losses and weights" in t.case]
+        assert (line.status, line.target) == ("missed", "<= 0")
+
+    @pytest.mark.parametrize(
+        ("name", "cut"), [(n, c) for n in ("resnet18", "vit") for c in epochs.NETWORKS[n].trains]
+    )
+    def test_a_network_cut_by_hand_computes_the_same(self, name: str, cut: str) -> None:
+        network = epochs.NETWORKS[name]
+        torch.manual_seed(0)
+        model = network.build()
+        trains = network.trains[cut]
+        freeze_except(model, *trains)
+        prefix, suffix = network.cut(cut, model)
+        images = torch.randn(4, 3, network.size, network.size)
+        features = prefix(images)
+        assert not features.requires_grad
+        assert torch.equal(suffix(features), model(images))
+
+    @pytest.mark.parametrize(
+        ("filling", "cached", "share", "statuses"),
+        [
+            pytest.param(105.0, 52.0, 0.7, ["reached"] * 4, id="within the bounds"),
+            pytest.param(106.0, 52.0, 0.7, ["missed", *["reached"] * 3], id="filling"),
+            pytest.param(105.0, 56.0, 0.7, ["reached", "missed", *["reached"] * 2], id="cached"),
+            pytest.param(105.0, 52.0, 0.8, [*["reached"] * 2, "missed", "reached"], id="gain"),
+        ],
+    )
+    def test_figures_are_compared_with_their_targets(
+        self, filling: float, cached: float, share: float, statuses: list[str]
+    ) -> None:
+        found = Measured("epochs", "made-up/half/iteration", "made-up", kind="iterations")
+        times = {OURS: 100.0, epochs.FILLING: filling, epochs.CACHED: cached, epochs.BY_HAND: 50.0}
+        for key, time in times.items():
+            found.add(key, iteration=time)
+        found.add(FACTS, share=share)
+        found.compare(epochs.CACHED, 0.0, 1e-3)
+        assert [line.status for line in epochs.reached([found])] == statuses
+
+    def test_inexact_options_are_shown_and_not_judged(self) -> None:
+        start, _ = epochs.pretrained("resnet18", epochs.QUICK, CPU)
+        data = epochs.digits(5, 16, 8)
+        found = Measured("epochs", "made-up", "made-up", kind="epochs")
+        options = {"cached, bf16 stored": epochs.OPTIONS["cached, bf16 stored"]}
+        network = epochs.NETWORKS["resnet18"]
+        trains = network.trains["half"]
+        epochs.run_all(
+            found,
+            setting(quick=True),
+            start,
+            data,
+            lambda model: freeze_except(model, *trains) and None,
+            lambda model: network.parts(model, trains),
+            options,
+        )
+        (key,) = options
+        assert (found.one(key, "difference") or 0) > 0
+        assert not found.unequal(key)
+        sizes = [found.one(k, "features") or 0 for k in (key, epochs.CACHED)]
+        assert sizes[1] - sizes[0] == 16 * 2 * 128 * 8 * 8

@@ -9,6 +9,7 @@ import itertools
 import pathlib
 import re
 import shlex
+import statistics
 from typing import Any
 
 import pytest
@@ -245,6 +246,52 @@ def test_the_speed_table_is_the_recorded_one(optimizer: str) -> None:
                 low, high = (stock / mine).quantile(torch.tensor([0.1, 0.9]).double()).tolist()
                 expected += f" [{two_digits(low)}-{two_digits(high)}]"
             assert cell.startswith(expected), (name, form)
+
+
+CACHED_FEATURES = {
+    "ResNet-18 at 64², half frozen": "resnet18/half",
+    "ResNet-18 at 64², all but the head": "resnet18/head",
+    "ViT at 64², half frozen": "vit/half",
+    "ViT at 64², all but the head": "vit/head",
+    "all-MiniLM-L6-v2, all but the head": "sentences/head",
+    "ResNet-50 at 224², all but the head (an iteration)": "resnet50/head/iteration",
+}
+
+
+@pytest.mark.skipif(
+    not (RESULTS / "amd_epyc_epochs.csv").exists(), reason="the suite epochs is not recorded yet"
+)
+def test_the_table_of_cached_features_is_the_recorded_one() -> None:
+    samples = recorded("amd_epyc_epochs")
+    exact = [*CACHED_FEATURES.values(), "resnet18/schedule"]
+    assert [samples[workload, "cached", "difference"] for workload in exact] == [[0]] * len(exact)
+
+    def shown(nanoseconds: float) -> str:
+        unit, size = ("s", 1e9) if nanoseconds >= 1e9 else ("ms", 1e6)
+        return f"{nanoseconds / size:.3g} {unit}"
+
+    expected = []
+    for title, workload in CACHED_FEATURES.items():
+        single = workload.endswith("/iteration")
+        later, filling = ("iteration", "filling") if single else ("epoch", "cached")
+        first = "iteration" if single else "first epoch"
+        times = {
+            who: statistics.median(samples[workload, who, later])
+            for who in ("ours", "cached", "by hand")
+        }
+        filled, plain = (
+            statistics.median(samples[workload, who, first]) for who in (filling, "ours")
+        )
+        size = "-" if single else f"{samples[workload, 'cached', 'features'][0] / 1e6:.1f} MB"
+        gains = (f"{times['ours'] / times[who]:,.1f}x" for who in ("cached", "by hand"))
+        cells = (title, *map(shown, (times["ours"], times["cached"])), *gains)
+        expected.append(f"| {' | '.join((*cells, f'{filled / plain:.2f}x', size))} |")
+    page = PAGES["docs/benchmarks.md"]
+    table = re.search(
+        r"^\| each epoch after the first .*\n\|.*\n((?:\|.*\|\n)+)", page, re.MULTILINE
+    )
+    assert table is not None
+    assert table[1].splitlines() == expected, "it is:\n" + "\n".join(expected)
 
 
 def documented() -> list[Any]:
