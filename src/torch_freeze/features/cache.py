@@ -580,7 +580,7 @@ samples, 26.5 kB in memory; 0 stored.
         ):
             pairs = zip(source.names, before[place], now[place], frozen, strict=False)
             differing = [n for n, a, b, still in pairs if a != b and still]
-            if differing:
+            if differing and not (place == 3 and self._same_in_both_modes(source, before[3])):
                 return f"{told} {_format.listed(differing)} changed"
         moved = [
             name
@@ -594,6 +594,23 @@ samples, 26.5 kB in memory; 0 stored.
             digests = self._digests_of(plan)
             moved = [name for name in moved if digests[name] != source.digests[name]]
         return f"{_format.listed(moved)} changed" if moved else ""
+
+    def _same_in_both_modes(self, source: _Source, before: list[bool]) -> bool:
+        """Whether the first samples have the same features in the modules' former modes."""
+        modules, modes = source.plan.modules, [m.training for m in source.plan.modules]
+        if any(t.requires_grad for t in source.plan.tensors.values()):
+            return False
+        features = []
+        try:
+            for asked in (modes, before):
+                for module, mode in zip(modules, asked, strict=True):
+                    module.training = mode
+                with kept_random_state(seed=0):
+                    features.append(self._prefix(source.plan, self._witness))
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
+        return all(torch.equal(a, b) for a, b in zip(*features, strict=True))
 
     def _plan(self) -> Plan:
         """Find the boundary as things are."""
