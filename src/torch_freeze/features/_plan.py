@@ -11,6 +11,7 @@ stored features is its output.
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -111,7 +112,13 @@ class Structure:
         shape = leaf.shape
         if leaf.dim is not None:
             shape = (*shape[: leaf.dim], count, *shape[leaf.dim :])
-        return StandIn.make(shape, leaf.dtype, device)
+        return _stand_in(shape, leaf.dtype, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stand_in(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> StandIn:
+    """One for all calls, as there is nothing in it to change."""
+    return StandIn.make(shape, dtype, device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +46,7 @@ from ._plan import (
 from ._store import Column, Store, open_store
 
 
-@dataclass(slots=True)
+@dataclass
 class _Source:
     """Stored features with the plan that they fit, and what has to be unchanged for it."""
 
@@ -57,7 +57,27 @@ class _Source:
     digests: dict[str, str]
     cast: Any
     modes: list[bool]
-    hooks: list[tuple[int, ...]]
+    hooks: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # The dicts of all modules, found once, because every batch looks into them.
+        self.attributes = [m.__dict__ for m in self.plan.modules]
+        self.buffers = [m._buffers for m in self.plan.modules if m._buffers]
+
+    def hooks_now(self) -> list[Any]:
+        """Of each module the keys of its hooks, and a forward that was put on it."""
+        found: list[Any] = []
+        for own in self.attributes:
+            before, after, forward = (
+                own["_forward_pre_hooks"],
+                own["_forward_hooks"],
+                own.get("forward"),
+            )
+            if before or after or forward is not None:
+                found.append((*after, *before, id(forward)))
+            else:
+                found.append(None)
+        return found
 
     def still_frozen(self) -> bool:
         """Whether nothing of the prefix trains."""
@@ -472,7 +492,7 @@ samples, 26.5 kB in memory; 0 stored.
                 "what the model computes. Undo it, or make the cache with on_change='refill'."
             )
         if changed and self._now is not None:
-            self._hooks_changed += self._hooks(self._now.plan) != self._now.hooks
+            self._hooks_changed += self._now.hooks_now() != self._now.hooks
             self._drop(self._now.key)
             self._now = None
         if flags:
@@ -507,13 +527,13 @@ samples, 26.5 kB in memory; 0 stored.
         if self._now is None:
             return (flags, cast, held)
         plan = self._now.plan
-        held += [id(value) for module in plan.modules for value in module._buffers.values()]
+        held += [id(value) for holder in self._now.buffers for value in holder.values()]
         return (
             flags,
             cast,
             held,
             self._modes(plan),
-            self._hooks(plan),
+            self._now.hooks_now(),
             [t._version for t in plan.tensors.values()],
             [t.data_ptr() for t in plan.tensors.values()],
         )
@@ -524,12 +544,6 @@ samples, 26.5 kB in memory; 0 stored.
 
     def _modes(self, plan: Plan) -> list[bool]:
         return [] if self._eval_frozen else [m.training for m in plan.modules]
-
-    def _hooks(self, plan: Plan) -> list[tuple[int, ...]]:
-        return [
-            (*m._forward_hooks, *m._forward_pre_hooks, id(m.__dict__.get("forward")))
-            for m in plan.modules
-        ]
 
     def _take_stock(self) -> None:
         """Find all modules and parameters of the model."""
@@ -686,8 +700,8 @@ samples, 26.5 kB in memory; 0 stored.
         else:
             store = open_store(self._root, key, columns, rows, made_from)
         names = [self._tree.modules[id(m)].name for m in plan.modules]
-        kept = (self._cast(), self._modes(plan), self._hooks(plan))
-        now = _Source(key, plan, store, names, digests, *kept)
+        now = _Source(key, plan, store, names, digests, self._cast(), self._modes(plan))
+        now.hooks = now.hooks_now()
         self._check_against_store(now)
         self._sources[key] = now
         self._now = now
@@ -712,7 +726,7 @@ samples, 26.5 kB in memory; 0 stored.
                 not source.still_frozen()
                 or self._digests_of(source.plan) != source.digests
                 or self._modes(source.plan) != source.modes
-                or self._hooks(source.plan) != source.hooks
+                or source.hooks_now() != source.hooks
             ):
                 self._drop(key)
         now = [] if self._now is None else [self._now.key]
