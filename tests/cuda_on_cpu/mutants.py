@@ -310,8 +310,8 @@ FAULTS = (
     Fault(
         "adds a decoupled decay to the gradient as well",
         ADAM,
-        "} else if constexpr (Variant::kDecay) {",
-        "}\n    if constexpr (Variant::kDecay) {",
+        "if constexpr (Variant::kDecay && !Variant::kDecoupled) {",
+        "if constexpr (Variant::kDecay) {",
         f"{COUNTS} -k trains",
         compiled=KERNELS,
     ),
@@ -328,7 +328,7 @@ FAULTS = (
         FORMULA,
         "return kArray == 0 && !fresh;",
         "return kArray == 0;",
-        f"{COUNTS} -k trains",
+        f"{COUNTS} -k reset",
         compiled=KERNELS,
     ),
     Fault(

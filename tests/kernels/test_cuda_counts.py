@@ -157,6 +157,20 @@ def test_a_parameter_unfrozen_late_has_a_count_of_its_own(place: dict[str, Any])
 
 
 @places
+def test_moments_that_were_reset_begin_with_a_count_of_one(place: dict[str, Any]) -> None:
+    optimizer, stock, gen = pair({"frozen_state": "reset", **place}, steps=3)
+    index = 3
+    rests = params_of(optimizer)[index]
+    rests.requires_grad_(False)
+    step_both(optimizer, stock, gen)
+    rests.requires_grad_(True)
+    del stock.state[params_of(stock)[index]]
+    step_both(optimizer, stock, gen)
+    assert counts_of(optimizer)[index] == 1.0
+    assert_close(optimizer, stock)
+
+
+@places
 def test_state_of_the_other_place_goes_on(place: dict[str, Any]) -> None:
     """torch moves a count on loading only where it lies on the device; both kinds are taken."""
     other, stock, gen = pair(ON_DEVICE["fused"] if not place else ON_HOST)
