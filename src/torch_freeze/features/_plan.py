@@ -198,6 +198,8 @@ class _Call:
         self.drawn: _Call | None = None
         #: Calls inside it that could be skipped.
         self.inside: list[_Call] = []
+        #: Where values come from that Python has read in it, to branch on them.
+        self.read: frozenset[tuple[int, int]] = frozenset()
 
 
 class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
@@ -279,6 +281,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
             for key in used:
                 for name, tensor in self.owned.get(key, ()):
                     self.tensors[name] = tensor
+        if not results:  # as of item() and bool(), which masks of attention are made with
+            self.stack[-1].read |= sources
         for key in results:
             if key not in self.owned:
                 self.origins[key] = sources | (
@@ -315,6 +319,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
                 self.blocked[id(call.drawn.module), call.drawn.ordinal] = call.drawn
         if not self._can_be_skipped(call, args, kwargs, out):
             around.inside += call.inside
+            around.read |= call.read
             return out
         number = len(self.calls)
         self.calls.append(call)
@@ -508,6 +513,7 @@ def _traced(
         trace,
     ):
         run(inputs)
+    trace.needed |= trace.stack[0].read
     return trace, changed
 
 
