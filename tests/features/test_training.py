@@ -164,6 +164,54 @@ def test_on_a_hit_neither_the_sample_is_read_nor_the_prefix_run() -> None:
     assert later[-1][2] == suffix + 3 * SAMPLES // BATCH
 
 
+class Pooled(nn.Module):
+    """A convolution whose output is pooled, shown in part or used whole by a head that trains."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.use = use
+        self.conv, self.head, self.other = nn.Conv2d(3, 4, 3), nn.Linear(4, 5), nn.Linear(100, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.use == "pooled":
+            return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+        if self.use == "a view":
+            return self.head(x[:, :, 0, 0])  # type: ignore[no-any-return]
+        return self.head(x[:, :, 0, 0].relu_()) + self.other(x[:, 0].flatten(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("use", "boundary", "floats"),
+    [
+        ("pooled", ("the input of head",), 4),
+        ("a view", ("the input of head",), 4),
+        (
+            "a part that is written to, and the whole",
+            ("the input of head", "the input of other"),
+            104,
+        ),
+    ],
+)
+def test_what_is_stored_is_what_meets_the_part_that_trains(
+    use: str, boundary: tuple[str, ...], floats: int
+) -> None:
+    model = Pooled(use)
+    freeze(model, "conv")
+    features = FeatureCache(model, Images())
+    assert features.boundary == boundary
+    assert features.nbytes == SAMPLES * (1 + 8 + 4 * floats)
+    wanted = model(Images().tensors[0])
+    for _ in range(2):
+        (batch,) = DataLoader(features.dataset, SAMPLES)
+        assert torch.equal(features(batch.inputs), wanted)
+    assert batch.inputs.slots is not None
+    # When the head is another, so is the plan.
+    model.head = nn.Linear(4, 5)
+    assert torch.equal(features(batch.inputs), model(Images().tensors[0]))
+
+
 def test_a_deeper_boundary_is_filled_from_the_shallower_one(tmp_path: Path) -> None:
     model, images = Net(), Images()
     freeze(model, "block0")

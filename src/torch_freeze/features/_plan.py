@@ -2,7 +2,9 @@
 
 One pass over a few samples finds, operation by operation, what depends on a trainable parameter.
 The outermost module calls that do not are skipped later. Of what they return, what meets a
-trainable parameter outside of them is stored; the rest is never needed. Further passes make sure
+trainable parameter outside of them is stored; the rest is never needed. If the model computes
+something smaller of it before it calls the module that trains, the input of that module is stored
+instead (the pooled features, the first token). Further passes make sure
 that the features of a sample depend on nothing but the sample, and that the model's output from
 stored features is its output.
 """
@@ -122,6 +124,31 @@ class Skipped:
     returns: Structure
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A call of a module that trains, and those of its arguments that come from the store."""
+
+    module: nn.Module
+    name: str
+    ordinal: int
+    spec: TreeSpec
+    leaves: tuple[tuple[int, Leaf], ...]
+
+    def put(self, args: Any, kwargs: Any, slots: Sequence[Any], device: torch.device) -> Any:
+        """The arguments with the stored ones in place."""
+        values, spec = tree_flatten((args, kwargs))
+        if spec != self.spec:
+            raise RuntimeError(
+                f"FeatureCache: {self.name} was called with other arguments than in the pass over "
+                "the first samples. Choose an earlier boundary with at=...."
+            )
+        for at, leaf in self.leaves:
+            values[at] = (
+                leaf.constant.to(device, copy=True) if leaf.slot is None else slots[leaf.slot]
+            )
+        return tree_unflatten(values, spec)
+
+
 @dataclass(slots=True)
 class Plan:
     """What is stored and what is skipped.
@@ -145,14 +172,25 @@ class Plan:
     in_eval: dict[tuple[int, int], nn.Module] = field(default_factory=dict)
     #: (slot, index among the leaves) of what is stored of a call.
     stored: dict[tuple[int, int], tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    #: Calls of modules that train and take something stored.
+    given: dict[tuple[int, int], Given] = field(default_factory=dict)
     #: (slot, index among the leaves) of the stored inputs and of the targets.
     of_inputs: tuple[tuple[int, int], ...] = ()
     of_targets: tuple[tuple[int, int], ...] = ()
 
     @property
     def boundary(self) -> tuple[str, ...]:
-        """Names of the modules whose outputs are stored."""
-        return tuple(dict.fromkeys(self.calls[key].name for key in self.stored))
+        """Names of the modules whose outputs are stored, and "the input of ..."."""
+        names = [self.calls[key].name for key in self.stored]
+        names += [f"the input of {given.name}" for given in self.given.values()]
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def of_calls(self) -> set[int]:
+        """The slots that hold features, not inputs or targets."""
+        slots = {slot for places in self.stored.values() for slot, _ in places}
+        taken = [leaf.slot for given in self.given.values() for _, leaf in given.leaves]
+        return slots | {slot for slot in taken if slot is not None}
 
     @property
     def skipped_modules(self) -> list[nn.Module]:
@@ -218,7 +256,10 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         self.owned: dict[int, list[tuple[str, torch.Tensor]]] = {}
         #: Where the content of a storage comes from: (number of a call or -1, index of the leaf).
         self.origins: dict[int, frozenset[tuple[int, int]]] = {}
+        #: By number, with the inputs of calls that train (a call and the index of the leaf).
         self.calls: list[_Call] = []
+        self.entries: dict[int, tuple[_Call, int]] = {}
+        self._direct: set[int] = set()  # tensors, by `id`, that are the output of a call itself
         self.needed: set[tuple[int, int]] = set()
         self.sizes: dict[tuple[int, int], int] = {}  # in bytes
         self.tensors: dict[str, torch.Tensor] = {}
@@ -302,6 +343,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
     ) -> Any:
         """Run a call of a module, and see whether it can be skipped."""
         call = _Call(module, ordinal)
+        args, kwargs, entered = self._enter(call, args, kwargs)
         self.stack.append(call)
         state = _python_random_state()
         try:
@@ -317,6 +359,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
             self._mark(around, call.drawn)
             if any(True for _ in module.parameters()):
                 self.blocked[id(call.drawn.module), call.drawn.ordinal] = call.drawn
+        if entered and not call.trains and call.drawn is None:
+            self._leave(entered)
         if not self._can_be_skipped(call, args, kwargs, out):
             around.inside += call.inside
             around.read |= call.read
@@ -331,10 +375,46 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
                 before = self.origins.get(key, frozenset()) if id(leaf) in given else frozenset()
                 self.origins[key] = before | {(number, j)}
                 self.sizes[number, j] = leaf.nbytes
+                self._direct.add(id(leaf))
+                self._kept.append(leaf)
                 if id(module) in at:
                     self.needed.add((number, j))
                     self.tainted[key] = ""
         return out
+
+    def _enter(self, call: _Call, args: Any, kwargs: Any) -> Any:
+        """Follow arguments that were computed of skipped calls, and are no larger, by themselves.
+
+        They are copied, because a view has the storage of what it shows.
+        """
+        leaves, spec = tree_flatten((args, kwargs))
+        entered: dict[int, frozenset[tuple[int, int]]] = {}
+        for j, leaf in enumerate(leaves):
+            if not isinstance(leaf, torch.Tensor) or id(leaf) in self._direct:
+                continue
+            sources = self.origins.get(_storage(leaf), frozenset())
+            size = sum(self.sizes.get(source, 0) for source in sources)
+            if _storage(leaf) in self.tainted or not 0 < leaf.nbytes <= size:
+                continue
+            leaves[j] = leaf.clone()
+            number = len(self.calls)
+            self.calls.append(call)
+            self.entries[number] = call, j
+            self.sizes[number, 0] = leaf.nbytes
+            self.origins[_storage(leaves[j])] = frozenset([(number, 0)])
+            self._direct.add(id(leaves[j]))
+            self._kept.append(leaves[j])
+            entered[number] = sources
+        if entered:
+            args, kwargs = tree_unflatten(leaves, spec)
+        return args, kwargs, entered
+
+    def _leave(self, entered: dict[int, frozenset[tuple[int, int]]]) -> None:
+        """What was computed of a call's arguments comes from where these came from."""
+        for key, origins in self.origins.items():
+            if any(number in entered for number, _ in origins):
+                back = [entered.get(number, frozenset([(number, j)])) for number, j in origins]
+                self.origins[key] = frozenset().union(*back)
 
     def _can_be_skipped(self, call: _Call, args: Any, kwargs: Any, out: Any) -> bool:
         tensors = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
@@ -404,7 +484,7 @@ def make_plan(
         if not eval_frozen or not new:
             break
         in_eval |= new  # dropout between frozen modules
-    calls = {id(call): n for n, call in enumerate(trace.calls)}
+    calls = {id(call): n for n, call in enumerate(trace.calls) if n not in trace.entries}
     outermost = [(calls[id(call)], call) for call in trace.stack[0].inside]
     name_of = {n: tree.modules[id(call.module)].name for n, call in outermost}
     _check_trace(tree, trace, outermost, at, changed, eval_frozen)
@@ -413,9 +493,14 @@ def make_plan(
 
     # The same two batches again, as they will be run from now on.
     needed = {key: None for key in sorted(trace.needed) if key[0] < 0 or key[0] in name_of}
+    entries: dict[tuple[int, int], tuple[_Call, list[int]]] = {}
+    for number, (call, j) in trace.entries.items():
+        if (number, 0) in trace.needed:
+            entries.setdefault((id(call.module), call.ordinal), (call, []))[1].append(j)
     plain = [(call.module, call.ordinal) for _, call in outermost]
-    first, output = _returned(run, plain, inputs, in_eval, seed=0)
-    second, _ = _returned(run, plain, other_inputs, in_eval, seed=1)
+    taking = [(call.module, call.ordinal) for call, _ in entries.values()]
+    first, taken, output = _returned(run, plain, taking, inputs, in_eval, seed=0)
+    second, other_taken, _ = _returned(run, plain, taking, other_inputs, in_eval, seed=1)
     for (n, _), one, two in zip(outermost, first, second, strict=True):
         if one is None or two is None:
             raise ValueError(
@@ -459,6 +544,22 @@ def make_plan(
         skipped[id(call.module), call.ordinal] = Skipped(
             call.module, name_of[n], call.ordinal, returns
         )
+    given: dict[tuple[int, int], Given] = {}
+    for (key, (call, wanted)), one, two in zip(entries.items(), taken, other_taken, strict=True):
+        name = tree.modules[id(call.module)].name
+        if one is None or two is None or one[1] != two[1]:
+            raise ValueError(
+                f"FeatureCache: {name} is not called alike in every pass. Choose an earlier "
+                "boundary with at=...."
+            )
+        leaves = []
+        for j in wanted:
+            leaf = _leaf(f"the input of {name}", one[0][j], two[0][j], True)
+            if isinstance(leaf, Slot):
+                slots.append(leaf)
+                leaf = Leaf(slot=len(slots) - 1)
+            leaves.append((j, leaf))
+        given[key] = Given(call.module, name, call.ordinal, one[1], tuple(leaves))
     keys = {n: (id(call.module), call.ordinal) for n, call in outermost}
     below = {id(m): m for _, call in outermost for m in call.module.modules()}
     plan = Plan(
@@ -471,10 +572,11 @@ def make_plan(
         share=trace.frozen_flops / trace.flops if trace.flops else 0.0,
         in_eval=in_eval,
         stored={keys[n]: tuple(found) for n, found in places.items() if n >= 0},
+        given=given,
         of_inputs=tuple(places.get(-1, ())),
         of_targets=tuple(places.get(-2, ())),
     )
-    if not plan.stored:
+    if not plan.of_calls:
         raise ValueError(_nothing_to_store(trace))
     captured = _captured(plan, run, inputs, targets, seed=0)
     _check_samples(plan, run, captured, batches, pairs)
@@ -555,8 +657,15 @@ def estimate(
     """
     trace, _ = _traced(tree, run, inputs, None, True, {})
     outermost = {id(call) for call in trace.stack[0].inside}
-    stored = [(n, j) for n, j in sorted(trace.needed) if n >= 0 and id(trace.calls[n]) in outermost]
-    names = dict.fromkeys(tree.modules[id(trace.calls[n].module)].name for n, _ in stored)
+    stored = [
+        (n, j)
+        for n, j in sorted(trace.needed)
+        if n >= 0 and (n in trace.entries or id(trace.calls[n]) in outermost)
+    ]
+    names = dict.fromkeys(
+        "the input of " * (n in trace.entries) + tree.modules[id(trace.calls[n].module)].name
+        for n, _ in stored
+    )
     size = sum(trace.sizes[n, j] for n, j in stored)
     return (trace.frozen_flops / trace.flops if trace.flops else 0.0), list(names), size
 
@@ -668,28 +777,35 @@ def _leaf(what: str, a: Any, b: Any, stored: bool) -> Leaf | Slot:
 def _returned(
     run: Callable[[Inputs], Any],
     calls: list[tuple[nn.Module, int]],
+    taking: list[tuple[nn.Module, int]],
     inputs: Inputs,
     in_eval: dict[tuple[int, int], nn.Module],
     seed: int,
-) -> tuple[list[Any], Any]:
-    """What some calls return in a pass, each copied, and the output of the pass."""
+) -> tuple[list[Any], list[Any], Any]:
+    """What some calls return and what others take in a pass, copied, and the output of the pass."""
     wanted = {(id(module), ordinal): n for n, (module, ordinal) in enumerate(calls)}
     found: list[Any] = [None] * len(calls)
+    takes = {(id(module), ordinal): n for n, (module, ordinal) in enumerate(taking)}
+    taken: list[Any] = [None] * len(taking)
+
+    def copied(values: Any) -> tuple[list[Any], TreeSpec]:
+        leaves, spec = tree_flatten(values)
+        return [t.detach().clone() if isinstance(t, torch.Tensor) else t for t in leaves], spec
 
     def handler(module: nn.Module, ordinal: int, args: Any, kwargs: Any, usual: Any) -> Any:
+        if (n := takes.get((id(module), ordinal))) is not None:
+            taken[n] = copied((args, kwargs))
         with eval_mode(module) if (id(module), ordinal) in in_eval else nullcontext():
             out = usual(*args, **kwargs)
         if (n := wanted.get((id(module), ordinal))) is not None:
-            leaves, spec = tree_flatten(out)
-            copies = [t.detach().clone() if isinstance(t, torch.Tensor) else t for t in leaves]
-            found[n] = tree_unflatten(copies, spec)
+            found[n] = tree_unflatten(*copied(out))
         return out
 
     with kept_random_state(seed), torch.enable_grad():
-        modules = {id(m): m for m in [*(m for m, _ in calls), *in_eval.values()]}
+        modules = {id(m): m for m in [*(m for m, _ in [*calls, *taking]), *in_eval.values()]}
         with taken_over(modules.values(), handler):
             output = run(inputs)
-    return found, output
+    return found, taken, output
 
 
 #: Runs a frozen call: gets the module, a function that runs it as usual, and its arguments.
@@ -702,7 +818,7 @@ def capturing(
     only_these: bool = False,
     runner: Runner | None = None,
 ) -> Any:
-    """Keep what the stored calls of a plan return, by slot, in the forward passes of a block.
+    """Keep what a plan stores of a pass, by slot, in the forward passes of a block.
 
     Args:
         plan: the plan.
@@ -711,12 +827,18 @@ def capturing(
         runner: runs the frozen calls; None runs them as usual.
     """
     modules = [plan.calls[key].module for key in plan.stored] + list(plan.in_eval.values())
+    modules += [given.module for given in plan.given.values()]
     if runner is not None:
         modules += plan.skipped_modules
-    waiting = set(plan.stored)
+    waiting = {*plan.stored, *plan.given}
 
     def handler(module: nn.Module, ordinal: int, args: Any, kwargs: Any, usual: Any) -> Any:
         key = (id(module), ordinal)
+        if key in plan.given:
+            take(plan, key, args, kwargs, found)
+            waiting.discard(key)
+            if only_these and not waiting:
+                raise EnoughError
         with eval_mode(module) if key in plan.in_eval else nullcontext():
             if runner is None or key not in plan.calls:
                 out = usual(*args, **kwargs)
@@ -752,6 +874,17 @@ def keep(plan: Plan, key: tuple[int, int], out: Any, found: dict[int, torch.Tens
         found[slot] = leaves[at].detach().movedim(plan.slots[slot].dim, 0).clone()
 
 
+def take(
+    plan: Plan, key: tuple[int, int], args: Any, kwargs: Any, found: dict[int, torch.Tensor]
+) -> None:
+    """Copy what is stored of a call's arguments."""
+    given = plan.given[key]
+    values, spec = tree_flatten((args, kwargs))
+    for at, leaf in given.leaves if spec == given.spec else ():
+        if leaf.slot is not None:
+            found[leaf.slot] = values[at].detach().movedim(plan.slots[leaf.slot].dim, 0).clone()
+
+
 def skipping(
     plan: Plan,
     slots: Sequence[Any],
@@ -775,13 +908,18 @@ def skipping(
         for value, slot in zip(slots, plan.slots, strict=True)
     ]
     in_eval = plan.in_eval if deeper is None else {**plan.in_eval, **deeper.in_eval}
-    modules = {id(m): m for m in [*plan.skipped_modules, *in_eval.values()]}
+    given = [g.module for p in (plan, deeper) if p is not None for g in p.given.values()]
+    modules = {id(m): m for m in [*plan.skipped_modules, *in_eval.values(), *given]}
     if deeper is not None:
         modules |= {key[0]: deeper.calls[key].module for key in deeper.stored}
 
     def handler(module: nn.Module, ordinal: int, args: Any, kwargs: Any, usual: Any) -> Any:
         key = (id(module), ordinal)
         call = plan.calls.get(key)
+        if key in plan.given:
+            args, kwargs = plan.given[key].put(args, kwargs, placed, device)
+        if deeper is not None and found is not None and key in deeper.given:
+            take(deeper, key, args, kwargs, found)
         if call is not None:
             out = call.returns.build(placed, count, device)
         else:

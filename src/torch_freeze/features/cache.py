@@ -315,7 +315,7 @@ samples, 26.5 kB in memory; 0 stored.
 
     @property
     def boundary(self) -> tuple[str, ...]:
-        """Names of the modules whose outputs are stored; empty if nothing is."""
+        """Names of the modules whose outputs are stored, and "the input of ..."; empty if none."""
         return () if self._now is None else self._now.plan.boundary
 
     @property
@@ -327,12 +327,13 @@ samples, 26.5 kB in memory; 0 stored.
         if self._now is None:
             return "FeatureCache: nothing is skipped; forward is whole."
         plan, store = self._now.plan, self._now.store
+        until = _format.listed(plan.boundary) + ("" if plan.given else " and with it")
         where = "memory" if self._root is None else str(self._root)
         each = store.nbytes // max(store.rows, 1) - 1
         views = f" x {self.dataset.views} views" if self.dataset.views is not None else ""
         return (
             f"FeatureCache: {_format.percent(plan.share)} of forward is skipped, up to "
-            f"{_format.listed(plan.boundary)} and with it; {_format.size(each)} for each of "
+            f"{until}; {_format.size(each)} for each of "
             f"{len(self.dataset)}{views} samples, {_format.size(store.nbytes)} in {where}; "
             f"{store.count} stored."
         )
@@ -386,12 +387,7 @@ samples, 26.5 kB in memory; 0 stored.
         return output
 
     def _check_found(self, plan: Plan, found: Mapping[int, torch.Tensor]) -> None:
-        lacking = {
-            plan.slots[slot].name
-            for key in plan.stored
-            for slot, _ in plan.stored[key]
-            if slot not in found
-        }
+        lacking = {plan.slots[slot].name for slot in plan.of_calls if slot not in found}
         if lacking:
             raise RuntimeError(
                 f"FeatureCache: this pass did not call {_format.listed(sorted(lacking))}, as the "
@@ -461,6 +457,8 @@ samples, 26.5 kB in memory; 0 stored.
         before, changed = self._state, self._renew()
         now = self._look()
         flags, casts = now[0] != before[0], now[1] != before[1]
+        if self._now is not None:  # a module whose input is stored was replaced
+            flags |= any(key[0] not in self._tree.modules for key in self._now.plan.given)
         if not changed and self._now is not None:
             changed = self._what_changed(self._now, before, now)
         if changed and self._on_change == "raise":
@@ -675,7 +673,7 @@ samples, 26.5 kB in memory; 0 stored.
         digests = self._digests_of(plan)
         made_from = self._made_from(plan, digests)
         key = _hashed(sorted(made_from.items()))
-        stored_as = {slot for places in plan.stored.values() for slot, _ in places}
+        stored_as = plan.of_calls
         columns = [
             Column(
                 s.name,
@@ -753,7 +751,8 @@ samples, 26.5 kB in memory; 0 stored.
         return {
             "model": type(self._bare).__qualname__,
             "boundary": [
-                [call.name, call.ordinal] for k, call in plan.calls.items() if k in plan.stored
+                *([call.name, call.ordinal] for k, call in plan.calls.items() if k in plan.stored),
+                *([f"the input of {given.name}", given.ordinal] for given in plan.given.values()),
             ],
             "slots": [[s.name, list(s.shape), str(s.dtype)] for s in plan.slots],
             "tensors": _hashed(list(digests.items())),
