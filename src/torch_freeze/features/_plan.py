@@ -360,7 +360,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
             if any(True for _ in module.parameters()):
                 self.blocked[id(call.drawn.module), call.drawn.ordinal] = call.drawn
         if entered and not call.trains and call.drawn is None:
-            self._leave(entered)
+            self._leave(call, entered)
         if not self._can_be_skipped(call, args, kwargs, out):
             around.inside += call.inside
             around.read |= call.read
@@ -409,12 +409,18 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
             args, kwargs = tree_unflatten(leaves, spec)
         return args, kwargs, entered
 
-    def _leave(self, entered: dict[int, frozenset[tuple[int, int]]]) -> None:
+    def _leave(self, call: _Call, entered: dict[int, frozenset[tuple[int, int]]]) -> None:
         """What was computed of a call's arguments comes from where these came from."""
+
+        def back(origins: frozenset[tuple[int, int]]) -> frozenset[tuple[int, int]]:
+            return frozenset().union(
+                *(entered.get(number, frozenset([(number, j)])) for number, j in origins)
+            )
+
+        call.read = back(call.read)
         for key, origins in self.origins.items():
             if any(number in entered for number, _ in origins):
-                back = [entered.get(number, frozenset([(number, j)])) for number, j in origins]
-                self.origins[key] = frozenset().union(*back)
+                self.origins[key] = back(origins)
 
     def _can_be_skipped(self, call: _Call, args: Any, kwargs: Any, out: Any) -> bool:
         tensors = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
