@@ -618,11 +618,23 @@ def _traced(
         kept_random_state(seed=0),
         torch.enable_grad(),
         taken_over(modules, handler),
+        no_fast_attention(),
         trace,
     ):
         run(inputs)
     trace.needed |= trace.stack[0].read
     return trace, changed
+
+
+@contextmanager
+def no_fast_attention() -> Iterator[None]:
+    """Without the kernels of nn.MultiheadAttention for inference, whose FLOPs nobody counts."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
