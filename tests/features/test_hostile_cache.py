@@ -559,7 +559,6 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "new hook before": (
         lambda m: m[0].register_forward_pre_hook(lambda m, args: (args[0] * 2,)), FORWARD),
     "new forward": (lambda m: setattr(m[0], "forward", lambda x: x.new_ones(len(x), 6)), FORWARD),
-    "eval": (lambda m: m.eval(), r"mode \(train or eval\) of 0"),
     "float64": (lambda m: m.double(), BOTH),
     "bfloat16 and back": (lambda m: m.bfloat16().float(), BOTH),
     "statistics": (lambda m: m[1].running_mean.add_(1), r"1\.running_mean"),

@@ -293,6 +293,26 @@ def test_autocast_has_features_of_its_own() -> None:
     assert plain[0].dtype == torch.float32
 
 
+def test_a_mode_without_effect_is_no_change_and_one_of_dropout_is() -> None:
+    model = Net()
+    freeze(model, "block0", "block1")
+    features = FeatureCache(model, Images())
+    features.fill(BATCH, progress=False)
+    for mode in (False, True):
+        (batch,) = DataLoader(features.dataset, SAMPLES)
+        model.train(mode)
+        features(batch.inputs)
+        assert batch.inputs.slots is not None and features.stored == SAMPLES
+    layers = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 6), nn.Linear(6, 2))
+    freeze(layers.eval(), "0", "2")
+    features = FeatureCache(layers, TensorDataset(torch.randn(8, 4), torch.arange(8)))
+    features.fill(progress=False)
+    (batch,) = DataLoader(features.dataset, 8)
+    layers[1].train()
+    with pytest.raises(RuntimeError, match=r"mode \(train or eval\) of 1 changed"):
+        features(batch.inputs)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_features_stored_in_a_narrow_dtype_are_rounded_once(dtype: torch.dtype) -> None:
     model = Net().eval()

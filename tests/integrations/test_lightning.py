@@ -580,3 +580,45 @@ def test_what_the_learning_rate_is_logged_as(tmp_path: Path, name: str | None, l
     logger = pl.loggers.CSVLogger(tmp_path)
     fit(Named(rates=True), monitor, 1, logger=logger, log_every_n_steps=1)
     assert set(monitor.lrs) == {logged}
+
+
+class Whole(Net):
+    """Calls itself on the inputs of a batch, as most modules do, and counts runs of its prefix."""
+
+    runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.backbone(x))
+        return out
+
+    def training_step(self, batch: Any) -> Tensor:
+        return self(batch[0]).square().mean()
+
+
+def test_a_cache_gives_the_same_weights_and_runs_the_prefix_once() -> None:
+    samples = torch.utils.data.TensorDataset(
+        torch.randn(8 * BATCHES, 4, generator=cases.generator(1)), torch.arange(8 * BATCHES)
+    )
+    found, runs = [], []
+    for cached in (False, True):
+        net = Whole()
+        torch_freeze.freeze(net, "backbone")
+
+        def count(*_: Any, net: Whole = net) -> None:
+            net.runs += 1
+
+        net.backbone[0].register_forward_hook(count)
+        cache = torch_freeze.FeatureCache(net, samples, spot_check=0) if cached else None
+        loader: Any = torch.utils.data.DataLoader(samples if cache is None else cache.dataset, 8)
+        net.runs = 0
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=1, max_epochs=3, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, enable_checkpointing=False,
+            callbacks=FreezeCallback("backbone", cache=cache),
+        )  # fmt: skip
+        trainer.fit(net, loader)
+        found.append(weights(net))
+        runs.append(net.runs)
+        assert net(torch.ones(2, 4)).shape == (2, 2), "the module is as it was"
+    assert_same_weights(found[1], found[0])
+    assert runs == [3 * BATCHES, BATCHES]

@@ -22,7 +22,14 @@ from transformers import (  # noqa: E402
 
 from tests.helpers import optim_cases as cases  # noqa: E402
 from tests.helpers.models import weights  # noqa: E402
-from torch_freeze import AdvanceOnPlateau, FrozenAwareSGD, gradual_unfreeze, rotate  # noqa: E402
+from torch_freeze import (  # noqa: E402
+    AdvanceOnPlateau,
+    FeatureCache,
+    FrozenAwareSGD,
+    freeze,
+    gradual_unfreeze,
+    rotate,
+)
 from torch_freeze.integrations.transformers import FreezeTrainerCallback  # noqa: E402
 
 LAYERS = ["bert.encoder.layer.0", "bert.encoder.layer.1", "bert.encoder.layer.2"]
@@ -519,3 +526,36 @@ def test_steps_in_backward_need_a_trainer_that_does_not_clip(tmp_path: Path, kin
         found.append(weights(model))
     for name, weight in found[0].items():
         assert torch.equal(weight, found[1][name]), name
+
+
+def test_a_cache_gives_the_same_weights_under_a_schedule(tmp_path: Path) -> None:
+    found = []
+    for cached in (False, True):
+        model = make_model()
+        freeze(model, "bert.embeddings", *LAYERS[:2])
+        cache = FeatureCache(model, data()) if cached else None  # type: ignore[arg-type]
+        callback = FreezeTrainerCallback(
+            schedule={0: ["bert.embeddings", *LAYERS[:2]], 2: ["bert.embeddings", LAYERS[0]]},
+            cache=cache,
+        )
+        arguments = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=4, num_train_epochs=3, report_to=[], seed=3,
+            disable_tqdm=True, use_cpu=True, logging_strategy="no", save_strategy="no",
+            eval_strategy="epoch",
+        )  # fmt: skip
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=data() if cache is None else cache.dataset,
+            eval_dataset=data(),
+            data_collator=None if cache is None else cache.collator,
+            optimizers=(FrozenAwareSGD(model.parameters(), 0.1), None),
+            callbacks=[callback],
+        )
+        trainer.train()
+        found.append(weights(model))
+        if cache is not None:
+            assert cache.stored == len(data()) and cache.boundary == (LAYERS[0],)
+    for name, weight in found[0].items():
+        # Batches are shuffled, so a sample is computed beside others than when it was stored.
+        assert torch.allclose(weight, found[1][name], atol=1e-5), name

@@ -152,7 +152,7 @@ class Cached(Run):
             self.cache = FeatureCache(self.model, self.data.train, folder, **options)
 
         self.setup = timed(make, self.device, wait=True)
-        self.share = share_of(self.cache)
+        self.share = self.cache.share
 
     def scores(self, order: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """As for everyone, through the cache."""
@@ -181,12 +181,6 @@ class ByHand(Run):
             self.features = self.stored.nbytes
         for rows in torch.tensor(order).split(self.extent.batch):
             yield self.suffix(self.stored[rows.to(self.device)]), self.labels[rows]
-
-
-def share_of(features: FeatureCache) -> float:
-    """The share of the forward pass's FLOPs that is skipped."""
-    now = features._now
-    return 0.0 if now is None else now.plan.share
 
 
 def gap(run: Run, base: Run) -> float:
@@ -362,7 +356,7 @@ def run_iterations(setting: Setting, name: str, cut: str, batch: int) -> Measure
         BY_HAND: lambda: suffix(stored[some]),
     }
     title = network.titled(cut)
-    share = share_of(features)
+    share = features.share
     details = f" ({100 * share:.2f} % of forward; batch {batch}, random images in memory)"
     found = Measured("epochs", f"{name}/{cut}/iteration", title, details, "iterations")
     found.add(FACTS, share=share)

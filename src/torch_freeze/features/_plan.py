@@ -157,7 +157,8 @@ class Plan:
         calls: the skipped calls, by module `id` and which of its calls it is.
         slots: what is stored; first of the targets, then of the inputs, then of the calls.
         tensors: parameters and buffers that the stored tensors depend on, by name.
-        modules: every module below a skipped call.
+        modules: every module below a skipped call or between such calls.
+        example: the slots of the first samples.
         share: share (0 to 1) of the forward pass's FLOPs that is skipped.
     """
 
@@ -177,6 +178,7 @@ class Plan:
     #: (slot, index among the leaves) of the stored inputs and of the targets.
     of_inputs: tuple[tuple[int, int], ...] = ()
     of_targets: tuple[tuple[int, int], ...] = ()
+    example: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def boundary(self) -> tuple[str, ...]:
@@ -259,6 +261,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         #: By number, with the inputs of calls that train (a call and the index of the leaf).
         self.calls: list[_Call] = []
         self.entries: dict[int, tuple[_Call, int]] = {}
+        #: Modules that run between skipped calls, such as dropout in eval mode.
+        self.between: list[nn.Module] = []
         self._direct: set[int] = set()  # tensors, by `id`, that are the output of a call itself
         self.needed: set[tuple[int, int]] = set()
         self.sizes: dict[tuple[int, int], int] = {}  # in bytes
@@ -364,6 +368,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         if not self._can_be_skipped(call, args, kwargs, out):
             around.inside += call.inside
             around.read |= call.read
+            if not call.trains and call.drawn is None:
+                self.between.append(module)
             return out
         number = len(self.calls)
         self.calls.append(call)
@@ -567,7 +573,8 @@ def make_plan(
             leaves.append((j, leaf))
         given[key] = Given(call.module, name, call.ordinal, one[1], tuple(leaves))
     keys = {n: (id(call.module), call.ordinal) for n, call in outermost}
-    below = {id(m): m for _, call in outermost for m in call.module.modules()}
+    frozen = [*(call.module for _, call in outermost), *trace.between]
+    below = {id(m): m for module in frozen for m in module.modules()}
     plan = Plan(
         inputs=of_inputs,
         targets=of_targets,
@@ -586,6 +593,7 @@ def make_plan(
         raise ValueError(_nothing_to_store(trace))
     captured = _captured(plan, run, inputs, targets, seed=0)
     _check_samples(plan, run, captured, batches, pairs)
+    plan.example = [value.clone() for value in captured]
     _check_output(plan, run, captured, inputs, output)
     return plan
 
