@@ -339,7 +339,11 @@ def _cache_note(tree: Tree, example: Any) -> Iterator[str]:
         torch.compiler.set_stance("force_eager"),
         checkpoints_run_at_once(),
     ):
-        share, names, size = estimate(tree, lambda i: model(*i[0], **i[1]), inputs)
+        # The pass writes statistics into copies, which leaves versions of buffers alone, too.
+        buffers = {name: b.clone() for name, b in model.named_buffers() if not is_lazy(b)}
+        share, names, size = estimate(
+            tree, lambda i: torch.func.functional_call(model, buffers, *i), inputs
+        )
     tensors = [t for t in tree_iter(inputs) if isinstance(t, torch.Tensor) and t.dim()]
     if not names or not tensors:
         return

@@ -160,6 +160,35 @@ class TestSentenceEncoder:
             assert float(state) == pytest.approx(buffers * float(gradients), abs=0.15)
 
 
+class TestFeatureCache:
+    @pytest.fixture
+    def example(self) -> Any:
+        pytest.importorskip("sklearn", reason="scikit-learn, which ships the digits, is missing")
+        return importlib.import_module("feature_cache")
+
+    def test_the_losses_fall_and_are_equal_in_every_bit(self, example: Any) -> None:
+        runs, said = example.compare(samples=96, epochs=3)
+        plain, cached = runs.values()
+        assert len(plain.losses) == 9 and plain.losses[-1] < plain.losses[0]
+        assert cached.losses == plain.losses
+        assert "up to conv3 and with it" in said and said.endswith("96 stored.")
+
+    def test_as_a_command_it_prints_a_table(
+        self,
+        example: Any,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+        options = ["--samples", "64", "--epochs", "2"]
+        said = command(example, monkeypatch, capsys, tmp_path, *options)
+        _, _, *rows, verdict, _ = said
+        losses = [row[19:].split()[:2] for row in rows]
+        assert len(losses) == 2 and losses[0] == losses[1]
+        assert verdict == "losses: equal in every bit"
+
+
 class TestBfloat16Moments:
     @pytest.fixture
     def example(self) -> Any:

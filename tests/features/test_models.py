@@ -307,6 +307,18 @@ def test_transformers(name: str) -> None:
     assert features.boundary[-1].endswith(boundary)
 
 
+@pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama"])
+def test_texts_without_padding_where_the_boundary_is_found(name: str) -> None:
+    """Transformers leaves out a mask of ones, so that only `mask.all()` asks for it there."""
+    model, frozen, sample, boundary = language_model(name)
+    freeze(model, *frozen)
+    samples = [sample(i) for i in range(7)]
+    for i in (0, 3, 6):
+        samples[i]["attention_mask"].fill_(1)
+    features = assert_same_bits(model, samples, lambda raw: model(**raw), lambda out, raw: out.loss)
+    assert features.boundary == (boundary,)
+
+
 def test_gradient_checkpointing_of_the_trainable_part() -> None:
     model, frozen, sample, _ = language_model("BERT")
     freeze(model, *frozen)

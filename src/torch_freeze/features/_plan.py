@@ -245,6 +245,8 @@ class _Call:
         self.drawn: _Call | None = None
         #: Calls inside it that could be skipped.
         self.inside: list[_Call] = []
+        #: Where values come from that Python has read in it, to branch on them.
+        self.read: frozenset[tuple[int, int]] = frozenset()
 
 
 class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
@@ -331,6 +333,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
             for key in used:
                 for name, tensor in self.owned.get(key, ()):
                     self.tensors[name] = tensor
+        if not results:  # as of item() and bool(), which masks of attention are made with
+            self.stack[-1].read |= sources
         for key in results:
             if key not in self.owned:
                 self.origins[key] = sources | (
@@ -367,9 +371,10 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
             if any(True for _ in module.parameters()):
                 self.blocked[id(call.drawn.module), call.drawn.ordinal] = call.drawn
         if entered and not call.trains and call.drawn is None:
-            self._leave(entered)
+            self._leave(call, entered)
         if not self._can_be_skipped(call, args, kwargs, out):
             around.inside += call.inside
+            around.read |= call.read
             if not call.trains and call.drawn is None:
                 self.between.append(module)
             return out
@@ -417,12 +422,18 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
             args, kwargs = tree_unflatten(leaves, spec)
         return args, kwargs, entered
 
-    def _leave(self, entered: dict[int, frozenset[tuple[int, int]]]) -> None:
+    def _leave(self, call: _Call, entered: dict[int, frozenset[tuple[int, int]]]) -> None:
         """What was computed of a call's arguments comes from where these came from."""
+
+        def back(origins: frozenset[tuple[int, int]]) -> frozenset[tuple[int, int]]:
+            return frozenset().union(
+                *(entered.get(number, frozenset([(number, j)])) for number, j in origins)
+            )
+
+        call.read = back(call.read)
         for key, origins in self.origins.items():
             if any(number in entered for number, _ in origins):
-                back = [entered.get(number, frozenset([(number, j)])) for number, j in origins]
-                self.origins[key] = frozenset().union(*back)
+                self.origins[key] = back(origins)
 
     def _can_be_skipped(self, call: _Call, args: Any, kwargs: Any, out: Any) -> bool:
         tensors = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
@@ -622,10 +633,23 @@ def _traced(
         kept_random_state(seed=0),
         torch.enable_grad(),
         taken_over(modules, handler),
+        no_fast_attention(),
         trace,
     ):
         run(inputs)
+    trace.needed |= trace.stack[0].read
     return trace, changed
+
+
+@contextmanager
+def no_fast_attention() -> Iterator[None]:
+    """Without the kernels of nn.MultiheadAttention for inference, whose FLOPs nobody counts."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
