@@ -63,6 +63,11 @@ class _Source:
         # The dicts of all modules, found once, because every batch looks into them.
         self.attributes = [m.__dict__ for m in self.plan.modules]
         self.buffers = [m._buffers for m in self.plan.modules if m._buffers]
+        self.keep_memory()
+
+    def keep_memory(self) -> None:
+        """Keep their memory from being freed, so that an address tells one tensor from another."""
+        self.kept = [t.detach() for t in self.plan.tensors.values()]
 
     def hooks_now(self) -> list[Any]:
         """Of each module the keys of its hooks, and a forward that was put on it."""
@@ -424,12 +429,10 @@ samples, 26.5 kB in memory; 0 stored.
         """What is to be stored of a batch, running the frozen prefix alone."""
         args, kwargs = self._moved(raw[0])
         found: dict[int, torch.Tensor] = {}
-        fast = torch.backends.mha.get_fastpath_enabled()
-        # Another kernel, with other last bits, which training would not use.
-        torch.backends.mha.set_fastpath_enabled(False)
         try:
+            # With gradients on, as in training, so that the same kernels run.
             with (
-                torch.no_grad(),
+                torch.enable_grad(),
                 kept_buffers(self._bare),
                 capturing(plan, found, only_these=True, runner=self._runner()),
             ):
@@ -437,8 +440,6 @@ samples, 26.5 kB in memory; 0 stored.
                 self._bare(*given[0], **given[1])
         except EnoughError:
             pass
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
         self._check_found(plan, found)
         return plan.rows((args, kwargs), raw[1], found)
 
@@ -518,6 +519,8 @@ samples, 26.5 kB in memory; 0 stored.
             self._begin(plan)
         else:
             self._state = now
+            if self._now is not None:
+                self._now.keep_memory()
 
     def _look(self) -> tuple[Any, ...]:
         """All that a batch checks, in a form that is quick to make and to compare."""
