@@ -237,9 +237,10 @@ C10_ALWAYS_INLINE void ParamWalk<Layout>::push(
       }
     }
   }
+  const char* count_data = nullptr;
   if constexpr (kCounts) {
     if (const TensorImpl* const count = slot.held[kBuffers]; count != nullptr) {
-      data_of(count, sizeof(float), has_memory);
+      count_data = data_of(count, sizeof(float), has_memory);
       if (C10_UNLIKELY(may_be_shared(slot, kBuffers))) {
         shared_buffers_ = true;
         if (overlaps_own(slot, grad, kBuffers)) {
@@ -257,6 +258,7 @@ C10_ALWAYS_INLINE void ParamWalk<Layout>::push(
     return reinterpret_cast<uintptr_t>(data) & static_cast<uintptr_t>(size - 1);
   };
   uintptr_t misaligned = misalignment(param_data, itemsize) | misalignment(grad_data, grad_itemsize);
+  misaligned |= misalignment(count_data, sizeof(float));
   for (const char* const buffer : data) {
     misaligned |= misalignment(buffer, buffer_itemsize);
   }

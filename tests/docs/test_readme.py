@@ -258,9 +258,6 @@ CACHED_FEATURES = {
 }
 
 
-@pytest.mark.skipif(
-    not (RESULTS / "amd_epyc_epochs.csv").exists(), reason="the suite epochs is not recorded yet"
-)
 def test_the_table_of_cached_features_is_the_recorded_one() -> None:
     samples = recorded("amd_epyc_epochs")
     exact = [*CACHED_FEATURES.values(), "resnet18/schedule"]
