@@ -178,8 +178,6 @@ def _forward(tree: Tree, example: Any, watch: _Watch) -> Any:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     # The pass writes statistics into copies, so it does not change norms in train mode.
     buffers = {name: b.clone() for name, b in model.named_buffers() if not is_lazy(b)}
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     # autocast caches casts of trainable parameters. Casts from another pass would hide operations.
     torch.clear_autocast_cache()
     try:
@@ -188,12 +186,23 @@ def _forward(tree: Tree, example: Any, watch: _Watch) -> Any:
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
             checkpoints_run_at_once(),
+            no_fast_attention(),
             watch,
         ):
             return functional_call(model, buffers, args, kwargs)
     finally:
         torch.clear_autocast_cache()
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextmanager
+def no_fast_attention() -> Iterator[None]:
+    """Without the kernels of nn.MultiheadAttention for inference, whose FLOPs nobody counts."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
@@ -369,8 +378,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
         """Add the FLOPs of the operation's backward."""
-        packet = getattr(func, "_overloadpacket", None)
-        name = getattr(packet, "__name__", "")
+        name = getattr(getattr(func, "_overloadpacket", None), "__name__", "")
         if name in _RECURRENT:
             tensors = [v for v in tree_iter((args, kwargs)) if isinstance(v, torch.Tensor)]
             steps = args[0].numel() / args[0].shape[-1]
@@ -381,7 +389,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
                     self.weight_work += flops * value.requires_grad
                     self.input_work += flops * args[0].requires_grad
             return
-        count = flop_registry.get(packet) or flop_registry.get(_COUNTED_AS.get(name))
+        count = flop_formula(func)
         if count is None:
             return
         flops = float(count(*args, **kwargs, out_val=out))
@@ -441,6 +449,13 @@ _COUNTED_AS = {
         torch.ops.aten._scaled_dot_product_flash_attention
     ),
 }
+
+
+def flop_formula(func: Any) -> Any:
+    """What counts the FLOPs of an operation from its arguments; None if nothing does."""
+    packet = getattr(func, "_overloadpacket", None)
+    counted_as = _COUNTED_AS.get(getattr(packet, "__name__", ""))
+    return flop_registry.get(packet) or flop_registry.get(counted_as)
 
 
 def _inside_a_function() -> bool:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ._plan import Inputs, Structure, kept_random_state
-from ._store import Store, find_store
+from ._store import Store, find_store, in_memory
 
 _KEY_LENGTH = 32
 
@@ -109,10 +109,7 @@ class Board:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is None:
-            raise TypeError(
-                "FeatureCache: features in memory cannot be reached from processes that are "
-                "spawned. Give FeatureCache a folder, or let the DataLoader fork its workers."
-            )
+            raise in_memory()
         return Board, (self.path,)
 
 

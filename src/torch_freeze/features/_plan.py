@@ -30,10 +30,9 @@ from torch.utils._pytree import (
     tree_iter,
     tree_unflatten,
 )
-from torch.utils.flop_counter import flop_registry
 
 from torch_freeze import _format
-from torch_freeze._flow import _COUNTED_AS, _storage
+from torch_freeze._flow import _storage, flop_formula, no_fast_attention
 from torch_freeze._hold import is_norm
 from torch_freeze._tree import Tree, is_lazy
 
@@ -206,6 +205,10 @@ class Plan:
         """The modules with a call that is skipped, each once."""
         return list({id(call.module): call.module for call in self.calls.values()}.values())
 
+    def placed(self, slots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The slots of a batch, as `rows` gives them, with the dimension of the batch in place."""
+        return [v.movedim(0, slot.dim) for v, slot in zip(slots, self.slots, strict=True)]
+
     def rows(
         self, inputs: Inputs, targets: Any, calls: dict[int, torch.Tensor]
     ) -> list[torch.Tensor]:
@@ -309,9 +312,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         made = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
         self._kept.append(made)
         results = {_storage(t) for t in made} | set(_written(func, args))
-        flops = flop_registry.get(func._overloadpacket) or flop_registry.get(
-            _COUNTED_AS.get(func._overloadpacket.__name__)
-        )
+        flops = flop_formula(func)
         work = float(flops(*args, **kwargs, out_val=out)) if flops is not None else 0.0
         self.flops += work
         taints = [self.tainted[key] for key in used if key in self.tainted]
@@ -511,7 +512,7 @@ def make_plan(
         in_eval |= {(id(call.module), call.ordinal): call.module for _, call in outermost}
 
     # The same two batches again, as they will be run from now on.
-    needed = {key: None for key in sorted(trace.needed) if key[0] < 0 or key[0] in name_of}
+    needed = [key for key in trace.needed if key[0] < 0 or key[0] in name_of]
     entries: dict[tuple[int, int], tuple[_Call, list[int]]] = {}
     for number, (call, j) in trace.entries.items():
         if (number, 0) in trace.needed:
@@ -639,17 +640,6 @@ def _traced(
         run(inputs)
     trace.needed |= trace.stack[0].read
     return trace, changed
-
-
-@contextmanager
-def no_fast_attention() -> Iterator[None]:
-    """Without the kernels of nn.MultiheadAttention for inference, whose FLOPs nobody counts."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
@@ -936,10 +926,7 @@ def skipping(
         deeper: a plan whose stored calls are kept in `found`.
         found: gets them, by slot.
     """
-    placed = [
-        value if slot.dim == 0 else value.movedim(0, slot.dim)
-        for value, slot in zip(slots, plan.slots, strict=True)
-    ]
+    placed = plan.placed(slots)
     in_eval = plan.in_eval if deeper is None else {**plan.in_eval, **deeper.in_eval}
     given = [g.module for p in (plan, deeper) if p is not None for g in p.given.values()]
     modules = {id(m): m for m in [*plan.skipped_modules, *in_eval.values(), *given]}
@@ -1021,8 +1008,7 @@ def _check_output(
             torch.enable_grad(),
             skipping(plan, captured, count, device),
         ):
-            placed = [v.movedim(0, s.dim) for v, s in zip(captured, plan.slots, strict=True)]
-            got = run(plan.inputs.build(placed, count, device))
+            got = run(plan.inputs.build(plan.placed(captured), count, device))
         pairs = zip(tree_iter(got), tree_iter(output), strict=True)
         compared = [
             (a, b) for a, b in pairs if isinstance(b, torch.Tensor) and not isinstance(a, StandIn)

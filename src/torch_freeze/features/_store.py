@@ -158,11 +158,16 @@ class Store:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is None:
-            raise TypeError(
-                "FeatureCache: features in memory cannot be reached from processes that are "
-                "spawned. Give FeatureCache a folder, or let the DataLoader fork its workers."
-            )
+            raise in_memory()
         return Store, (self.path, self.columns, self.rows)
+
+
+def in_memory() -> TypeError:
+    """The error where something in memory would be sent to a process that was not forked."""
+    return TypeError(
+        "FeatureCache: features in memory cannot be reached from processes that are spawned. Give "
+        "FeatureCache a folder, or let the DataLoader fork its workers."
+    )
 
 
 def open_store(

@@ -393,8 +393,7 @@ samples, 26.5 kB in memory; 0 stored.
             for value, slot in zip(slots, plan.slots, strict=True)
         ]
         count = len(rows)
-        placed = [v.movedim(0, s.dim) for v, s in zip(moved, plan.slots, strict=True)]
-        args, kwargs = plan.inputs.build(placed, count, device)
+        args, kwargs = plan.inputs.build(plan.placed(moved), count, device)
         complete = now is None or bool(now.store.has(rows).all())
         if now is source and not complete:  # a worker had the store open when it was deleted
             now.store.write(rows, slots)
@@ -906,15 +905,15 @@ def _close(stores: dict[str, Any], board: Path | None) -> None:
         board.unlink(missing_ok=True)
 
 
-def _hashed(value: Any, size: int = 16) -> str:
+def _hashed(value: Any) -> str:
     """A hash of what a tensor holds, or of what any other value prints as."""
     if not isinstance(value, torch.Tensor):
-        return hashlib.blake2b(repr(value).encode(), digest_size=size).hexdigest()
+        return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
     flat = value.detach().cpu().contiguous()
     count = flat.numel() * flat.element_size()
     # Not through NumPy, which torch does not need and which has no bfloat16.
     content = (ctypes.c_char * count).from_address(flat.data_ptr()) if count else b""
-    return hashlib.blake2b(content, digest_size=size).hexdigest()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _copied(inputs: Inputs) -> Any:
