@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Iterator
 
 import hypothesis
@@ -23,6 +25,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--pairwise",
+        action="store_true",
+        help="run only so many cases of each test that all pairs of values of its parameters occur",
+    )
+
+
 def pytest_report_header() -> str:
     return str(torch_freeze.build_info())
 
@@ -38,7 +48,22 @@ def pytest_configure() -> None:
     apart.put_aside()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def _covering_all_pairs(cases: list[pytest.Function]) -> list[pytest.Function]:
+    """The cases of one test that together have each pair of values there is, of two parameters."""
+    pairs = {}
+    for case in cases:
+        values = ((name, id(value)) for name, value in case.callspec.params.items())
+        pairs[case] = set(itertools.combinations_with_replacement(values, 2))
+    chosen, missing = set(), set().union(*pairs.values())
+    while missing:
+        best = max(cases, key=lambda case: len(pairs[case] & missing))
+        chosen.add(best)
+        missing -= pairs[best]
+    return [case for case in cases if case in chosen]
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m have left
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # The wheel takes long to compile. At the end pytest-xdist deals single tests out to all its
     # processes, and more than one of them would compile it.
     items.sort(key=lambda item: item.path.parent.name != "packaging")
@@ -48,3 +73,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items if reason else ():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    if config.getoption("--pairwise"):
+        tests = defaultdict(list)
+        for item in items:
+            if hasattr(item, "callspec"):
+                # Apart: without a GPU, a skipped case stands for none that runs.
+                on_gpu = item.get_closest_marker("gpu") is not None
+                tests[item.nodeid.partition("[")[0], on_gpu].append(item)
+        kept = {case for cases in tests.values() for case in _covering_all_pairs(cases)}
+        left_out = [item for item in items if hasattr(item, "callspec") and item not in kept]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
