@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 from tests import cuda_on_cpu  # noqa: E402
 from tests.cuda_on_cpu import build  # noqa: E402
 
-# Every test under the first two; under the others those on which the order of streams tells.
+# Every test under the first; as late as possible, all pairs of its parameters' values; under the
+# others those on which the order of streams tells.
 SCHEDULES = ("now", "late", "side-late", "main-late", "2", "3")
 GPU = re.compile(r"mark\.gpu|DEVICES|helpers.hostile")
 # A context is made whatever the order; its tests start processes, which take long.
@@ -55,6 +56,8 @@ def run_tests(schedule: str, arguments: list[str]) -> Counter[str]:
     else:
         # To load the others would take longer than to run these.
         command += [str(p) for p in sorted(TESTS.rglob("test_*.py")) if GPU.search(p.read_text())]
+    if schedule == "late":
+        command.append("--pairwise")
     begin = time.monotonic()
     done = subprocess.run(
         [*command, *arguments],
