@@ -7,6 +7,7 @@ disassembly.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import random
@@ -69,6 +70,7 @@ class Compiled(NamedTuple):
 BUFFERS = {"sgd": 1, "adam": 3}
 
 
+@functools.cache
 def compile_kernels(optimizer: str, folder: Path) -> Compiled:
     spec = importlib.util.spec_from_file_location("torch_freeze_setup", ROOT / "setup.py")
     if spec is None or spec.loader is None:
@@ -104,9 +106,14 @@ def compile_kernels(optimizer: str, folder: Path) -> Compiled:
     return Compiled(optimizer, ptx, toolkit.home / "bin" / "ptxas", toolkit.known)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ptx")
+
+
 @pytest.fixture(scope="module", params=BUFFERS)
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    return compile_kernels(request.param, tmp_path_factory.mktemp("ptx"))
+def compiled(request: pytest.FixtureRequest, folder: Path) -> Compiled:
+    return compile_kernels(request.param, folder)
 
 
 def kernel_name(triple: str, table: int) -> re.Pattern[str]:
@@ -162,9 +169,8 @@ Run = Callable[[Any, int, int], None]
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+def kernels(folder: Path) -> dict[str, Run]:
     """SGD's PTX as functions of (table, blocks, threads), by the kernels' names."""
-    folder = tmp_path_factory.mktemp("translated")
     source, names = ptx_to_cpp.translate(compile_kernels("sgd", folder).ptx.read_text())
     (folder / "kernels.cpp").write_text(source)
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O0", "-w", "-ffp-contract=off"]
