@@ -156,13 +156,22 @@ class CachedDataset(Dataset[Samples]):
             if key not in self.stores:
                 self.stores[key] = find_store(self.root, key)
             store = self.stores[key]
-            if store is not None and bool(store.has(rows).all()):
+            if store is not None and store.has_all(rows):
                 return [Samples(self, rows, key, store.read(rows))]
         return [Samples(self, rows, raw=self.load(rows))]
 
     def rows(self, indices: Sequence[Any]) -> torch.Tensor:
         """The rows of samples, of a random view each if there are several."""
         length = len(self)
+        rows = self._rows(indices, length)
+        if self.views is not None:
+            rows = rows * self.views + torch.randint(self.views, rows.shape)
+        return rows
+
+    @staticmethod
+    def _rows(indices: Sequence[Any], length: int) -> torch.Tensor:
+        if set(map(type, indices)) == {int} and 0 <= min(indices) and max(indices) < length:
+            return torch.tensor(indices, dtype=torch.int64)
         checked = []
         for index in indices:
             try:
@@ -175,10 +184,7 @@ class CachedDataset(Dataset[Samples]):
             if not -length <= number < length:
                 raise IndexError(f"FeatureCache: sample {number} of {length}")
             checked.append(number % length)
-        rows = torch.tensor(checked, dtype=torch.int64)
-        if self.views is not None:
-            rows = rows * self.views + torch.randint(self.views, rows.shape)
-        return rows
+        return torch.tensor(checked, dtype=torch.int64)
 
     def load(self, rows: torch.Tensor) -> list[Any]:
         """The samples as the dataset gives them, each view from a seed of its own."""
@@ -202,7 +208,7 @@ class CachedDataset(Dataset[Samples]):
                     "FeatureCache: a batch has samples of several datasets. Give each FeatureCache "
                     "a DataLoader of its own, or make one FeatureCache of the joined dataset."
                 )
-        rows = torch.cat([some.rows for some in samples])
+        rows = samples[0].rows if len(samples) == 1 else torch.cat([some.rows for some in samples])
         keys = {some.store for some in samples}
         if None not in keys and len(keys) == 1 and self.targets is not None:
             (key,) = keys
@@ -210,7 +216,10 @@ class CachedDataset(Dataset[Samples]):
             joined = (
                 slots[0] if len(slots) == 1 else [torch.cat(s) for s in zip(*slots, strict=True)]
             )
-            placed = [s.movedim(0, dim) for s, dim in zip(joined, self.target_dims, strict=False)]
+            placed = [
+                s.movedim(0, dim) if dim else s
+                for s, dim in zip(joined, self.target_dims, strict=False)
+            ]
             targets = self.targets.build(placed, len(rows), torch.device("cpu"))
             return Batch(CachedInputs(rows, key, joined, owner=self.owner), targets)
         # Where only some are stored, all are loaded: the batch then goes through the whole model.

@@ -94,12 +94,19 @@ class Structure:
 
     spec: TreeSpec
     leaves: tuple[Leaf, ...]
+    #: By count and device, what nothing can change and no slot is in.
+    made: dict[tuple[int, torch.device], Any] = field(default_factory=dict, compare=False)
 
     def build(self, slots: Sequence[Any], count: int, device: torch.device) -> Any:
         """The structure for `count` samples."""
-        return tree_unflatten(
-            [self._value(leaf, slots, count, device) for leaf in self.leaves], self.spec
-        )
+        if (made := self.made.get((count, device))) is not None:
+            return made
+        values = [self._value(leaf, slots, count, device) for leaf in self.leaves]
+        one = self.spec.num_nodes == 1
+        built = values[0] if one else tree_unflatten(values, self.spec)
+        if one and type(built) is StandIn:
+            self.made[count, device] = built
+        return built
 
     def _value(self, leaf: Leaf, slots: Sequence[Any], count: int, device: torch.device) -> Any:
         if leaf.slot is not None:
@@ -207,7 +214,10 @@ class Plan:
 
     def placed(self, slots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The slots of a batch, as `rows` gives them, with the dimension of the batch in place."""
-        return [v.movedim(0, slot.dim) for v, slot in zip(slots, self.slots, strict=True)]
+        return [
+            v.movedim(0, slot.dim) if slot.dim else v
+            for v, slot in zip(slots, self.slots, strict=True)
+        ]
 
     def rows(
         self, inputs: Inputs, targets: Any, calls: dict[int, torch.Tensor]

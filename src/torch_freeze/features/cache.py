@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,7 +63,7 @@ class _Source:
     def __post_init__(self) -> None:
         # The dicts of all modules, found once, because every batch looks into them.
         self.attributes = [m.__dict__ for m in self.plan.modules]
-        self.buffers = [m._buffers for m in self.plan.modules if m._buffers]
+        self.buffers = [m._buffers.values() for m in self.plan.modules if m._buffers]
         self.keep_memory()
 
     def keep_memory(self) -> None:
@@ -394,7 +395,7 @@ samples, 26.5 kB in memory; 0 stored.
         ]
         count = len(rows)
         args, kwargs = plan.inputs.build(plan.placed(moved), count, device)
-        complete = now is None or bool(now.store.has(rows).all())
+        complete = now is None or now.store.has_all(rows)
         if now is source and not complete:  # a worker had the store open when it was deleted
             now.store.write(rows, slots)
         if now is None or now is source or complete:
@@ -525,19 +526,20 @@ samples, 26.5 kB in memory; 0 stored.
         """All that a batch checks, in a form that is quick to make and to compare."""
         cast = self._cast()
         flags = [p.requires_grad for p in self._params]
-        held = [id(value) for holder in self._holders for value in holder.values()]
+        held = list(map(id, chain.from_iterable(self._holders)))
         if self._now is None:
             return (flags, cast, held)
         plan = self._now.plan
-        held += [id(value) for holder in self._now.buffers for value in holder.values()]
+        held += map(id, chain.from_iterable(self._now.buffers))
+        tensors = plan.tensors.values()
         return (
             flags,
             cast,
             held,
             self._modes(plan),
             self._now.hooks_now(),
-            [t._version for t in plan.tensors.values()],
-            [t.data_ptr() for t in plan.tensors.values()],
+            [t._version for t in tensors],
+            list(map(torch.Tensor.data_ptr, tensors)),
         )
 
     def _cast(self) -> Any:
@@ -552,8 +554,8 @@ samples, 26.5 kB in memory; 0 stored.
         self._tree = Tree(self._bare)
         self._params = [entry.parameter for entry in self._tree.params.values()]
         modules = [entry.module for entry in self._tree.order]
-        self._holders: list[dict[str, Any]] = [
-            holder for m in modules for holder in (m._modules, m._parameters) if holder
+        self._holders = [
+            holder.values() for m in modules for holder in (m._modules, m._parameters) if holder
         ]
 
     def _renew(self) -> str:
@@ -820,7 +822,7 @@ samples, 26.5 kB in memory; 0 stored.
         if began - self._checked < self._check_seconds / self._spot_check:
             return
         row = rows[torch.randint(len(rows), (1,), generator=_own_generator)]
-        if bool(self._now.store.has(row).all()):
+        if self._now.store.has_all(row):
             self._compare(self._now, row)
         self._checked = time.monotonic()
         self._check_seconds = self._checked - began
