@@ -6,6 +6,7 @@ together: its output has to be what the model gives for the samples of its label
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import pickle
 import random
 import shutil
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +27,7 @@ from torch import nn
 from torch.utils import data as D  # noqa: N812
 
 from torch_freeze import FeatureCache, freeze, unfreeze
-from torch_freeze.features import _store
+from torch_freeze.features import _store, cache
 from torch_freeze.features._store import Column, find_store, open_store
 
 N = 13
@@ -120,6 +122,12 @@ LOADERS: Loaders = {
         lambda d: D.DataLoader(d, batch_sampler=[[3, 3, 7], [7, 3, 0]]), [0, 3, 3, 3, 7, 7]),
     "sample by sample": (
         lambda d: D.DataLoader(D.ConcatDataset([d, d]), 4, shuffle=True), sorted(EACH_ONCE * 2)),
+    "not collated": (lambda d: D.DataLoader(d, batch_size=None, shuffle=True), EACH_ONCE),
+    "not collated by a worker": (
+        lambda d: D.DataLoader(d, batch_size=None, shuffle=True, **FORKED), EACH_ONCE),
+    "a batch sampler, not collated": (
+        lambda d: D.DataLoader(
+            d, batch_size=None, sampler=D.BatchSampler(D.RandomSampler(d), 5, False)), EACH_ONCE),
     "indices from the end": (lambda d: D.DataLoader(d, batch_sampler=[[-1, 0, -N]]), [0, 0, 12]),
 }
 # fmt: on
@@ -158,6 +166,8 @@ def test_wrong_use_of_the_loader_is_refused() -> None:
         features.dataset[N]
     with pytest.raises(TypeError, match="Give the collate_fn to FeatureCache"):
         first_batch(features, collate_fn=lambda samples: [x for x, _ in samples])
+    with pytest.raises(TypeError, match=r"With batch_size=None, use batch\.inputs"):
+        _, _ = first_batch(features, None)
     with pytest.raises(TypeError, match=r"call it with batch\.inputs .* got Tensor"):
         features(X)
     data.x = torch.cat([X, X])
@@ -384,6 +394,33 @@ def test_a_store_that_goes_while_a_worker_opens_it_is_not_there(
     store = open_store(tmp_path, "k", COLUMNS, 5, {})
     monkeypatch.setattr(_store, "_complete", lambda *args: store.delete() is None)
     assert find_store(tmp_path, "k") is None
+
+
+def wait_in(folder: Path, made: Any, end: Any) -> None:
+    features = cached(model_of(), Data(), folder)
+    made.set()
+    end.wait(60)
+    del features
+
+
+def test_what_killed_processes_leave_is_removed_and_what_is_in_use_is_not(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    made, end = fork.Event(), fork.Event()
+    process = fork.Process(target=wait_in, args=(tmp_path, made, end))
+    process.start()
+    assert made.wait(60)
+    (used,) = tmp_path.glob(".board-*")
+    killed(fill_until_it_dies, tmp_path)
+    (left,) = {*tmp_path.glob(".board-*")} - {used}
+    one = cached(model_of(), Data(), tmp_path)
+    two = cached(model_of(), Data(), tmp_path)
+    boards = {one.dataset.board.path, two.dataset.board.path}
+    assert {*tmp_path.glob(".board-*")} == {used, *boards}
+    assert left not in boards
+    end.set()
+    process.join(60)
+    assert process.exitcode == 0
+    assert {*tmp_path.glob(".board-*")} == boards
 
 
 # ------------------------------------------------------------------------------------ the folder
@@ -620,6 +657,36 @@ def test_what_is_undone_was_no_change() -> None:
     check_right(features, model)
 
 
+class Blocks:
+    """Gives out memory as allocators do: first what was freed."""
+
+    def __init__(self) -> None:
+        self.memory = bytearray(4096)
+        self.given: dict[int, weakref.ref[Any]] = {}
+
+    def hold(self, values: torch.Tensor) -> torch.Tensor:
+        free = (n for n in range(0, 4096, 256) if n not in self.given or self.given[n]() is None)
+        block = (ctypes.c_char * values.nbytes).from_buffer(self.memory, first := next(free))
+        self.given[first] = weakref.ref(block)
+        return torch.frombuffer(block, dtype=values.dtype).view(values.shape).copy_(values)
+
+
+def test_other_values_in_memory_that_was_freed_are_noticed() -> None:
+    model, blocks = model_of(), Blocks()
+    weight = model[0].weight
+    values, others = weight.detach().clone(), torch.randn(2, *weight.shape)
+    weight.data = blocks.hold(values)
+    features = cached(model, Data())
+    features.fill(progress=False)
+    (batch,) = D.DataLoader(features.dataset, N)
+    for other in others:
+        weight.data = blocks.hold(other)
+        with pytest.raises(RuntimeError, match=r"0\.weight changed"):
+            features(batch.inputs)
+    weight.data = blocks.hold(values)
+    labels_of(features, model, [batch])
+
+
 def test_check_finds_what_leaves_no_trace() -> None:
     model = model_of()
     features = FeatureCache(model, Data(), spot_check=1)
@@ -628,6 +695,26 @@ def test_check_finds_what_leaves_no_trace() -> None:
     for noticing in (features.check, lambda: check_right(features, model)):
         with pytest.raises(RuntimeError, match=r"changed without a trace .*\.data"):
             noticing()
+
+
+def test_computing_samples_again_takes_its_share_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(cache.time, "monotonic", lambda: clock[0])
+
+    def load(index: int) -> Any:
+        clock[0] += 1
+        return X[index], index
+
+    features = FeatureCache(model_of(), data := Data(load), spot_check=0.1)
+    features.fill(progress=False)
+    batch = first_batch(features)
+    data.loads, began = 0, clock[0]
+    for _ in range(1000):
+        clock[0] += 0.5
+        features(batch.inputs)
+    assert 0.09 < data.loads / (clock[0] - began) <= 0.1
 
 
 @pytest.mark.parametrize("old", ["delete", "keep"])

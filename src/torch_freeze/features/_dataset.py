@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ._plan import Inputs, Structure, kept_random_state
-from ._store import Store, find_store, in_memory
+from ._store import Store, find_store, in_memory, locked
 
 _KEY_LENGTH = 32
 
@@ -66,7 +68,7 @@ class Batch(NamedTuple):
 
 @dataclass
 class Samples:
-    """Some samples before they are collated."""
+    """Some samples before they are collated; also a batch, for a DataLoader that collates none."""
 
     owner: CachedDataset
     rows: torch.Tensor
@@ -74,25 +76,42 @@ class Samples:
     slots: list[torch.Tensor] | None = None
     raw: list[Any] | None = None
 
+    @property
+    def inputs(self) -> CachedInputs:
+        """Those of a batch of these samples."""
+        return self.owner.collate([self]).inputs
+
+    @property
+    def targets(self) -> Any:
+        """Those of a batch of these samples."""
+        return self.owner.collate([self]).targets
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker sends them, so they are not collated later
+        return Batch, tuple(self.owner.collate([self]))
+
     def __iter__(self) -> Any:
         raise TypeError(
             "FeatureCache: its dataset gives no single samples to collate. Give the collate_fn to "
-            "FeatureCache(..., collate_fn=...), and none to the DataLoader."
+            "FeatureCache(..., collate_fn=...), and none to the DataLoader. With batch_size=None, "
+            "use batch.inputs and batch.targets."
         )
 
 
 class Board:
-    """The keys of the stores to look into, best first, as all processes see them."""
+    """The keys of the stores to look into, best first, as all processes see them.
+
+    Every process that has one in a folder open holds a lock on its file, which ends with the
+    process.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        if path is not None and not path.exists():
-            path.write_bytes(bytes(mmap.PAGESIZE))
         if path is None:
             self._memory = mmap.mmap(-1, mmap.PAGESIZE)
         else:
-            with path.open("r+b") as file:
-                self._memory = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+            self._file = path.open("r+b")
+            fcntl.flock(self._file, fcntl.LOCK_SH)
+            self._memory = mmap.mmap(self._file.fileno(), mmap.PAGESIZE)
 
     def put(self, keys: Sequence[str]) -> None:
         """Show these keys."""
@@ -111,6 +130,20 @@ class Board:
         if self.path is None:
             raise in_memory()
         return Board, (self.path,)
+
+
+def new_board(root: Path) -> Board:
+    """A board in a folder; those that killed processes have left there are removed."""
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root):
+        for path in root.glob(".board-*"):
+            # An error says that it is in use, of another user, or gone.
+            with suppress(OSError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        path = root / f".board-{uuid.uuid4().hex}"
+        path.write_bytes(bytes(mmap.PAGESIZE))
+        return Board(path)
 
 
 class CachedDataset(Dataset[Samples]):
@@ -144,7 +177,8 @@ class CachedDataset(Dataset[Samples]):
         return self.length
 
     def __getitem__(self, index: Any) -> Samples:
-        return self.__getitems__([index])[0]
+        # A list is what a BatchSampler gives, as the sampler of a DataLoader that collates nothing.
+        return self.__getitems__(index if isinstance(index, list) else [index])[0]
 
     def __getitems__(self, indices: Sequence[Any]) -> list[Samples]:
         rows = self.rows(indices)

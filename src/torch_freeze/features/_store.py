@@ -154,7 +154,7 @@ class Store:
     def delete(self) -> None:
         """Give the disk space back. Processes that have it open keep it until they close it."""
         if self.path is not None:
-            with _locked(self.path.parent):
+            with locked(self.path.parent):
                 _remove(self.path)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -184,7 +184,7 @@ def open_store(
         return Store(None, columns, rows)
     root.mkdir(parents=True, exist_ok=True)
     path = root / key
-    with _locked(root):
+    with locked(root):
         manifest = {
             "format": _FORMAT,
             "key": key,
@@ -306,7 +306,8 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _locked(root: Path) -> Iterator[None]:
+def locked(root: Path) -> Iterator[None]:
+    """Let no other process make or remove anything in a folder, inside the block only."""
     with (root / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import time
-import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +30,7 @@ from torch_freeze._select import as_selectors, select
 from torch_freeze._tree import Tree, check_model, unwrap
 
 from ._calls import taken_over
-from ._dataset import Board, CachedDataset, CachedInputs, Samples, split
+from ._dataset import Board, CachedDataset, CachedInputs, Samples, new_board, split
 from ._plan import (
     EnoughError,
     Inputs,
@@ -204,12 +203,9 @@ samples, 26.5 kB in memory; 0 stored.
         self._compile_frozen = compile_frozen
         self._spot_check = spot_check
         self._root = None if path is None else Path(path)
-        board = None
-        if self._root is not None:
-            self._root.mkdir(parents=True, exist_ok=True)
-            board = self._root / f".board-{uuid.uuid4().hex}"
-        self.dataset = CachedDataset(dataset, collate_fn, views, self._root, Board(board))
-        self._finalizer = weakref.finalize(self, _close, self.dataset.stores, board)
+        board = Board(None) if self._root is None else new_board(self._root)
+        self.dataset = CachedDataset(dataset, collate_fn, views, self._root, board)
+        self._finalizer = weakref.finalize(self, _close, self.dataset.stores, board.path)
         self._sources: dict[str, _Source] = {}
         self._now: _Source | None = None
         self._compiled: dict[int, Callable[..., Any]] = {}
@@ -218,14 +214,16 @@ samples, 26.5 kB in memory; 0 stored.
         self._hooks_changed = 0  # times
         self._state: tuple[Any, ...] = ()
         self._held: list[int] | None = None  # what `_renew` saw; None for what `_state` has
-        self._checked = time.monotonic()
-        self._check_seconds = 0.0
+        began = time.monotonic()
         try:
             self._check_redrawn()
             self._begin(self._plan())
         except BaseException:
             self._finalizer()
             raise
+        # Finding the boundary took about ten passes over a few samples, and a check takes one.
+        self._checked = time.monotonic()
+        self._check_seconds = (self._checked - began) / 10
 
     # --------------------------------------------------------------------------- what a user calls
 
@@ -819,7 +817,7 @@ samples, 26.5 kB in memory; 0 stored.
         if self._now is None or not self._spot_check:
             return
         began = time.monotonic()
-        if began - self._checked < self._check_seconds / self._spot_check:
+        if began - self._checked < self._check_seconds * (1 / self._spot_check - 1):
             return
         row = rows[torch.randint(len(rows), (1,), generator=_own_generator)]
         if self._now.store.has_all(row):
