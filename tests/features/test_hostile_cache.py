@@ -25,6 +25,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils import data as D  # noqa: N812
+from torch.utils.checkpoint import checkpoint
 
 from torch_freeze import FeatureCache, freeze, unfreeze
 from torch_freeze.features import _store, cache
@@ -711,9 +712,10 @@ def test_computing_samples_again_takes_its_share_of_the_time(
     features.fill(progress=False)
     batch = first_batch(features)
     data.loads, began = 0, clock[0]
-    for _ in range(1000):
+    for number in range(1000):
         clock[0] += 0.5
         features(batch.inputs)
+        assert data.loads == 0 or number > 10
     assert 0.09 < data.loads / (clock[0] - began) <= 0.1
 
 
@@ -810,6 +812,25 @@ class Scaled(nn.Sequential):
         return super().forward(x) * by
 
 
+class Spanning(nn.Module):
+    """A frozen and a trainable layer in one checkpointed region."""
+
+    def __init__(self, reentrant: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5))
+        self.second, self.head = nn.Linear(6, 6), nn.Linear(6, N)
+        self.reentrant = reentrant
+        if reentrant:
+            self.first.register_forward_hook(lambda module, args, out: out.requires_grad_())
+        freeze(self, "first")
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if self.reentrant:
+            return self.head(checkpoint(self.second, self.first(x), use_reentrant=True))
+        region = nn.Sequential(self.first, self.second)
+        return self.head(checkpoint(region, x, use_reentrant=False))
+
+
 class Stream(D.IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         yield from X
@@ -856,6 +877,13 @@ REFUSED: dict[str, Refusal] = {
         ValueError, r"first operation .* 0\.weight"),
     "everything frozen": (lambda: model_of().requires_grad_(False), Data(), {},
         ValueError, "nothing to train"),
+    "checkpointed with what trains": (Spanning, Data(), {"eval_frozen": True},
+        ValueError, "first is in a checkpointed region"),
+    "checkpointed, in bfloat16": (Spanning, Data(),
+        {"eval_frozen": True, "frozen_dtype": torch.bfloat16},
+        ValueError, "first is in a checkpointed region"),
+    "inputs that require gradients": (lambda: Spanning(True), Data(), {"eval_frozen": True},
+        ValueError, r"second\.weight gets another gradient.*use_reentrant=False"),
     "compiled": (lambda: torch.compile(model_of(), backend="eager"), Data(), {},
         TypeError, r"compiled as a whole.*layer4\.compile"),
     "compiled in place": (in_place_compiled, Data(), {}, TypeError, "compiled as a whole"),

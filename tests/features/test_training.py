@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from tests.helpers import optim_cases as cases
@@ -177,6 +178,8 @@ class Pooled(nn.Module):
         x = self.conv(x)
         if self.use == "pooled":
             return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+        if self.use == "checkpointed":
+            return checkpoint(self.head, x.mean((2, 3)), use_reentrant=False)  # type: ignore[no-any-return]
         if self.use == "a view":
             return self.head(x[:, :, 0, 0])  # type: ignore[no-any-return]
         return self.head(x[:, :, 0, 0].relu_()) + self.other(x[:, 0].flatten(1))  # type: ignore[no-any-return]
@@ -187,6 +190,8 @@ class Pooled(nn.Module):
     [
         ("pooled", ("the input of head",), 4),
         ("a view", ("the input of head",), 4),
+        # Backward computes the input of the head again.
+        ("checkpointed", ("conv",), 400),
         (
             "a part that is written to, and the whole",
             ("the input of head", "the input of other"),
@@ -203,9 +208,14 @@ def test_what_is_stored_is_what_meets_the_part_that_trains(
     assert features.boundary == boundary
     assert features.nbytes == SAMPLES * (1 + 8 + 4 * floats)
     wanted = model(Images().tensors[0])
+    gradients = torch.autograd.grad(wanted.sum(), [*model.head.parameters()])
     for _ in range(2):
         (batch,) = DataLoader(features.dataset, SAMPLES)
-        assert torch.equal(features(batch.inputs), wanted)
+        got = features(batch.inputs)
+        assert torch.equal(got, wanted)
+        assert all(
+            map(torch.equal, torch.autograd.grad(got.sum(), [*model.head.parameters()]), gradients)
+        )
     assert batch.inputs.slots is not None
     # When the head is another, so is the plan.
     model.head = nn.Linear(4, 5)

@@ -204,7 +204,7 @@ class CachedDataset(Dataset[Samples]):
 
     @staticmethod
     def _rows(indices: Sequence[Any], length: int) -> torch.Tensor:
-        if set(map(type, indices)) == {int} and 0 <= min(indices) and max(indices) < length:
+        if set(map(type, indices)) == {int} and min(indices) >= 0 and max(indices) < length:
             return torch.tensor(indices, dtype=torch.int64)
         checked = []
         for index in indices:

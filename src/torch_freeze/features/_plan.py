@@ -28,6 +28,7 @@ from torch.utils._pytree import (
     tree_flatten,
     tree_flatten_with_path,
     tree_iter,
+    tree_map,
     tree_unflatten,
 )
 
@@ -292,6 +293,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         #: The trainable parameter that is used first.
         self.first: str | None = None
         self.frozen_flops = self.flops = 0.0
+        #: Whether backward runs something of the pass again.
+        self.recomputes = False
         self._kept: list[Any] = []  # keeps the addresses of storages from being used again
         for entry in tree.params.values():
             if is_lazy(entry.parameter):
@@ -365,7 +368,11 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
     ) -> Any:
         """Run a call of a module, and see whether it can be skipped."""
         call = _Call(module, ordinal)
-        args, kwargs, entered = self._enter(call, args, kwargs)
+        entered: dict[int, frozenset[tuple[int, int]]] = {}
+        if _may_be_recomputed():  # with the arguments of the region around it
+            self.recomputes = True
+        else:
+            args, kwargs, entered = self._enter(call, args, kwargs)
         self.stack.append(call)
         state = _python_random_state()
         try:
@@ -462,6 +469,12 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         # Without parameters, only what follows a skipped call is worth it: positions and masks,
         # made of the inputs, are made again.
         return any(n >= 0 for t in tensors for n, _ in self.origins.get(_storage(t), ()))
+
+
+def _may_be_recomputed() -> bool:
+    """Whether this runs in a region that is checkpointed, in either of torch's ways."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None or not torch.is_grad_enabled()
 
 
 def _random_state() -> list[torch.Tensor]:
@@ -613,6 +626,8 @@ def make_plan(
     _check_samples(plan, run, captured, batches, pairs)
     plan.example = [value.clone() for value in captured]
     _check_output(plan, run, captured, inputs, output)
+    if trace.recomputes:
+        _check_backward(tree.root.module, plan, captured, inputs)
     return plan
 
 
@@ -1001,6 +1016,10 @@ def _check_samples(
     )
 
 
+def _device_of(plan: Plan) -> torch.device:
+    return next((t.device for t in plan.tensors.values()), torch.device("cpu"))
+
+
 def _check_output(
     plan: Plan,
     run: Callable[[Inputs], Any],
@@ -1009,9 +1028,7 @@ def _check_output(
     output: Any,
 ) -> None:
     """Raise unless the pass from stored features gives the output of the whole pass."""
-    count = captured[0].shape[0]
-    devices = [t.device for t in plan.tensors.values()]
-    device = devices[0] if devices else torch.device("cpu")
+    count, device = captured[0].shape[0], _device_of(plan)
     try:
         with (
             kept_random_state(seed=0),
@@ -1036,6 +1053,60 @@ def _check_output(
             "something in its frozen part that cannot be left out (a cache, an attribute that it "
             "writes). Choose another boundary with at=...."
         )
+
+
+class _Iteration(nn.Module):
+    """Forward in one context and backward in another."""
+
+    def __init__(self, model: nn.Module, forward: Any, backward: Any) -> None:
+        super().__init__()
+        self.model, self.contexts = model, (forward, backward)
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        forward, backward = self.contexts
+        with forward:
+            output = self.model(*args, **kwargs)
+        outs = [t for t in tree_iter(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+        with backward:
+            torch.autograd.backward([out.abs().sum() for out in outs])
+
+
+def _check_backward(
+    model: nn.Module, plan: Plan, captured: list[torch.Tensor], inputs: Inputs
+) -> None:
+    """Raise if backward runs a skipped call again, or gives other gradients than otherwise."""
+    count, device = captured[0].shape[0], _device_of(plan)
+    names = {id(call.module): call.name for call in plan.calls.values()}
+    names |= {id(given.module): given.name for given in plan.given.values()}
+    modules = plan.skipped_modules + [given.module for given in plan.given.values()]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def refuse(module: nn.Module, *_: Any) -> Any:
+        raise ValueError(
+            f"FeatureCache: {names[id(module)]} is in a checkpointed region "
+            "(torch.utils.checkpoint) with a part that trains, so backward would run it again, "
+            "without what is stored. Checkpoint what is frozen and what trains apart, or choose "
+            "an earlier boundary with at=...."
+        )
+
+    def gradients(forward: Any, backward: Any, given: Inputs) -> list[torch.Tensor | None]:
+        # Of copies, so that no gradient and no hook of the parameters themselves is touched.
+        copies = {f"model.{n}": p.detach().clone().requires_grad_() for n, p in trained.items()}
+        with kept_random_state(seed=0), torch.enable_grad():
+            torch.func.functional_call(_Iteration(model, forward, backward), copies, *given)
+        return [copy.grad for copy in copies.values()]
+
+    stored = plan.inputs.build(plan.placed(captured), count, device)
+    cached = gradients(skipping(plan, captured, count, device), taken_over(modules, refuse), stored)
+    copied = tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, inputs)
+    whole = gradients(capturing(plan, {}), nullcontext(), copied)
+    for name, a, b in zip(trained, cached, whole, strict=True):
+        if (a is None) != (b is None) or (a is not None and b is not None and not near(a, b)):
+            raise ValueError(
+                f"FeatureCache: from stored features {name} gets another gradient, because "
+                "gradient checkpointing asks for inputs that require one. Use it with "
+                "use_reentrant=False."
+            )
 
 
 def near(a: torch.Tensor, b: torch.Tensor) -> bool:

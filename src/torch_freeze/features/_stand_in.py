@@ -71,7 +71,7 @@ class StandIn(torch.Tensor):
             device=device,
         )
         made.meta = meta
-        made._shape, made._dtype, made._device = meta.shape, meta.dtype, device
+        made.__dict__.update(_shape=meta.shape, _dtype=meta.dtype, _device=device)
         return made
 
     @classmethod
