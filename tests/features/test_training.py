@@ -96,7 +96,8 @@ def train(
         for step, (inputs, targets) in enumerate(batches()):
             optimizer.zero_grad()
             torch.manual_seed(100 * epoch + step)  # of the dropout
-            loss = nn.functional.cross_entropy(forward(inputs), targets)
+            scores = forward(inputs)
+            loss = nn.functional.cross_entropy(scores, targets.to(scores.device))
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
@@ -119,19 +120,28 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("memory", [True, False], ids=["in memory", "in a folder"])
+@pytest.mark.parametrize(
+    ("device", "memory"),
+    [
+        pytest.param("cpu", True, id="in memory"),
+        pytest.param("cpu", False, id="in a folder"),
+        pytest.param("cuda", False, id="on a GPU, in a folder", marks=pytest.mark.gpu),
+    ],
+)
 @pytest.mark.parametrize("family", cases.each_family(cases.UNLIKE_FAMILIES))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_batch_for_batch_training_is_the_same(
-    schedule: str, family: cases.Family, memory: bool, tmp_path: Path
+    schedule: str, family: cases.Family, memory: bool, device: str, tmp_path: Path
 ) -> None:
-    plain, cached = Net(), Net()
+    plain, cached = Net().to(device), Net().to(device)
     for model in (plain, cached):
         freeze(model, "block0", "block1")
+        if device == "cuda":  # simulated, it draws random numbers when the work runs
+            model.drop.p = 0.0
     wanted = train(
         plain,
         lambda: DataLoader(Images(), BATCH),
-        plain,
+        lambda images: plain(images.to(device)),
         SCHEDULES[schedule](plain),
         family=family,
     )
@@ -139,7 +149,7 @@ def test_batch_for_batch_training_is_the_same(
     features = FeatureCache(cached, Images(), path, spot_check=0)
     got = train(
         cached,
-        lambda: DataLoader(features.dataset, BATCH),
+        lambda: DataLoader(features.dataset, BATCH, pin_memory=device == "cuda"),
         features,
         SCHEDULES[schedule](cached),
         family=family,
