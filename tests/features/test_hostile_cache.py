@@ -6,6 +6,7 @@ together: its output has to be what the model gives for the samples of its label
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -25,10 +26,12 @@ import pytest
 import torch
 from torch import nn
 from torch.utils import data as D  # noqa: N812
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from torch_freeze import FeatureCache, freeze, unfreeze
 from torch_freeze.features import _store, cache
+from torch_freeze.features._stand_in import StandIn
 from torch_freeze.features._store import Column, find_store, open_store
 
 N = 13
@@ -1013,3 +1016,82 @@ def test_features_in_memory_reach_forked_workers_only() -> None:
 @pytest.mark.filterwarnings("ignore:'pin_memory'")
 def test_pinned_memory_changes_nothing(tmp_path: Path) -> None:
     check_right(cached(model := model_of(), Data(), tmp_path), model, pin_memory=True)
+
+
+# ------------------------------------------------------------------------------ what is not computed
+
+
+def test_what_operations_give_for_stand_ins_has_the_right_shape_and_dtype() -> None:
+    """Given again for the same arguments only: numbers that are equal may be of other types."""
+    x = StandIn.make((2, 3, 4), torch.int64, torch.device("cpu"))
+    frozen, trained = torch.zeros(2, 3, 4), torch.zeros(4, requires_grad=True)
+    doubles, default = frozen.double(), torch.get_default_dtype()
+    real = torch.zeros(2, 3, 4, dtype=torch.int64)
+    calls: list[Callable[[Any], Any]] = [
+        lambda t: t + 1,
+        lambda t: t + 1.0,
+        lambda t: t + True,
+        lambda t: t + frozen,
+        lambda t: t + doubles,
+        lambda t: t / 2,
+        lambda t: t[:, 1:],
+        lambda t: t[:, 1],
+        lambda t: t[..., None],
+        lambda t: t.float()[None] @ frozen[0].t(),
+        lambda t: t.transpose(1, 2).flatten(1),
+        lambda t: t.split(1, 1),
+        lambda t: t.sum(1, keepdim=True),
+        lambda t: t.sum(1, dtype=torch.float64),
+        lambda t: torch.cat([t, real], dim=-1),
+        lambda t: nn.functional.normalize(t.float(), dim=1),
+        lambda t: torch.zeros_like(t),
+        lambda t: trained.expand(t.shape),
+    ]
+    contexts: list[Callable[[], Any]] = [
+        contextlib.nullcontext,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.autocast("cpu", torch.float16),
+        contextlib.nullcontext,
+    ]
+    for context in contexts:
+        for call in [*calls, *reversed(calls)]:
+            with context():
+                got, wanted = call(x), call(real)
+            for a, b in zip(*map(tree_leaves, (got, wanted)), strict=True):
+                assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+                assert isinstance(a, StandIn) or torch.equal(a, b)
+                assert a.requires_grad == b.requires_grad
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert (x / 2).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(default)
+
+
+def test_stand_ins_of_a_pass_in_inference_mode_serve_passes_that_train() -> None:
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 6), nn.Linear(3, N)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            h = self.body(x)
+            h *= 2
+            return self.head(h[:, :3].relu_())
+
+    freeze(model := Doubling(), "body")
+    features = cached(model, Data())
+    features.fill(progress=False)
+    (batch,) = D.DataLoader(features.dataset, N)
+    for context in (torch.inference_mode, contextlib.nullcontext):
+        with context():
+            assert torch.equal(features(batch.inputs), model(X))
+
+
+def test_given_results_keep_no_batch_in_memory() -> None:
+    x, batch = StandIn.make((2, 3), torch.float32, torch.device("cpu")), torch.zeros(2, 3)
+    assert (x + batch) is (x + batch.clone())
+    alive = weakref.ref(batch)
+    del batch
+    assert alive() is None

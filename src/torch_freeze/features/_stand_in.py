@@ -62,14 +62,16 @@ class StandIn(torch.Tensor):
 
     @staticmethod
     def __new__(cls, meta: torch.Tensor, device: torch.device) -> StandIn:
-        made: StandIn = torch.Tensor._make_wrapper_subclass(
-            cls,
-            meta.shape,
-            strides=meta.stride(),
-            storage_offset=meta.storage_offset(),
-            dtype=meta.dtype,
-            device=device,
-        )
+        # Whatever the mode, because it is used in other passes as well.
+        with torch.inference_mode(False):
+            made: StandIn = torch.Tensor._make_wrapper_subclass(
+                cls,
+                meta.shape,
+                strides=meta.stride(),
+                storage_offset=meta.storage_offset(),
+                dtype=meta.dtype,
+                device=device,
+            )
         made.meta = meta
         made.__dict__.update(_shape=meta.shape, _dtype=meta.dtype, _device=device)
         return made
@@ -77,7 +79,7 @@ class StandIn(torch.Tensor):
     @classmethod
     def make(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> StandIn:
         """A contiguous one of this shape."""
-        with torch.inference_mode(False):  # it may be used in later passes, which train
+        with torch.inference_mode(False):
             return cls(torch.empty(shape, dtype=dtype, device="meta"), device)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -140,7 +142,8 @@ class StandIn(torch.Tensor):
             device = torch.device(meta_kwargs["device"])
             meta_kwargs["device"] = torch.device("meta")
         try:
-            out = func(*meta_args, **meta_kwargs)
+            with torch.inference_mode(False):
+                out = func(*meta_args, **meta_kwargs)
         except (NotImplementedError, RuntimeError) as error:
             raise StandInError(f"{func} on a tensor that was not computed: {error}") from error
 
@@ -169,8 +172,6 @@ def _made_of_stand_ins(out: Any) -> bool:
 def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
     """All that the result of a call of torch can depend on; None if that cannot be told."""
     if not isinstance(func, _BUILT_IN) and getattr(func, "__module__", "") not in _MODULES:
-        return None
-    if torch.is_inference_mode_enabled():
         return None
     casts: list[Any] = []
     if torch._C._is_any_autocast_enabled():

@@ -127,7 +127,7 @@ class FeatureCache:
         frozen_dtype: run the frozen prefix under autocast to this dtype; not exact.
         compile_frozen: compile the frozen modules; not exact.
         spot_check: share of the time (0 to 1) to spend on computing stored samples again, to see
-            whether the dataset still gives them. 0 for none.
+            whether the dataset still gives them. 0 for none, 1 for one at every batch.
 
     Attributes:
         dataset: for the DataLoader. Its batches have `inputs` (for this object) and `targets`.
