@@ -1018,7 +1018,7 @@ def test_pinned_memory_changes_nothing(tmp_path: Path) -> None:
     check_right(cached(model := model_of(), Data(), tmp_path), model, pin_memory=True)
 
 
-# ------------------------------------------------------------------------------ what is not computed
+# ----------------------------------------------------------------------------- what is not computed
 
 
 def test_what_operations_give_for_stand_ins_has_the_right_shape_and_dtype() -> None:
