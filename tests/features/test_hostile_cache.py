@@ -6,6 +6,8 @@ together: its output has to be what the model gives for the samples of its label
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import json
 import multiprocessing
@@ -14,6 +16,7 @@ import pickle
 import random
 import shutil
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,9 +26,12 @@ import pytest
 import torch
 from torch import nn
 from torch.utils import data as D  # noqa: N812
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from torch_freeze import FeatureCache, freeze, unfreeze
-from torch_freeze.features import _store
+from torch_freeze.features import _store, cache
+from torch_freeze.features._stand_in import StandIn
 from torch_freeze.features._store import Column, find_store, open_store
 
 N = 13
@@ -120,6 +126,12 @@ LOADERS: Loaders = {
         lambda d: D.DataLoader(d, batch_sampler=[[3, 3, 7], [7, 3, 0]]), [0, 3, 3, 3, 7, 7]),
     "sample by sample": (
         lambda d: D.DataLoader(D.ConcatDataset([d, d]), 4, shuffle=True), sorted(EACH_ONCE * 2)),
+    "not collated": (lambda d: D.DataLoader(d, batch_size=None, shuffle=True), EACH_ONCE),
+    "not collated by a worker": (
+        lambda d: D.DataLoader(d, batch_size=None, shuffle=True, **FORKED), EACH_ONCE),
+    "a batch sampler, not collated": (
+        lambda d: D.DataLoader(
+            d, batch_size=None, sampler=D.BatchSampler(D.RandomSampler(d), 5, False)), EACH_ONCE),
     "indices from the end": (lambda d: D.DataLoader(d, batch_sampler=[[-1, 0, -N]]), [0, 0, 12]),
 }
 # fmt: on
@@ -158,6 +170,8 @@ def test_wrong_use_of_the_loader_is_refused() -> None:
         features.dataset[N]
     with pytest.raises(TypeError, match="Give the collate_fn to FeatureCache"):
         first_batch(features, collate_fn=lambda samples: [x for x, _ in samples])
+    with pytest.raises(TypeError, match=r"With batch_size=None, use batch\.inputs"):
+        _, _ = first_batch(features, None)
     with pytest.raises(TypeError, match=r"call it with batch\.inputs .* got Tensor"):
         features(X)
     data.x = torch.cat([X, X])
@@ -384,6 +398,33 @@ def test_a_store_that_goes_while_a_worker_opens_it_is_not_there(
     store = open_store(tmp_path, "k", COLUMNS, 5, {})
     monkeypatch.setattr(_store, "_complete", lambda *args: store.delete() is None)
     assert find_store(tmp_path, "k") is None
+
+
+def wait_in(folder: Path, made: Any, end: Any) -> None:
+    features = cached(model_of(), Data(), folder)
+    made.set()
+    end.wait(60)
+    del features
+
+
+def test_what_killed_processes_leave_is_removed_and_what_is_in_use_is_not(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    made, end = fork.Event(), fork.Event()
+    process = fork.Process(target=wait_in, args=(tmp_path, made, end))
+    process.start()
+    assert made.wait(60)
+    (used,) = tmp_path.glob(".board-*")
+    killed(fill_until_it_dies, tmp_path)
+    (left,) = {*tmp_path.glob(".board-*")} - {used}
+    one = cached(model_of(), Data(), tmp_path)
+    two = cached(model_of(), Data(), tmp_path)
+    boards = {one.dataset.board.path, two.dataset.board.path}
+    assert {*tmp_path.glob(".board-*")} == {used, *boards}
+    assert left not in boards
+    end.set()
+    process.join(60)
+    assert process.exitcode == 0
+    assert {*tmp_path.glob(".board-*")} == boards
 
 
 # ------------------------------------------------------------------------------------ the folder
@@ -620,6 +661,36 @@ def test_what_is_undone_was_no_change() -> None:
     check_right(features, model)
 
 
+class Blocks:
+    """Gives out memory as allocators do: first what was freed."""
+
+    def __init__(self) -> None:
+        self.memory = bytearray(4096)
+        self.given: dict[int, weakref.ref[Any]] = {}
+
+    def hold(self, values: torch.Tensor) -> torch.Tensor:
+        free = (n for n in range(0, 4096, 256) if n not in self.given or self.given[n]() is None)
+        block = (ctypes.c_char * values.nbytes).from_buffer(self.memory, first := next(free))
+        self.given[first] = weakref.ref(block)
+        return torch.frombuffer(block, dtype=values.dtype).view(values.shape).copy_(values)
+
+
+def test_other_values_in_memory_that_was_freed_are_noticed() -> None:
+    model, blocks = model_of(), Blocks()
+    weight = model[0].weight
+    values, others = weight.detach().clone(), torch.randn(2, *weight.shape)
+    weight.data = blocks.hold(values)
+    features = cached(model, Data())
+    features.fill(progress=False)
+    (batch,) = D.DataLoader(features.dataset, N)
+    for other in others:
+        weight.data = blocks.hold(other)
+        with pytest.raises(RuntimeError, match=r"0\.weight changed"):
+            features(batch.inputs)
+    weight.data = blocks.hold(values)
+    labels_of(features, model, [batch])
+
+
 def test_check_finds_what_leaves_no_trace() -> None:
     model = model_of()
     features = FeatureCache(model, Data(), spot_check=1)
@@ -628,6 +699,27 @@ def test_check_finds_what_leaves_no_trace() -> None:
     for noticing in (features.check, lambda: check_right(features, model)):
         with pytest.raises(RuntimeError, match=r"changed without a trace .*\.data"):
             noticing()
+
+
+def test_computing_samples_again_takes_its_share_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(cache.time, "monotonic", lambda: clock[0])
+
+    def load(index: int) -> Any:
+        clock[0] += 1
+        return X[index], index
+
+    features = FeatureCache(model_of(), data := Data(load), spot_check=0.1)
+    features.fill(progress=False)
+    batch = first_batch(features)
+    data.loads, began = 0, clock[0]
+    for number in range(1000):
+        clock[0] += 0.5
+        features(batch.inputs)
+        assert data.loads == 0 or number > 10
+    assert 0.09 < data.loads / (clock[0] - began) <= 0.1
 
 
 @pytest.mark.parametrize("old", ["delete", "keep"])
@@ -723,6 +815,25 @@ class Scaled(nn.Sequential):
         return super().forward(x) * by
 
 
+class Spanning(nn.Module):
+    """A frozen and a trainable layer in one checkpointed region."""
+
+    def __init__(self, reentrant: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5))
+        self.second, self.head = nn.Linear(6, 6), nn.Linear(6, N)
+        self.reentrant = reentrant
+        if reentrant:
+            self.first.register_forward_hook(lambda module, args, out: out.requires_grad_())
+        freeze(self, "first")
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if self.reentrant:
+            return self.head(checkpoint(self.second, self.first(x), use_reentrant=True))
+        region = nn.Sequential(self.first, self.second)
+        return self.head(checkpoint(region, x, use_reentrant=False))
+
+
 class Stream(D.IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         yield from X
@@ -769,6 +880,13 @@ REFUSED: dict[str, Refusal] = {
         ValueError, r"first operation .* 0\.weight"),
     "everything frozen": (lambda: model_of().requires_grad_(False), Data(), {},
         ValueError, "nothing to train"),
+    "checkpointed with what trains": (Spanning, Data(), {"eval_frozen": True},
+        ValueError, "first is in a checkpointed region"),
+    "checkpointed, in bfloat16": (Spanning, Data(),
+        {"eval_frozen": True, "frozen_dtype": torch.bfloat16},
+        ValueError, "first is in a checkpointed region"),
+    "inputs that require gradients": (lambda: Spanning(True), Data(), {"eval_frozen": True},
+        ValueError, r"second\.weight gets another gradient.*use_reentrant=False"),
     "compiled": (lambda: torch.compile(model_of(), backend="eager"), Data(), {},
         TypeError, r"compiled as a whole.*layer4\.compile"),
     "compiled in place": (in_place_compiled, Data(), {}, TypeError, "compiled as a whole"),
@@ -898,3 +1016,82 @@ def test_features_in_memory_reach_forked_workers_only() -> None:
 @pytest.mark.filterwarnings("ignore:'pin_memory'")
 def test_pinned_memory_changes_nothing(tmp_path: Path) -> None:
     check_right(cached(model := model_of(), Data(), tmp_path), model, pin_memory=True)
+
+
+# ----------------------------------------------------------------------------- what is not computed
+
+
+def test_what_operations_give_for_stand_ins_has_the_right_shape_and_dtype() -> None:
+    """Given again for the same arguments only: numbers that are equal may be of other types."""
+    x = StandIn.make((2, 3, 4), torch.int64, torch.device("cpu"))
+    frozen, trained = torch.zeros(2, 3, 4), torch.zeros(4, requires_grad=True)
+    doubles, default = frozen.double(), torch.get_default_dtype()
+    real = torch.zeros(2, 3, 4, dtype=torch.int64)
+    calls: list[Callable[[Any], Any]] = [
+        lambda t: t + 1,
+        lambda t: t + 1.0,
+        lambda t: t + True,
+        lambda t: t + frozen,
+        lambda t: t + doubles,
+        lambda t: t / 2,
+        lambda t: t[:, 1:],
+        lambda t: t[:, 1],
+        lambda t: t[..., None],
+        lambda t: t.float()[None] @ frozen[0].t(),
+        lambda t: t.transpose(1, 2).flatten(1),
+        lambda t: t.split(1, 1),
+        lambda t: t.sum(1, keepdim=True),
+        lambda t: t.sum(1, dtype=torch.float64),
+        lambda t: torch.cat([t, real], dim=-1),
+        lambda t: nn.functional.normalize(t.float(), dim=1),
+        lambda t: torch.zeros_like(t),
+        lambda t: trained.expand(t.shape),
+    ]
+    contexts: list[Callable[[], Any]] = [
+        contextlib.nullcontext,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.autocast("cpu", torch.float16),
+        contextlib.nullcontext,
+    ]
+    for context in contexts:
+        for call in [*calls, *reversed(calls)]:
+            with context():
+                got, wanted = call(x), call(real)
+            for a, b in zip(*map(tree_leaves, (got, wanted)), strict=True):
+                assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+                assert isinstance(a, StandIn) or torch.equal(a, b)
+                assert a.requires_grad == b.requires_grad
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert (x / 2).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(default)
+
+
+def test_stand_ins_of_a_pass_in_inference_mode_serve_passes_that_train() -> None:
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 6), nn.Linear(3, N)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            h = self.body(x)
+            h *= 2
+            return self.head(h[:, :3].relu_())
+
+    freeze(model := Doubling(), "body")
+    features = cached(model, Data())
+    features.fill(progress=False)
+    (batch,) = D.DataLoader(features.dataset, N)
+    for context in (torch.inference_mode, contextlib.nullcontext):
+        with context():
+            assert torch.equal(features(batch.inputs), model(X))
+
+
+def test_given_results_keep_no_batch_in_memory() -> None:
+    x, batch = StandIn.make((2, 3), torch.float32, torch.device("cpu")), torch.zeros(2, 3)
+    assert (x + batch) is (x + batch.clone())
+    alive = weakref.ref(batch)
+    del batch
+    assert alive() is None

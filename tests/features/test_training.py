@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from tests.helpers import optim_cases as cases
@@ -95,7 +96,8 @@ def train(
         for step, (inputs, targets) in enumerate(batches()):
             optimizer.zero_grad()
             torch.manual_seed(100 * epoch + step)  # of the dropout
-            loss = nn.functional.cross_entropy(forward(inputs), targets)
+            scores = forward(inputs)
+            loss = nn.functional.cross_entropy(scores, targets.to(scores.device))
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
@@ -118,19 +120,28 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("memory", [True, False], ids=["in memory", "in a folder"])
+@pytest.mark.parametrize(
+    ("device", "memory"),
+    [
+        pytest.param("cpu", True, id="in memory"),
+        pytest.param("cpu", False, id="in a folder"),
+        pytest.param("cuda", False, id="on a GPU, in a folder", marks=pytest.mark.gpu),
+    ],
+)
 @pytest.mark.parametrize("family", cases.each_family(cases.UNLIKE_FAMILIES))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_batch_for_batch_training_is_the_same(
-    schedule: str, family: cases.Family, memory: bool, tmp_path: Path
+    schedule: str, family: cases.Family, memory: bool, device: str, tmp_path: Path
 ) -> None:
-    plain, cached = Net(), Net()
+    plain, cached = Net().to(device), Net().to(device)
     for model in (plain, cached):
         freeze(model, "block0", "block1")
+        if device == "cuda":  # simulated, it draws random numbers when the work runs
+            model.drop.p = 0.0
     wanted = train(
         plain,
         lambda: DataLoader(Images(), BATCH),
-        plain,
+        lambda images: plain(images.to(device)),
         SCHEDULES[schedule](plain),
         family=family,
     )
@@ -138,7 +149,7 @@ def test_batch_for_batch_training_is_the_same(
     features = FeatureCache(cached, Images(), path, spot_check=0)
     got = train(
         cached,
-        lambda: DataLoader(features.dataset, BATCH),
+        lambda: DataLoader(features.dataset, BATCH, pin_memory=device == "cuda"),
         features,
         SCHEDULES[schedule](cached),
         family=family,
@@ -177,6 +188,8 @@ class Pooled(nn.Module):
         x = self.conv(x)
         if self.use == "pooled":
             return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+        if self.use == "checkpointed":
+            return checkpoint(self.head, x.mean((2, 3)), use_reentrant=False)  # type: ignore[no-any-return]
         if self.use == "a view":
             return self.head(x[:, :, 0, 0])  # type: ignore[no-any-return]
         return self.head(x[:, :, 0, 0].relu_()) + self.other(x[:, 0].flatten(1))  # type: ignore[no-any-return]
@@ -187,6 +200,8 @@ class Pooled(nn.Module):
     [
         ("pooled", ("the input of head",), 4),
         ("a view", ("the input of head",), 4),
+        # Backward computes the input of the head again.
+        ("checkpointed", ("conv",), 400),
         (
             "a part that is written to, and the whole",
             ("the input of head", "the input of other"),
@@ -203,9 +218,14 @@ def test_what_is_stored_is_what_meets_the_part_that_trains(
     assert features.boundary == boundary
     assert features.nbytes == SAMPLES * (1 + 8 + 4 * floats)
     wanted = model(Images().tensors[0])
+    gradients = torch.autograd.grad(wanted.sum(), [*model.head.parameters()])
     for _ in range(2):
         (batch,) = DataLoader(features.dataset, SAMPLES)
-        assert torch.equal(features(batch.inputs), wanted)
+        got = features(batch.inputs)
+        assert torch.equal(got, wanted)
+        assert all(
+            map(torch.equal, torch.autograd.grad(got.sum(), [*model.head.parameters()]), gradients)
+        )
     assert batch.inputs.slots is not None
     # When the head is another, so is the plan.
     model.head = nn.Linear(4, 5)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ._plan import Inputs, Structure, kept_random_state
-from ._store import Store, find_store, in_memory
+from ._store import Store, find_store, in_memory, locked
 
 _KEY_LENGTH = 32
 
@@ -66,7 +68,7 @@ class Batch(NamedTuple):
 
 @dataclass
 class Samples:
-    """Some samples before they are collated."""
+    """Some samples before they are collated; also a batch, for a DataLoader that collates none."""
 
     owner: CachedDataset
     rows: torch.Tensor
@@ -74,25 +76,42 @@ class Samples:
     slots: list[torch.Tensor] | None = None
     raw: list[Any] | None = None
 
+    @property
+    def inputs(self) -> CachedInputs:
+        """Those of a batch of these samples."""
+        return self.owner.collate([self]).inputs
+
+    @property
+    def targets(self) -> Any:
+        """Those of a batch of these samples."""
+        return self.owner.collate([self]).targets
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker sends them, so they are not collated later
+        return Batch, tuple(self.owner.collate([self]))
+
     def __iter__(self) -> Any:
         raise TypeError(
             "FeatureCache: its dataset gives no single samples to collate. Give the collate_fn to "
-            "FeatureCache(..., collate_fn=...), and none to the DataLoader."
+            "FeatureCache(..., collate_fn=...), and none to the DataLoader. With batch_size=None, "
+            "use batch.inputs and batch.targets."
         )
 
 
 class Board:
-    """The keys of the stores to look into, best first, as all processes see them."""
+    """The keys of the stores to look into, best first, as all processes see them.
+
+    Every process that has one in a folder open holds a lock on its file, which ends with the
+    process.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        if path is not None and not path.exists():
-            path.write_bytes(bytes(mmap.PAGESIZE))
         if path is None:
             self._memory = mmap.mmap(-1, mmap.PAGESIZE)
         else:
-            with path.open("r+b") as file:
-                self._memory = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+            self._file = path.open("r+b")
+            fcntl.flock(self._file, fcntl.LOCK_SH)
+            self._memory = mmap.mmap(self._file.fileno(), mmap.PAGESIZE)
 
     def put(self, keys: Sequence[str]) -> None:
         """Show these keys."""
@@ -111,6 +130,20 @@ class Board:
         if self.path is None:
             raise in_memory()
         return Board, (self.path,)
+
+
+def new_board(root: Path) -> Board:
+    """A board in a folder; those that killed processes have left there are removed."""
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root):
+        for path in root.glob(".board-*"):
+            # An error says that it is in use, of another user, or gone.
+            with suppress(OSError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        path = root / f".board-{uuid.uuid4().hex}"
+        path.write_bytes(bytes(mmap.PAGESIZE))
+        return Board(path)
 
 
 class CachedDataset(Dataset[Samples]):
@@ -144,7 +177,8 @@ class CachedDataset(Dataset[Samples]):
         return self.length
 
     def __getitem__(self, index: Any) -> Samples:
-        return self.__getitems__([index])[0]
+        # A list is what a BatchSampler gives, as the sampler of a DataLoader that collates nothing.
+        return self.__getitems__(index if isinstance(index, list) else [index])[0]
 
     def __getitems__(self, indices: Sequence[Any]) -> list[Samples]:
         rows = self.rows(indices)
@@ -156,13 +190,22 @@ class CachedDataset(Dataset[Samples]):
             if key not in self.stores:
                 self.stores[key] = find_store(self.root, key)
             store = self.stores[key]
-            if store is not None and bool(store.has(rows).all()):
+            if store is not None and store.has_all(rows):
                 return [Samples(self, rows, key, store.read(rows))]
         return [Samples(self, rows, raw=self.load(rows))]
 
     def rows(self, indices: Sequence[Any]) -> torch.Tensor:
         """The rows of samples, of a random view each if there are several."""
         length = len(self)
+        rows = self._rows(indices, length)
+        if self.views is not None:
+            rows = rows * self.views + torch.randint(self.views, rows.shape)
+        return rows
+
+    @staticmethod
+    def _rows(indices: Sequence[Any], length: int) -> torch.Tensor:
+        if set(map(type, indices)) == {int} and min(indices) >= 0 and max(indices) < length:
+            return torch.tensor(indices, dtype=torch.int64)
         checked = []
         for index in indices:
             try:
@@ -175,10 +218,7 @@ class CachedDataset(Dataset[Samples]):
             if not -length <= number < length:
                 raise IndexError(f"FeatureCache: sample {number} of {length}")
             checked.append(number % length)
-        rows = torch.tensor(checked, dtype=torch.int64)
-        if self.views is not None:
-            rows = rows * self.views + torch.randint(self.views, rows.shape)
-        return rows
+        return torch.tensor(checked, dtype=torch.int64)
 
     def load(self, rows: torch.Tensor) -> list[Any]:
         """The samples as the dataset gives them, each view from a seed of its own."""
@@ -202,7 +242,7 @@ class CachedDataset(Dataset[Samples]):
                     "FeatureCache: a batch has samples of several datasets. Give each FeatureCache "
                     "a DataLoader of its own, or make one FeatureCache of the joined dataset."
                 )
-        rows = torch.cat([some.rows for some in samples])
+        rows = samples[0].rows if len(samples) == 1 else torch.cat([some.rows for some in samples])
         keys = {some.store for some in samples}
         if None not in keys and len(keys) == 1 and self.targets is not None:
             (key,) = keys
@@ -210,7 +250,10 @@ class CachedDataset(Dataset[Samples]):
             joined = (
                 slots[0] if len(slots) == 1 else [torch.cat(s) for s in zip(*slots, strict=True)]
             )
-            placed = [s.movedim(0, dim) for s, dim in zip(joined, self.target_dims, strict=False)]
+            placed = [
+                s.movedim(0, dim) if dim else s
+                for s, dim in zip(joined, self.target_dims, strict=False)
+            ]
             targets = self.targets.build(placed, len(rows), torch.device("cpu"))
             return Batch(CachedInputs(rows, key, joined, owner=self.owner), targets)
         # Where only some are stored, all are loaded: the batch then goes through the whole model.

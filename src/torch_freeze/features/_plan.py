@@ -28,6 +28,7 @@ from torch.utils._pytree import (
     tree_flatten,
     tree_flatten_with_path,
     tree_iter,
+    tree_map,
     tree_unflatten,
 )
 
@@ -94,12 +95,19 @@ class Structure:
 
     spec: TreeSpec
     leaves: tuple[Leaf, ...]
+    #: By count and device, what nothing can change and no slot is in.
+    made: dict[tuple[int, torch.device], Any] = field(default_factory=dict, compare=False)
 
     def build(self, slots: Sequence[Any], count: int, device: torch.device) -> Any:
         """The structure for `count` samples."""
-        return tree_unflatten(
-            [self._value(leaf, slots, count, device) for leaf in self.leaves], self.spec
-        )
+        if (made := self.made.get((count, device))) is not None:
+            return made
+        values = [self._value(leaf, slots, count, device) for leaf in self.leaves]
+        one = self.spec.num_nodes == 1
+        built = values[0] if one else tree_unflatten(values, self.spec)
+        if one and type(built) is StandIn:
+            self.made[count, device] = built
+        return built
 
     def _value(self, leaf: Leaf, slots: Sequence[Any], count: int, device: torch.device) -> Any:
         if leaf.slot is not None:
@@ -207,7 +215,10 @@ class Plan:
 
     def placed(self, slots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The slots of a batch, as `rows` gives them, with the dimension of the batch in place."""
-        return [v.movedim(0, slot.dim) for v, slot in zip(slots, self.slots, strict=True)]
+        return [
+            v.movedim(0, slot.dim) if slot.dim else v
+            for v, slot in zip(slots, self.slots, strict=True)
+        ]
 
     def rows(
         self, inputs: Inputs, targets: Any, calls: dict[int, torch.Tensor]
@@ -282,6 +293,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         #: The trainable parameter that is used first.
         self.first: str | None = None
         self.frozen_flops = self.flops = 0.0
+        #: Whether backward runs something of the pass again.
+        self.recomputes = False
         self._kept: list[Any] = []  # keeps the addresses of storages from being used again
         for entry in tree.params.values():
             if is_lazy(entry.parameter):
@@ -355,7 +368,11 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
     ) -> Any:
         """Run a call of a module, and see whether it can be skipped."""
         call = _Call(module, ordinal)
-        args, kwargs, entered = self._enter(call, args, kwargs)
+        entered: dict[int, frozenset[tuple[int, int]]] = {}
+        if _may_be_recomputed():  # with the arguments of the region around it
+            self.recomputes = True
+        else:
+            args, kwargs, entered = self._enter(call, args, kwargs)
         self.stack.append(call)
         state = _python_random_state()
         try:
@@ -454,6 +471,12 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         return any(n >= 0 for t in tensors for n, _ in self.origins.get(_storage(t), ()))
 
 
+def _may_be_recomputed() -> bool:
+    """Whether this runs in a region that is checkpointed, in either of torch's ways."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None or not torch.is_grad_enabled()
+
+
 def _random_state() -> list[torch.Tensor]:
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return [torch.get_rng_state(), *on_gpu]
@@ -497,41 +520,79 @@ def make_plan(
         ValueError: nothing can be skipped, or something cannot; the message says why.
     """
     (inputs, targets), (other_inputs, other_targets) = batches
-    in_eval: dict[tuple[int, int], nn.Module] = {}
-    while True:
-        trace, changed = _traced(tree, run, inputs, at, eval_frozen, in_eval)
-        new = {key: call.module for key, call in trace.blocked.items() if key not in in_eval}
-        if not eval_frozen or not new:
-            break
-        in_eval |= new  # dropout between frozen modules
+    trace, changed, in_eval = _traced_until_fixed(tree, run, inputs, at, eval_frozen)
     calls = {id(call): n for n, call in enumerate(trace.calls) if n not in trace.entries}
     outermost = [(calls[id(call)], call) for call in trace.stack[0].inside]
-    name_of = {n: tree.modules[id(call.module)].name for n, call in outermost}
     _check_trace(tree, trace, outermost, at, changed, eval_frozen)
     if eval_frozen:
         in_eval |= {(id(call.module), call.ordinal): call.module for _, call in outermost}
-
-    # The same two batches again, as they will be run from now on.
-    needed = [key for key in trace.needed if key[0] < 0 or key[0] in name_of]
     entries: dict[tuple[int, int], tuple[_Call, list[int]]] = {}
     for number, (call, j) in trace.entries.items():
         if (number, 0) in trace.needed:
             entries.setdefault((id(call.module), call.ordinal), (call, []))[1].append(j)
+
+    # The same two batches again, as they will be run from now on.
     plain = [(call.module, call.ordinal) for _, call in outermost]
     taking = [(call.module, call.ordinal) for call, _ in entries.values()]
     first, taken, output = _returned(run, plain, taking, inputs, in_eval, seed=0)
     second, other_taken, _ = _returned(run, plain, taking, other_inputs, in_eval, seed=1)
-    for (n, _), one, two in zip(outermost, first, second, strict=True):
-        if one is None or two is None:
-            raise ValueError(
-                f"FeatureCache: {name_of[n]} is not called in every pass, so the model's path "
-                "depends on chance (LayerDrop, stochastic depth) or on the samples. Turn that off, "
-                "or choose an earlier boundary with at=...."
-            )
-    slots: list[Slot] = []
-    places: dict[int, list[tuple[int, int]]] = {}
 
-    def structure(what: str, number: int, one: Any, two: Any, stored: set[int] | None) -> Structure:
+    layout = _Layout()
+    of_targets, targets_at = layout.structure("targets", targets, other_targets)
+    # The first key of an input says whether it is positional.
+    of_inputs, inputs_at = layout.structure(
+        "inputs", inputs, other_inputs, {j for n, j in trace.needed if n < 0}, path_from=1
+    )
+    skipped: dict[tuple[int, int], Skipped] = {}
+    stored: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {}
+    for (n, call), one, two in zip(outermost, first, second, strict=True):
+        name, key = tree.modules[id(call.module)].name, (id(call.module), call.ordinal)
+        of_call = {j for number, j in trace.needed if number == n}
+        returns, at_leaves = layout.returns(name, one, two, of_call)
+        skipped[key] = Skipped(call.module, name, call.ordinal, returns)
+        if at_leaves:
+            stored[key] = at_leaves
+    given = {
+        key: layout.given(call, tree.modules[id(call.module)].name, wanted, one, two)
+        for (key, (call, wanted)), one, two in zip(entries.items(), taken, other_taken, strict=True)
+    }
+    frozen = [*(call.module for _, call in outermost), *trace.between]
+    below = {id(m): m for module in frozen for m in module.modules()}
+    plan = Plan(
+        inputs=of_inputs,
+        targets=of_targets,
+        calls=skipped,
+        slots=tuple(layout.slots),
+        tensors=dict(sorted(trace.tensors.items())),
+        modules=tuple(below.values()),
+        share=trace.frozen_flops / trace.flops if trace.flops else 0.0,
+        in_eval=in_eval,
+        stored=stored,
+        given=given,
+        of_inputs=inputs_at,
+        of_targets=targets_at,
+    )
+    if not plan.of_calls:
+        raise ValueError(_nothing_to_store(trace))
+    captured = _captured(plan, run, inputs, targets, seed=0)
+    _check_samples(plan, run, captured, batches, pairs)
+    plan.example = [value.clone() for value in captured]
+    _check_output(plan, run, captured, inputs, output)
+    if trace.recomputes:
+        _check_backward(tree.root.module, plan, captured, inputs)
+    return plan
+
+
+class _Layout:
+    """Gives every tensor that is stored a slot, from its values in batches of different sizes."""
+
+    def __init__(self) -> None:
+        self.slots: list[Slot] = []
+
+    def structure(
+        self, what: str, one: Any, two: Any, stored: set[int] | None = None, path_from: int = 0
+    ) -> tuple[Structure, tuple[tuple[int, int], ...]]:
+        """A structure whose leaves `stored` (None: all) have slots, and (slot, leaf) of these."""
         paths, spec = tree_flatten_with_path(one)
         others, other_spec = tree_flatten(two)
         if stored is None and any(isinstance(value, str | bytes) for _, value in paths):
@@ -544,66 +605,59 @@ def make_plan(
                 f"FeatureCache: {what} has another structure in a batch of another size; return "
                 "tensors whose first dimension is the batch (a collate_fn can make them)."
             )
-        made = []
+        leaves = []
         for j, ((path, a), b) in enumerate(zip(paths, others, strict=True)):
-            # Of the inputs, the first key says whether it is positional.
-            leaf = _leaf(what + keystr(path[number == -1 :]), a, b, stored is None or j in stored)
-            if isinstance(leaf, Slot):
-                places.setdefault(number, []).append((len(slots), j))
-                slots.append(leaf)
-                leaf = Leaf(slot=len(slots) - 1)
-            made.append(leaf)
-        return Structure(spec, tuple(made))
+            name = what + keystr(path[path_from:])
+            leaves.append(self.leaf(name, a, b, stored is None or j in stored))
+        places = [(leaf.slot, j) for j, leaf in enumerate(leaves) if leaf.slot is not None]
+        return Structure(spec, tuple(leaves)), tuple(places)
 
-    of_targets = structure("targets", -2, targets, other_targets, None)
-    of_inputs = structure("inputs", -1, inputs, other_inputs, {j for n, j in needed if n < 0})
-    skipped: dict[tuple[int, int], Skipped] = {}
-    for (n, call), one, two in zip(outermost, first, second, strict=True):
-        of_call = {j for number, j in needed if number == n}
-        returns = structure(name_of[n], n, one, two, of_call)
-        skipped[id(call.module), call.ordinal] = Skipped(
-            call.module, name_of[n], call.ordinal, returns
-        )
-    given: dict[tuple[int, int], Given] = {}
-    for (key, (call, wanted)), one, two in zip(entries.items(), taken, other_taken, strict=True):
-        name = tree.modules[id(call.module)].name
+    def returns(self, name: str, one: Any, two: Any, stored: set[int]) -> Any:
+        """The same of what a call returned."""
+        if one is None or two is None:
+            raise ValueError(
+                f"FeatureCache: {name} is not called in every pass, so the model's path "
+                "depends on chance (LayerDrop, stochastic depth) or on the samples. Turn that off, "
+                "or choose an earlier boundary with at=...."
+            )
+        return self.structure(name, one, two, stored)
+
+    def given(self, call: _Call, name: str, wanted: list[int], one: Any, two: Any) -> Given:
+        """The arguments `wanted` of a call, from what it took."""
         if one is None or two is None or one[1] != two[1]:
             raise ValueError(
                 f"FeatureCache: {name} is not called alike in every pass. Choose an earlier "
                 "boundary with at=...."
             )
-        leaves = []
-        for j in wanted:
-            leaf = _leaf(f"the input of {name}", one[0][j], two[0][j], True)
-            if isinstance(leaf, Slot):
-                slots.append(leaf)
-                leaf = Leaf(slot=len(slots) - 1)
-            leaves.append((j, leaf))
-        given[key] = Given(call.module, name, call.ordinal, one[1], tuple(leaves))
-    keys = {n: (id(call.module), call.ordinal) for n, call in outermost}
-    frozen = [*(call.module for _, call in outermost), *trace.between]
-    below = {id(m): m for module in frozen for m in module.modules()}
-    plan = Plan(
-        inputs=of_inputs,
-        targets=of_targets,
-        calls=skipped,
-        slots=tuple(slots),
-        tensors=dict(sorted(trace.tensors.items())),
-        modules=tuple(below.values()),
-        share=trace.frozen_flops / trace.flops if trace.flops else 0.0,
-        in_eval=in_eval,
-        stored={keys[n]: tuple(found) for n, found in places.items() if n >= 0},
-        given=given,
-        of_inputs=tuple(places.get(-1, ())),
-        of_targets=tuple(places.get(-2, ())),
-    )
-    if not plan.of_calls:
-        raise ValueError(_nothing_to_store(trace))
-    captured = _captured(plan, run, inputs, targets, seed=0)
-    _check_samples(plan, run, captured, batches, pairs)
-    plan.example = [value.clone() for value in captured]
-    _check_output(plan, run, captured, inputs, output)
-    return plan
+        (values, spec), (others, _) = one, two
+        what = f"the input of {name}"
+        leaves = tuple((j, self.leaf(what, values[j], others[j], True)) for j in wanted)
+        return Given(call.module, name, call.ordinal, spec, leaves)
+
+    def leaf(self, what: str, a: Any, b: Any, stored: bool) -> Leaf:
+        """One value."""
+        leaf = _leaf(what, a, b, stored)
+        if isinstance(leaf, Leaf):
+            return leaf
+        self.slots.append(leaf)
+        return Leaf(slot=len(self.slots) - 1)
+
+
+def _traced_until_fixed(
+    tree: Tree,
+    run: Callable[[Inputs], Any],
+    inputs: Inputs,
+    at: nn.Module | None,
+    eval_frozen: bool,
+) -> tuple[_Trace, set[str], dict[tuple[int, int], nn.Module]]:
+    """What `_traced` gives, and the calls to run in eval mode so that the prefix draws nothing."""
+    in_eval: dict[tuple[int, int], nn.Module] = {}
+    while True:
+        trace, changed = _traced(tree, run, inputs, at, eval_frozen, in_eval)
+        new = {key: call.module for key, call in trace.blocked.items() if key not in in_eval}
+        if not eval_frozen or not new:
+            return trace, changed, in_eval
+        in_eval |= new  # dropout between frozen modules
 
 
 def _traced(
@@ -991,6 +1045,10 @@ def _check_samples(
     )
 
 
+def _device_of(plan: Plan) -> torch.device:
+    return next((t.device for t in plan.tensors.values()), torch.device("cpu"))
+
+
 def _check_output(
     plan: Plan,
     run: Callable[[Inputs], Any],
@@ -999,9 +1057,7 @@ def _check_output(
     output: Any,
 ) -> None:
     """Raise unless the pass from stored features gives the output of the whole pass."""
-    count = captured[0].shape[0]
-    devices = [t.device for t in plan.tensors.values()]
-    device = devices[0] if devices else torch.device("cpu")
+    count, device = captured[0].shape[0], _device_of(plan)
     try:
         with (
             kept_random_state(seed=0),
@@ -1026,6 +1082,60 @@ def _check_output(
             "something in its frozen part that cannot be left out (a cache, an attribute that it "
             "writes). Choose another boundary with at=...."
         )
+
+
+class _Iteration(nn.Module):
+    """Forward in one context and backward in another."""
+
+    def __init__(self, model: nn.Module, forward: Any, backward: Any) -> None:
+        super().__init__()
+        self.model, self.contexts = model, (forward, backward)
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        forward, backward = self.contexts
+        with forward:
+            output = self.model(*args, **kwargs)
+        outs = [t for t in tree_iter(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+        with backward:
+            torch.autograd.backward([out.abs().sum() for out in outs])
+
+
+def _check_backward(
+    model: nn.Module, plan: Plan, captured: list[torch.Tensor], inputs: Inputs
+) -> None:
+    """Raise if backward runs a skipped call again, or gives other gradients than otherwise."""
+    count, device = captured[0].shape[0], _device_of(plan)
+    names = {id(call.module): call.name for call in plan.calls.values()}
+    names |= {id(given.module): given.name for given in plan.given.values()}
+    modules = plan.skipped_modules + [given.module for given in plan.given.values()]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def refuse(module: nn.Module, *_: Any) -> Any:
+        raise ValueError(
+            f"FeatureCache: {names[id(module)]} is in a checkpointed region "
+            "(torch.utils.checkpoint) with a part that trains, so backward would run it again, "
+            "without what is stored. Checkpoint what is frozen and what trains apart, or choose "
+            "an earlier boundary with at=...."
+        )
+
+    def gradients(forward: Any, backward: Any, given: Inputs) -> list[torch.Tensor | None]:
+        # Of copies, so that no gradient and no hook of the parameters themselves is touched.
+        copies = {f"model.{n}": p.detach().clone().requires_grad_() for n, p in trained.items()}
+        with kept_random_state(seed=0), torch.enable_grad():
+            torch.func.functional_call(_Iteration(model, forward, backward), copies, *given)
+        return [copy.grad for copy in copies.values()]
+
+    stored = plan.inputs.build(plan.placed(captured), count, device)
+    cached = gradients(skipping(plan, captured, count, device), taken_over(modules, refuse), stored)
+    copied = tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, inputs)
+    whole = gradients(capturing(plan, {}), nullcontext(), copied)
+    for name, a, b in zip(trained, cached, whole, strict=True):
+        if (a is None) != (b is None) or (a is not None and b is not None and not near(a, b)):
+            raise ValueError(
+                f"FeatureCache: from stored features {name} gets another gradient, because "
+                "gradient checkpointing asks for inputs that require one. Use it with "
+                "use_reentrant=False."
+            )
 
 
 def near(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -81,9 +81,10 @@ class Store:
         self._files = [_mapped(self._file(n), rows * c.nbytes) for n, c in enumerate(self.columns)]
         self._flag_file = _mapped(path and path / "written.bin", rows)
         self._data = [
-            _bytes(file, rows * c.nbytes).view(rows, c.nbytes)
+            _bytes(file, rows * c.nbytes).view(c.dtype).view(rows, *c.shape)
             for file, c in zip(self._files, self.columns, strict=True)
         ]
+        self._written = 0  # the rows before this one, all of them
         self._flags = _bytes(self._flag_file, rows)
 
     def _file(self, number: int) -> Path | None:
@@ -108,14 +109,16 @@ class Store:
         """Which of the rows are written, as bool."""
         return self._flags[rows] != 0
 
+    def has_all(self, rows: torch.Tensor) -> bool:
+        """Whether all of the rows are written."""
+        if self._written < self.rows:
+            missing = self._flag_file.find(b"\0", self._written, self.rows)
+            self._written = self.rows if missing < 0 else missing
+        return self._written == self.rows or bool(self._flags.index_select(0, rows).all())
+
     def read(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """The columns of some rows (int64 of shape [n]), each of shape [n, *column.shape]."""
-        return [
-            data.index_select(0, rows).view(c.dtype).reshape(len(rows), *c.shape)
-            if c.nbytes
-            else torch.empty((len(rows), *c.shape), dtype=c.dtype)
-            for data, c in zip(self._data, self.columns, strict=True)
-        ]
+        return [data.index_select(0, rows) for data in self._data]
 
     def write(self, rows: torch.Tensor, columns: Sequence[torch.Tensor]) -> None:
         """Write those rows that are missing; columns are as `read` gives them, on any device."""
@@ -131,10 +134,8 @@ class Store:
                     f"{list(c.shape)} for those stored before; samples must all have one shape. "
                     "Pad text to one length (padding='max_length'), resize images."
                 )
-            if c.nbytes:
-                value = value if whole else value[todo.to(value.device)]
-                value = value.detach().to("cpu", c.dtype).contiguous()
-                data[rows] = value.reshape(len(rows), -1).view(torch.uint8)
+            value = value if whole else value[todo.to(value.device)]
+            data[rows] = value.detach().to("cpu", c.dtype)
         self._flags[rows] = 1  # after the data, so that whoever sees it finds them
         if time.monotonic() - self._flushed > _FLUSH_EVERY:
             self.flush()
@@ -153,7 +154,7 @@ class Store:
     def delete(self) -> None:
         """Give the disk space back. Processes that have it open keep it until they close it."""
         if self.path is not None:
-            with _locked(self.path.parent):
+            with locked(self.path.parent):
                 _remove(self.path)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -183,7 +184,7 @@ def open_store(
         return Store(None, columns, rows)
     root.mkdir(parents=True, exist_ok=True)
     path = root / key
-    with _locked(root):
+    with locked(root):
         manifest = {
             "format": _FORMAT,
             "key": key,
@@ -305,7 +306,8 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _locked(root: Path) -> Iterator[None]:
+def locked(root: Path) -> Iterator[None]:
+    """Let no other process make or remove anything in a folder, inside the block only."""
     with (root / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

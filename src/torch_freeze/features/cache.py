@@ -10,12 +10,12 @@ import os
 import re
 import sys
 import time
-import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from torch_freeze._select import as_selectors, select
 from torch_freeze._tree import Tree, check_model, unwrap
 
 from ._calls import taken_over
-from ._dataset import Board, CachedDataset, CachedInputs, Samples, split
+from ._dataset import Board, CachedDataset, CachedInputs, Samples, new_board, split
 from ._plan import (
     EnoughError,
     Inputs,
@@ -62,7 +62,7 @@ class _Source:
     def __post_init__(self) -> None:
         # The dicts of all modules, found once, because every batch looks into them.
         self.attributes = [m.__dict__ for m in self.plan.modules]
-        self.buffers = [m._buffers for m in self.plan.modules if m._buffers]
+        self.buffers = [m._buffers.values() for m in self.plan.modules if m._buffers]
         self.keep_memory()
 
     def keep_memory(self) -> None:
@@ -127,7 +127,7 @@ class FeatureCache:
         frozen_dtype: run the frozen prefix under autocast to this dtype; not exact.
         compile_frozen: compile the frozen modules; not exact.
         spot_check: share of the time (0 to 1) to spend on computing stored samples again, to see
-            whether the dataset still gives them. 0 for none.
+            whether the dataset still gives them. 0 for none, 1 for one at every batch.
 
     Attributes:
         dataset: for the DataLoader. Its batches have `inputs` (for this object) and `targets`.
@@ -203,12 +203,9 @@ samples, 26.5 kB in memory; 0 stored.
         self._compile_frozen = compile_frozen
         self._spot_check = spot_check
         self._root = None if path is None else Path(path)
-        board = None
-        if self._root is not None:
-            self._root.mkdir(parents=True, exist_ok=True)
-            board = self._root / f".board-{uuid.uuid4().hex}"
-        self.dataset = CachedDataset(dataset, collate_fn, views, self._root, Board(board))
-        self._finalizer = weakref.finalize(self, _close, self.dataset.stores, board)
+        board = Board(None) if self._root is None else new_board(self._root)
+        self.dataset = CachedDataset(dataset, collate_fn, views, self._root, board)
+        self._finalizer = weakref.finalize(self, _close, self.dataset.stores, board.path)
         self._sources: dict[str, _Source] = {}
         self._now: _Source | None = None
         self._compiled: dict[int, Callable[..., Any]] = {}
@@ -217,14 +214,16 @@ samples, 26.5 kB in memory; 0 stored.
         self._hooks_changed = 0  # times
         self._state: tuple[Any, ...] = ()
         self._held: list[int] | None = None  # what `_renew` saw; None for what `_state` has
-        self._checked = time.monotonic()
-        self._check_seconds = 0.0
+        began = time.monotonic()
         try:
             self._check_redrawn()
             self._begin(self._plan())
         except BaseException:
             self._finalizer()
             raise
+        # Finding the boundary took about ten passes over a few samples, and a check takes one.
+        self._checked = time.monotonic()
+        self._check_seconds = (self._checked - began) / 10
 
     # --------------------------------------------------------------------------- what a user calls
 
@@ -394,7 +393,7 @@ samples, 26.5 kB in memory; 0 stored.
         ]
         count = len(rows)
         args, kwargs = plan.inputs.build(plan.placed(moved), count, device)
-        complete = now is None or bool(now.store.has(rows).all())
+        complete = now is None or now.store.has_all(rows)
         if now is source and not complete:  # a worker had the store open when it was deleted
             now.store.write(rows, slots)
         if now is None or now is source or complete:
@@ -525,19 +524,20 @@ samples, 26.5 kB in memory; 0 stored.
         """All that a batch checks, in a form that is quick to make and to compare."""
         cast = self._cast()
         flags = [p.requires_grad for p in self._params]
-        held = [id(value) for holder in self._holders for value in holder.values()]
+        held = list(map(id, chain.from_iterable(self._holders)))
         if self._now is None:
             return (flags, cast, held)
         plan = self._now.plan
-        held += [id(value) for holder in self._now.buffers for value in holder.values()]
+        held += map(id, chain.from_iterable(self._now.buffers))
+        tensors = plan.tensors.values()
         return (
             flags,
             cast,
             held,
             self._modes(plan),
             self._now.hooks_now(),
-            [t._version for t in plan.tensors.values()],
-            [t.data_ptr() for t in plan.tensors.values()],
+            [t._version for t in tensors],
+            list(map(torch.Tensor.data_ptr, tensors)),
         )
 
     def _cast(self) -> Any:
@@ -552,8 +552,8 @@ samples, 26.5 kB in memory; 0 stored.
         self._tree = Tree(self._bare)
         self._params = [entry.parameter for entry in self._tree.params.values()]
         modules = [entry.module for entry in self._tree.order]
-        self._holders: list[dict[str, Any]] = [
-            holder for m in modules for holder in (m._modules, m._parameters) if holder
+        self._holders = [
+            holder.values() for m in modules for holder in (m._modules, m._parameters) if holder
         ]
 
     def _renew(self) -> str:
@@ -817,10 +817,10 @@ samples, 26.5 kB in memory; 0 stored.
         if self._now is None or not self._spot_check:
             return
         began = time.monotonic()
-        if began - self._checked < self._check_seconds / self._spot_check:
+        if began - self._checked < self._check_seconds * (1 / self._spot_check - 1):
             return
         row = rows[torch.randint(len(rows), (1,), generator=_own_generator)]
-        if bool(self._now.store.has(row).all()):
+        if self._now.store.has_all(row):
             self._compare(self._now, row)
         self._checked = time.monotonic()
         self._check_seconds = self._checked - began
