@@ -137,7 +137,11 @@ c10::ScalarType GroupReader::computes_in_behind(size_t key) const {
   keep();
   const auto product = py::reinterpret_steal<py::object>(PyNumber_Multiply(item(key), py::float_(1.0).ptr()));
   if (!product) {
-    throw py::error_already_set();
+    if (PyErr_ExceptionMatches(PyExc_TypeError) == 0) {
+      throw py::error_already_set();
+    }
+    PyErr_Clear();  // a number without products with Python's, such as a Decimal
+    return c10::ScalarType::Undefined;
   }
   const std::string_view name = Py_TYPE(product.ptr())->tp_name;
   return name == "numpy.float32"   ? c10::kFloat

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -377,6 +378,18 @@ if np is not None:
         "NumPy's float32 and int64": (np.float32(0.1), np.int64(2)),
         "NumPy's int64 and float32": (np.int64(1), np.float32(0.3)),
     }
+
+
+@pytest.mark.compiled
+def test_a_decimal_is_a_learning_rate() -> None:
+    """Which cannot be multiplied by a number of Python's; stock refuses it in the step."""
+    p, q = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))
+    for param, lr in ((p, Decimal("0.1")), (q, 0.1)):
+        optimizer = cases.ADAMW.ours([param])
+        optimizer.param_groups[0] |= {"lr": lr}
+        param.grad = torch.ones(5)
+        optimizer.step()
+    assert torch.equal(p, q) and not torch.equal(p, torch.ones(5))
 
 
 @pytest.mark.compiled
