@@ -77,6 +77,18 @@ def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key: value for key, value in values.items() if isinstance(value, Tensor)}
 
 
+def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that hold the memory: of a quantized one, as torchao has it, its parts."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if hasattr(tensor, "__tensor_flatten__"):
+            names, _ = tensor.__tensor_flatten__()
+            found |= {f"{key}.{name}": getattr(tensor, name) for name in names}
+        else:
+            found[key] = tensor
+    return found
+
+
 def hook_on(p: nn.Parameter, hook: Callable[[Tensor], None]) -> Any:
     """Call ``hook`` when the gradient of ``p`` has arrived, also if ``p`` is frozen at first."""
     trained = p.requires_grad
@@ -111,16 +123,24 @@ class Trainer:
 
     def held(self, p: Tensor) -> dict[str, Tensor]:
         """The tensors in a parameter's state, as they are stored."""
-        return next((tensors_of(o.state[p]) for o in self.optimizers if p in o.state), {})
+        return stored(self._tensors(p))
 
     def buffers(self, p: Tensor) -> dict[str, Tensor]:
         """The tensors in a parameter's state, by stock's keys and in full precision."""
-        return {self.names.get(key, key): tensor for key, tensor in self.held(p).items()}
+        return {
+            self.names.get(key, key): tensor.dequantize()
+            if hasattr(tensor, "__tensor_flatten__")
+            else tensor
+            for key, tensor in self._tensors(p).items()
+        }
+
+    def _tensors(self, p: Tensor) -> dict[str, Tensor]:
+        return next((tensors_of(o.state[p]) for o in self.optimizers if p in o.state), {})
 
     def state(self) -> list[Tensor]:
         """Everything that is kept from one iteration to the next."""
         states = (state for o in self.optimizers for state in o.state.values())
-        return [tensor for state in states for tensor in tensors_of(state).values()]
+        return [tensor for state in states for tensor in stored(tensors_of(state)).values()]
 
     def frozen_set_changed(self) -> None:
         """Do what this contestant's user has to do then: usually nothing."""
@@ -180,6 +200,74 @@ class OnePerParameter(Trainer):
         """Remove the hooks; parameter and hook would keep each other alive."""
         for hook in self._hooks:
             hook.remove()
+
+
+class Optimi(Trainer):
+    """optimi's AdamW, which keeps the moments corrected for their bias."""
+
+    _betas: Mapping[str, float] = {"exp_avg": 0.9, "exp_avg_sq": 0.999}
+
+    def __init__(self, family: Family, groups: ParamGroups, hyper: Hyper, *_: nn.Module) -> None:
+        made = require("optimi", "torch-optimi").AdamW
+        given = {"betas": tuple(self._betas.values()), "eps": 1e-8, **hyper}
+        super().__init__(made(groups, **given, gradient_release=isinstance(self, Released)))
+
+    def buffers(self, p: Tensor) -> dict[str, Tensor]:
+        """The moments without the correction."""
+        state = self.optimizer.state.get(p, {})
+        count = state.get("step", self.optimizer.param_groups[0].get("step"))
+        return {
+            key: state[key] * (1 - beta ** count.item())
+            for key, beta in self._betas.items()
+            if key in state
+        }
+
+
+class Released(Trainer):
+    """An optimizer whose hooks apply each gradient and free it at once."""
+
+    _remove: Callable[[], object]
+
+    def _release(self, remove: Callable[[], object]) -> None:
+        self.step = lambda: None  # nothing is left to do after backward
+        self._remove = remove
+
+    def zero_grad(self) -> None:
+        """Nothing to do: every gradient is freed when it has been applied."""
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self._remove()
+
+
+class OptimiReleased(Released, Optimi):
+    """The same with gradient release."""
+
+    def __init__(self, family: Family, groups: ParamGroups, hyper: Hyper, _: nn.Module) -> None:
+        super().__init__(family, groups, hyper)
+        package, owned = require("optimi", "torch-optimi"), _owned(groups)
+        # The hooks that are there are those that measure.
+        package.prepare_for_gradient_release(owned, self.optimizer, ignore_existing_hooks=True)
+        self._release(partial(package.remove_gradient_release, owned))
+
+
+class FlashReleased(Released):
+    """flashoptim's AdamW with gradient release; its state in 8 bits is for GPUs alone."""
+
+    def __init__(self, family: Family, groups: ParamGroups, hyper: Hyper, _: nn.Module) -> None:
+        package = require("flashoptim", "flashoptim")
+        options = flashoptim_options(groups[0]["params"][0].is_cuda)
+        super().__init__(package.FlashAdamW(groups, **hyper, **options))
+        self._release(package.enable_gradient_release(_owned(groups), self.optimizer).remove)
+
+
+def _owned(groups: ParamGroups) -> nn.Module:
+    return nn.ParameterList(p for group in groups for p in group["params"])
+
+
+def flashoptim_options(on_gpu: bool) -> dict[str, Any]:
+    """All of its precision kept, so that it computes what the others do."""
+    return {"quantize": False, "fused": on_gpu, "master_weight_bits": None}
 
 
 class Lomo(Trainer):
@@ -393,8 +481,7 @@ SGD = Family(
             "flashoptim",
             "FlashSGD",
             "flashoptim",
-            # All of its precision kept, so that it computes what the others do.
-            lambda on_gpu: {"quantize": False, "fused": on_gpu, "master_weight_bits": None},
+            flashoptim_options,
         ),
         "optimi": package("optimi", "SGD", "torch-optimi", names={"exp_avg": "momentum_buffer"}),
         "apex": package("apex.optimizers", "FusedSGD", "git+https://github.com/NVIDIA/apex"),
@@ -427,14 +514,28 @@ ADAMW = Family(
             "flashoptim",
             "FlashAdamW",
             "flashoptim",
-            lambda on_gpu: {"quantize": False, "fused": on_gpu, "master_weight_bits": None},
+            flashoptim_options,
         ),
-        "optimi": package("optimi", "AdamW", "torch-optimi", lambda on_gpu: {"eps": 1e-8}),
-        "bitsandbytes": package("bitsandbytes", "optim.AdamW32bit", "bitsandbytes"),
+        "optimi": Optimi,
+        "bitsandbytes": package(
+            "bitsandbytes",
+            "optim.AdamW32bit",
+            "bitsandbytes",
+            names={"state1": "exp_avg", "state2": "exp_avg_sq"},
+        ),
         "apex": package("apex.optimizers", "FusedAdam", "git+https://github.com/NVIDIA/apex"),
     },
     in_memory=(
+        # Their hooks are on what trains when they are made: the frozen set may not change later.
+        Contestant("optimi in backward", OptimiReleased, "state"),
+        Contestant("flashoptim in backward", FlashReleased, "state"),
         Contestant("bitsandbytes AdamW8bit", eight_bit("AdamW8bit"), "state changes", torch.uint8),
+        Contestant(
+            "torchao AdamW8bit",
+            package("torchao.optim", "AdamW8bit", "torchao"),
+            "state changes",
+            torch.uint8,
+        ),
     ),
     without={"torchao": "its AdamW forms for training keep the state in 8 or 4 bits"},
 )

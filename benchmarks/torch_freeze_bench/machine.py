@@ -22,6 +22,7 @@ BUSY = 0.7
 SIMULATED = "simulated GPU"
 """The name of tests/cuda_on_cpu's devices."""
 _PACKAGES = ("torchvision", "transformers", "scikit-learn", "numpy", "pandas")
+_COMPARED = ("flashoptim", "torch-optimi", "bitsandbytes", "torchao", "lomo-optim", "apex")
 
 
 def is_simulated(device: torch.device) -> bool:
@@ -85,6 +86,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "torch built for CUDA": torch.version.cuda or "no",
         "built": f"{torch_freeze.build_info()}",
         **{package: installed.get(package, "not installed") for package in _PACKAGES},
+        **{package: installed[package] for package in _COMPARED if package in installed},
     }
 
 

@@ -1,6 +1,7 @@
 #include "core/group_reader.h"
 
 #include <ATen/ops/scalar_tensor.h>
+#include <c10/core/DefaultDtype.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -8,6 +9,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <string>
+#include <string_view>
 
 #include "core/state_policy.h"
 
@@ -126,7 +128,28 @@ double GroupReader::one_minus_behind(size_t key) const {
   return py::cast<double>(py::float_(py::int_(1) - py::reinterpret_borrow<py::object>(value)));
 }
 
-std::array<double, 2> GroupReader::pair(size_t key) const {
+c10::ScalarType GroupReader::computes_in_behind(size_t key) const {
+  if (const auto* found = tensor(key)) {
+    const auto type = c10::isIntegralType(found->scalar_type(), true) ? c10::get_default_dtype_as_scalartype()
+                                                                      : found->scalar_type();
+    return !found->is_cuda() && (type == c10::kFloat || type == c10::kDouble) ? type : c10::ScalarType::Undefined;
+  }
+  keep();
+  const auto product = py::reinterpret_steal<py::object>(PyNumber_Multiply(item(key), py::float_(1.0).ptr()));
+  if (!product) {
+    if (PyErr_ExceptionMatches(PyExc_TypeError) == 0) {
+      throw py::error_already_set();
+    }
+    PyErr_Clear();  // a number without products with Python's, such as a Decimal
+    return c10::ScalarType::Undefined;
+  }
+  const std::string_view name = Py_TYPE(product.ptr())->tp_name;
+  return name == "numpy.float32"   ? c10::kFloat
+         : name == "numpy.float16" ? c10::ScalarType::Undefined
+                                   : c10::kDouble;
+}
+
+std::array<double, 2> GroupReader::pair_behind(size_t key) const {
   PyObject* const value = item(key);
   std::array<double, 2> numbers{};
   if (!(PyTuple_Check(value) || PyList_Check(value)) || PySequence_Fast_GET_SIZE(value) != 2) {
@@ -147,7 +170,7 @@ std::array<double, 2> GroupReader::pair(size_t key) const {
   return numbers;
 }
 
-bool GroupReader::is_plain_pair(size_t key) const {
+bool GroupReader::is_plain_pair_behind(size_t key) const {
   PyObject* const value = item(key);
   if (!(PyTuple_Check(value) || PyList_Check(value)) || PySequence_Fast_GET_SIZE(value) != 2) {
     return false;
@@ -162,11 +185,8 @@ bool GroupReader::wants_gradient(size_t key) const {
   return found != nullptr && found->requires_grad();
 }
 
-FrozenState GroupReader::frozen_state() const {
+FrozenState GroupReader::frozen_state_behind() const {
   PyObject* const value = extras_[GroupKeys::kFrozenState];
-  if (value == nullptr) {
-    return FrozenState::kKeep;
-  }
   const std::string name = PyUnicode_Check(value) ? py::cast<std::string>(value) : "";
   TORCH_CHECK_VALUE(
       name == "keep" || name == "reset" || name == "drop", keys_.function, ": ",
@@ -175,11 +195,8 @@ FrozenState GroupReader::frozen_state() const {
   return name == "keep" ? FrozenState::kKeep : name == "reset" ? FrozenState::kReset : FrozenState::kDrop;
 }
 
-c10::ScalarType GroupReader::buffer_type() const {
+c10::ScalarType GroupReader::buffer_type_behind() const {
   PyObject* const value = extras_[GroupKeys::kBufferDtype];
-  if (value == nullptr || value == Py_None) {
-    return c10::ScalarType::Undefined;
-  }
   TORCH_CHECK_VALUE(
       THPDtype_Check(value) && reinterpret_cast<THPDtype*>(value)->scalar_type == c10::kBFloat16, keys_.function,
       ": ", keys_.extra_names[GroupKeys::kBufferDtype], " of param_groups[", index_, "] is ",

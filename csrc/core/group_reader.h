@@ -58,22 +58,48 @@ class GroupReader {
   double one_minus(size_t key) const {
     return PyFloat_CheckExact(item(key)) ? 1.0 - PyFloat_AS_DOUBLE(item(key)) : one_minus_behind(key);
   }
+  // The type in which the value computes with a number of Python's, or Undefined if it is one. Narrow types and
+  // tensors on a GPU count as numbers of Python's.
+  c10::ScalarType computes_in(size_t key) const {
+    return PyFloat_CheckExact(item(key)) || PyLong_CheckExact(item(key)) ? c10::ScalarType::Undefined
+                                                                         : computes_in_behind(key);
+  }
   bool wants_gradient(size_t key) const;
   // Two numbers, as a tuple or a list.
-  std::array<double, 2> pair(size_t key) const;
+  std::array<double, 2> pair(size_t key) const {
+    PyObject* const value = item(key);
+    return is_pair_of_floats(value)
+               ? std::
+                     array{PyFloat_AS_DOUBLE(PyTuple_GET_ITEM(value, 0)), PyFloat_AS_DOUBLE(PyTuple_GET_ITEM(value, 1))}
+               : pair_behind(key);
+  }
   // Whether they are numbers of Python's: a NumPy or tensor scalar has a precision of its own.
-  bool is_plain_pair(size_t key) const;
+  bool is_plain_pair(size_t key) const { return is_pair_of_floats(item(key)) || is_plain_pair_behind(key); }
 
-  FrozenState frozen_state() const;
+  FrozenState frozen_state() const {
+    return extras_[GroupKeys::kFrozenState] == nullptr ? FrozenState::kKeep : frozen_state_behind();
+  }
   // Of the optimizer's buffers; Undefined: the parameter's own.
-  c10::ScalarType buffer_type() const;
+  c10::ScalarType buffer_type() const {
+    PyObject* const value = extras_[GroupKeys::kBufferDtype];
+    return value == nullptr || value == Py_None ? c10::ScalarType::Undefined : buffer_type_behind();
+  }
   uint64_t rounding_seed() const;
 
  private:
+  static bool is_pair_of_floats(PyObject* value) {
+    return PyTuple_CheckExact(value) && PyTuple_GET_SIZE(value) == 2 &&
+           PyFloat_CheckExact(PyTuple_GET_ITEM(value, 0)) && PyFloat_CheckExact(PyTuple_GET_ITEM(value, 1));
+  }
   bool is_true(PyObject* value) const;
   const at::Tensor* tensor_behind(size_t key) const;
   double number_behind(size_t key) const;
   double one_minus_behind(size_t key) const;
+  c10::ScalarType computes_in_behind(size_t key) const;
+  std::array<double, 2> pair_behind(size_t key) const;
+  bool is_plain_pair_behind(size_t key) const;
+  FrozenState frozen_state_behind() const;
+  c10::ScalarType buffer_type_behind() const;
   void note_extra(PyObject* key, PyObject* value);
   void keep() const;
 

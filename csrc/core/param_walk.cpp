@@ -237,7 +237,7 @@ C10_ALWAYS_INLINE void ParamWalk<Layout>::push(
       }
     }
   }
-  const char* count_data = nullptr;
+  char* count_data = nullptr;
   if constexpr (kCounts) {
     if (const TensorImpl* const count = slot.held[kBuffers]; count != nullptr) {
       count_data = data_of(count, sizeof(float), has_memory);
@@ -290,7 +290,7 @@ C10_ALWAYS_INLINE void ParamWalk<Layout>::push(
   std::copy(data.begin(), data.end(), update.buffer);
   if constexpr (kCounts) {
     if (const TensorImpl* const count = slot.held[kBuffers]; count != nullptr) {
-      update.count = reinterpret_cast<float*>(data_of(count));
+      update.count = reinterpret_cast<float*>(count_data);
       update.count_on_host = device_of_plain(count).is_cpu();
       counts_gpu_on_host_ |= update.count_on_host && batch.kind.device.is_cuda();
     }

@@ -26,4 +26,24 @@ struct FormulaBase {
   }
 };
 
+// What the last number of updates gave, on the host. As a rule all tensors have the same, also in groups that
+// differ otherwise, and the powers behind it cost as much as a small tensor. Empty where nothing is counted.
+template <class Formula, bool kCounts = Formula::State::kCounts>
+struct LastCounted {};
+template <class Formula>
+struct LastCounted<Formula, true> {
+  typename Formula::Counting counting{};
+  typename Formula::Counted counted{};
+  double count = 0;
+
+  const typename Formula::Counted& of(const typename Formula::Counting& wanted, double now) {
+    if (now != count || !(wanted == counting)) {
+      counting = wanted;
+      count = now;
+      counted = Formula::counted(wanted, now);
+    }
+    return counted;
+  }
+};
+
 }  // namespace torch_freeze

@@ -15,6 +15,7 @@
 
 #include "core/dtypes.h"
 #include "core/tensor_update.h"
+#include "kernels/formula_base.h"
 #include "kernels/host_device.h"
 #include "kernels/spans_cpu.h"
 #include "kernels/stochastic_rounding.h"
@@ -430,7 +431,8 @@ void step(const UpdateBatch<Formula>& batch) {
     // What the last span used. Most spans use the same, because neighbours share their group.
     using Run = void (*)(const Span<Formula, Types>&, Rounding);
     return [&batch, run = Run{}, scalars = AllScalars<Formula, typename Types::Value>{}, group = int32_t{-1},
-            fresh = false, count = 0.0](const auto& update, int64_t begin, int64_t end) mutable {
+            fresh = false, count = 0.0,
+            last = LastCounted<Formula>{}](const auto& update, int64_t begin, int64_t end) mutable {
       const auto& hyper = batch.groups[update.group];
       if (update.group != group || update.fresh != fresh) {
         group = update.group;
@@ -448,8 +450,8 @@ void step(const UpdateBatch<Formula>& batch) {
         const double now = fresh ? 1 : 1 + static_cast<double>(*update.count);
         if (now != count) {
           count = now;
-          scalars.tensor = Formula::tensor_scalars(
-              scalars.group, hyper.lr.number, Formula::counted(Formula::counting(hyper), count));
+          scalars.tensor =
+              Formula::tensor_scalars(scalars.group, hyper.lr.number, last.of(Formula::counting(hyper), count));
         }
       }
       Span<Formula, Types> span{

@@ -9,7 +9,7 @@
 //                              those that differ from one tensor to another; `fresh`: the buffers count as zero.
 //                              Where updates are counted, their last argument is instead a
 //   Counted, counted(counting, count)       what the number of updates gives, from the group's
-//   Counting, counting(group)
+//   Counting, counting(group)               comparable by ==
 //   kRoots                     whether element() has a square root. The CPU forms those of a whole block at once
 //                              and calls before_root(), which returns what to take it of, and after_root()
 //   variant_bits(group), buffers_used(bits), with_variant(bits, run)
@@ -29,6 +29,7 @@
 
 #include "core/dtypes.h"
 #include "core/tensor_update.h"
+#include "kernels/formula_base.h"
 #include "kernels/host_device.h"
 #include "kernels/stochastic_rounding.h"
 #include "kernels/tiles.h"
@@ -294,7 +295,7 @@ class BatchSource {
     if constexpr (Formula::State::kCounts) {
       if (update.count_on_host) {
         const double count = update.fresh != 0 ? 1 : 1 + static_cast<double>(*update.count);
-        row.counted = Formula::counted(Formula::counting(group), count);
+        row.counted = last_.of(Formula::counting(group), count);
       } else {
         row.counted_on_device = static_cast<const typename Formula::Counted*>(counted_) + tensor;
         row.branch |= Tiled::kCountOnDevice;
@@ -305,6 +306,7 @@ class BatchSource {
  private:
   const Batch& batch_;
   const void* counted_;
+  mutable LastCounted<Formula> last_;
 };
 
 // Counts the updates of tensors whose counts lie on the device, and forms what depends on them: a launch of its

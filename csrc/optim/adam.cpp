@@ -53,6 +53,11 @@ struct Adam : OptimizerBase<Adam<kDecoupled>> {
     group.amsgrad = reader.flag(kAmsgrad);
     group.maximize = reader.flag(kMaximize);
     group.decoupled = reader.flag(kDecoupledDecay);
+    const auto step_type = reader.computes_in(kLr);
+    const auto decay_type = reader.computes_in(kWeightDecay);
+    group.step_in_float = step_type == c10::kFloat;
+    group.decay_in_float = step_type != c10::kDouble && decay_type != c10::kDouble &&
+                           (step_type == c10::kFloat || decay_type == c10::kFloat);
     return group;
   }
   static int buffers(const AdamGroup& group) { return group.amsgrad ? 3 : 2; }

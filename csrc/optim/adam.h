@@ -19,6 +19,9 @@ struct AdamGroup : GroupOptions {
   bool amsgrad = false;
   bool maximize = false;
   bool decoupled = false;  // AdamW's weight decay
+  // A tensor or a NumPy scalar of this type computes in it, also with numbers of Python's.
+  bool step_in_float = false;   // the learning rate by the correction of exp_avg
+  bool decay_in_float = false;  // the learning rate by a decoupled weight decay
 };
 
 // A branch of the formula, fixed for a whole tensor and so hoisted out of every loop.
@@ -41,6 +44,8 @@ struct AdamFormula : FormulaBase<StateLayout<3, true>> {
   struct Scalars {
     T weight1;    // of the gradient in exp_avg: 1 - beta1, or -beta1 where that is the smaller
     bool large1;  // it is -beta1
+    bool step_in_float;
+    bool decay_in_float;
     T beta2;
     T weight2;  // of the squared gradient in exp_avg_sq: 1 - beta2
     T eps;
@@ -55,6 +60,8 @@ struct AdamFormula : FormulaBase<StateLayout<3, true>> {
     return {
         large ? weight1 - T(1) : weight1,
         large,
+        group.step_in_float,
+        group.decay_in_float,
         static_cast<T>(group.beta2),
         static_cast<T>(1 - group.beta2),
         static_cast<T>(group.eps),
@@ -67,6 +74,7 @@ struct AdamFormula : FormulaBase<StateLayout<3, true>> {
   struct Counting {
     double beta1;
     double beta2;
+    bool operator==(const Counting& other) const { return beta1 == other.beta1 && beta2 == other.beta2; }
   };
   static Counting counting(const Group& group) { return {group.beta1, group.beta2}; }
   struct Counted {
@@ -88,9 +96,14 @@ struct AdamFormula : FormulaBase<StateLayout<3, true>> {
   template <class T>
   static TORCH_FREEZE_INLINE TensorScalars<T> tensor_scalars(
       const Scalars<T>& s, double lr, const Counted& counted) {
+    // Rounding what double computes of floats gives what float computes.
+    const auto rounded = [](bool in_float, double x) { return in_float ? static_cast<float>(x) : x; };
+    const double step = rounded(s.step_in_float, lr / rounded(s.step_in_float, counted.bias1));
+    const double decay =
+        rounded(s.decay_in_float, rounded(s.decay_in_float, lr) * rounded(s.decay_in_float, s.decay));
     return {
-        static_cast<T>(-(lr / counted.bias1)), static_cast<T>(counted.root_bias2),
-        static_cast<T>(1 / counted.root_bias2), static_cast<T>(1 - lr * s.decay)};
+        static_cast<T>(-step), static_cast<T>(counted.root_bias2), static_cast<T>(1 / counted.root_bias2),
+        static_cast<T>(rounded(s.decay_in_float, 1 - decay))};
   }
 
   static uint8_t variant_bits(const Group& group) {

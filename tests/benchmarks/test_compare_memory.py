@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import struct
 import sys
+import types
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -23,7 +24,7 @@ pytest.importorskip("matplotlib", reason="compare.py needs matplotlib: pip insta
 
 import pandas
 from torch_freeze_bench import command, contestants, memory, report
-from torch_freeze_bench.contestants import SGD, Contestant
+from torch_freeze_bench.contestants import ADAMW, SGD, Contestant
 from torch_freeze_bench.equality import Equality, Journal
 from torch_freeze_bench.memory import GradientProbe, Timeline, record
 from torch_freeze_bench.records import OURS, Measured
@@ -579,6 +580,117 @@ class TestContestants:
         assert [key for key in found.contestants if found.of(key, "peak")] == ["ours"]
         assert found.unequal("liar") and not found.unequal("ours")
         assert "liar: NOT stock's result" in report.table(found, SGD)
+
+    @pytest.mark.parametrize("key", ["optimi in backward", "flashoptim in backward"])
+    def test_another_packages_hooks_apply_each_gradient_and_free_it(
+        self, key: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With stand-ins for the packages, which know what trains when the hooks are made."""
+        monkeypatch.setitem(sys.modules, "optimi", types.SimpleNamespace(**OPTIMI))
+        monkeypatch.setitem(sys.modules, "flashoptim", types.SimpleNamespace(**FLASHOPTIM))
+        (contestant,) = (c for c in ADAMW.in_memory if c.key == key)
+        network = Network("tiny", CPU)
+        bias = 4 * 4  # of the last layer: the first one that is freed
+        for chosen, handed, alive in ((CASES[0], ALL, LARGEST), (CASES[2], LAST, ALL - bias)):
+            plan = suite.case_plan(chosen, network, "head")
+            found, equality = suite.train(network, plan, contestant, ADAMW, write=True)
+            assert equality and equality.holds
+            assert found["gradients"][-1] == alive
+            # Each has a count of its own beside the moments.
+            assert 0 <= found["state"][-1] - 2 * handed < 100
+
+    def test_moments_that_are_kept_corrected_are_compared_without(self) -> None:
+        p = nn.Parameter(torch.ones(3))
+        trainer = contestants.Optimi.__new__(contestants.Optimi)
+        contestants.Trainer.__init__(trainer, torch.optim.SGD([p]))
+        assert trainer.buffers(p) == {}
+        moments = {"exp_avg": torch.full((3,), 2.0), "exp_avg_sq": torch.full((3,), 4.0)}
+        trainer.optimizer.state[p] = {"step": torch.tensor(2), **moments}
+        found = trainer.buffers(p)
+        assert torch.allclose(found["exp_avg"], moments["exp_avg"] * (1 - 0.9**2))
+        assert torch.allclose(found["exp_avg_sq"], moments["exp_avg_sq"] * (1 - 0.999**2))
+
+    def test_a_quantized_tensor_counts_as_its_parts(self) -> None:
+        p = nn.Parameter(torch.ones(512))
+        trainer = contestants.Trainer(torch.optim.SGD([p]))
+        trainer.optimizer.state[p] = {"exp_avg": Quantized(torch.full((512,), 3.0)), "step": 1}
+        assert memory.held_bytes(trainer.state()) == 512 + 4
+        assert memory.held_bytes(trainer.held(p).values()) == 512 + 4
+        assert torch.equal(trainer.buffers(p)["exp_avg"], torch.full((512,), 3.0))
+
+
+class Quantized(torch.Tensor):
+    """Codes and a scale, as torchao wraps them."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor) -> Quantized:
+        made: Quantized = torch.Tensor._make_wrapper_subclass(cls, values.shape)  # type: ignore[attr-defined]
+        made.scale = values.max()
+        made.codes = (values / made.scale).to(torch.uint8)
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes", "scale"], None
+
+    def dequantize(self) -> torch.Tensor:
+        return self.codes * self.scale
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, *given: Any) -> Any:
+        raise NotImplementedError(function)
+
+
+class StandIn(torch.optim.AdamW):
+    def __init__(self, groups: Any, *, lr: float, weight_decay: float, **other: Any) -> None:
+        assert other in (
+            {"quantize": False, "fused": False, "master_weight_bits": None},
+            {"betas": (0.9, 0.999), "eps": 1e-8, "gradient_release": True},
+        )
+        super().__init__(groups, lr, weight_decay=weight_decay, foreach=False)
+
+
+class Corrected(StandIn):
+    """Keeps the moments as optimi does."""
+
+    def step(self, closure: Any = None) -> None:
+        fresh = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p in fresh:
+            self._correct(self.state[p], -1)
+        super().step()
+        for p in fresh:
+            self._correct(self.state[p], 1)
+
+    @staticmethod
+    def _correct(state: dict[str, torch.Tensor], sign: int) -> None:
+        for name, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999)):
+            if name in state:
+                state[name].div_((1 - beta ** state["step"].item()) ** sign)
+
+
+def release(module: nn.Module, optimizer: torch.optim.Optimizer, **_: bool) -> Any:
+    def arrived(p: torch.Tensor) -> None:
+        optimizer.step()
+        p.grad = None
+
+    hooks = [
+        p.register_post_accumulate_grad_hook(arrived)
+        for p in module.parameters()
+        if p.requires_grad
+    ]
+    return types.SimpleNamespace(remove=lambda: [hook.remove() for hook in hooks])
+
+
+OPTIMI = {
+    "AdamW": Corrected,
+    "prepare_for_gradient_release": release,
+    "remove_gradient_release": lambda module: None,
+}
+FLASHOPTIM = {"FlashAdamW": StandIn, "enable_gradient_release": release}
 
 
 GIGABYTES = 12_345_678_901.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,80 @@ def test_what_the_page_names_are_options(optimizer: Any, names: list[str]) -> No
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     for name in (*names, "step_in_backward", "clip_value", "bucket_mb"):
         assert name in options and name in page
+
+
+MODELS = {
+    "ResNet-50": "resnet50",
+    "ViT-B/16": "vit_b_16",
+    "BERT-base": "bert_base",
+    "1.07B decoder in bf16": "decoder_1b",
+}
+CONTESTANTS = {
+    "stock default": "stock/default",
+    "stock fused": "stock/fused",
+    "in backward": "ours/in backward",
+    "and bfloat16 moments": "ours/in backward, bf16",
+    "and bfloat16 momentum": "ours/in backward, bf16",
+    'with `"drop"`': "ours/drop",
+    "stock, a new optimizer each time": "stock/rebuilt",
+}
+
+
+class TestMeasured:
+    """The tables say what is recorded."""
+
+    @staticmethod
+    def recorded(name: str) -> dict[tuple[str, ...], list[float]]:
+        with open(ROOT / "benchmarks" / "results" / name, newline="", encoding="utf-8") as file:
+            return {
+                (row["workload"], row["contestant"], row["measure"]): [
+                    float(value) for value in row["value"].split()
+                ]
+                for row in csv.DictReader(file)
+            }
+
+    @staticmethod
+    def tables(text: str) -> list[list[list[str]]]:
+        found = re.findall(r"(?:^\|.*\|$\n)+", text, re.M)
+        return [
+            [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+            for table in found
+        ]
+
+    @pytest.mark.parametrize(
+        ("section", "name", "rows"),
+        [
+            ("### AdamW", "amd_epyc_memory_adamw.csv", 2),
+            ("### SGD", "amd_epyc_memory.csv", 8),
+        ],
+        ids=["AdamW", "SGD"],
+    )
+    def test_peaks(self, section: str, name: str, rows: int) -> None:
+        record = self.recorded(name)
+        page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+        text = page.partition(f"\n{section}\n")[2].partition("\n### ")[0]
+        assert name.removesuffix(".csv") in text
+        (_, *columns), _, *lines = self.tables(text)[0]
+        assert len(lines) >= rows
+        for title, *cells in lines:
+            model = MODELS[title.partition(",")[0]]
+            cases = ("2", "4") if title.endswith("half frozen") else ("1",)
+            case = next(c for c in cases if (f"{model}/{c}", "ours", "peak") in record)
+            for column, cell in zip(columns, cells, strict=True):
+                contestant = CONTESTANTS.get(column, "ours")
+                (*_, peak) = record[f"{model}/{case}", contestant, "peak"]
+                assert cell == f"{peak / 1e6:,.0f}", (title, column)
+
+    def test_state_while_blocks_train_in_turn(self) -> None:
+        record = self.recorded("amd_epyc_memory_adamw.csv")
+        page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+        text = page.partition("\n### AdamW\n")[2].partition("\n### ")[0]
+        _, _, *lines = self.tables(text)[1]
+        assert len(lines) == 3
+        for title, *cells in lines:
+            contestant = CONTESTANTS.get(title, "ours")
+            state = record["resnet50/rotation", contestant, "state"][1::2]
+            assert cells == [f"{each / 1e6:.1f}" for each in state], title
 
 
 class TestDifferences:

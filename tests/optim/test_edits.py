@@ -633,7 +633,6 @@ def test_a_count_has_stocks_dtype(default: torch.dtype, options: Hyper) -> None:
 
 
 @pytest.mark.compiled
-@pytest.mark.xfail(strict=True, reason="stock divides a float32 lr in float32")
 def test_a_float32_tensor_lr_has_stocks_bits() -> None:
     pair = Pair({"lr": 0.1}, family=ADAMW)
     for optimizer in pair.both():

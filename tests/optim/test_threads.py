@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import apart
 from tests.helpers import optim_cases as cases
 from torch_freeze import _build, freeze, unfreeze
 
@@ -152,6 +153,30 @@ def test_models_freeze_in_threads(family: cases.Family) -> None:
             assert torch.equal(model[0].weight, held) == bool(step % 2)
 
     _in_threads(*[lambda seed=seed: run(seed) for seed in range(4)])
+
+
+def _train_on_in_a_fork(name: str, sizes: list[int]) -> list[bytes]:
+    training = Training(2, sizes, cases.FAMILIES[name])
+    training.run(3)
+
+    def go_on() -> list[bytes]:
+        training.run(3)
+        training.check()
+        return [p.detach().numpy().tobytes() for p in training.ours]
+
+    forked = apart.fork(go_on)
+    here = go_on()
+    assert forked == here
+    return here
+
+
+@pytest.mark.parametrize("sizes", cases.ids({name: (sizes,) for name, sizes in SIZES.items()}))
+@pytest.mark.parametrize("family", cases.UNLIKE_FAMILIES)
+def test_training_goes_on_in_a_forked_process(family: str, sizes: list[int]) -> None:
+    """With the state and the counts that it had, and the parent's training goes on too."""
+    if torch.cuda.is_available():
+        pytest.skip("where torch sees a GPU, no fork of a process that ran backward can")
+    assert len(apart.run(_train_on_in_a_fork, family, sizes)) == len(sizes)
 
 
 # A step's threads, seen from outside. After each line it waits for the test's permission.

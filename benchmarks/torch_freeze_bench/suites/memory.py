@@ -129,13 +129,14 @@ def _written(key: str, device: torch.device) -> int:
     return 4 if MODELS[key].large and device.type == "cpu" else 1
 
 
-def require_memory_for(key: str, device: torch.device) -> None:
+def require_memory_for(key: str, device: torch.device, family: Family) -> None:
     """Check that package and memory for a model are there, or raise a RequestError."""
     with torch.device("meta"):
         size = sum(p.nbytes for p in MODELS[key].build().parameters())
-    # The initial and the trained weights, gradients, momentum, temporaries, and what malloc loses
-    # in gaps; and the gradients in the journal.
-    wanted = int((6 + _PER_PERIOD / _written(key, device)) * size) + 2 * 10**9
+    # The initial and the trained weights, gradients, temporaries, what malloc loses in gaps, the
+    # state, and the gradients in the journal.
+    kept = 5 + len(family.buffers(family.hyper["memory"]))
+    wanted = int((kept + _PER_PERIOD / _written(key, device)) * size) + 2 * 10**9
     found = available_bytes(device)
     if found is not None and found < wanted:
         where = "the GPU" if device.type == "cuda" else "this machine"
@@ -300,7 +301,8 @@ def run_times(network: Network, case: Case, share: Share, setting: Setting) -> M
 def suite(setting: Setting) -> Suite:
     """Every case, freezing midway, blocks in rotation, and times, model by model."""
     usual = QUICK_MEMORY_MODELS if setting.quick else MEMORY_MODELS
-    models = setting.usable_models(usual, partial(require_memory_for, device=setting.device))
+    needs = partial(require_memory_for, device=setting.device, family=setting.family)
+    models = setting.usable_models(usual, needs)
     share = next((share for share in setting.shares or [] if share), 50.0)
     network = lru_cache(maxsize=1)(partial(Network, device=setting.device))
 
