@@ -63,8 +63,15 @@ class ParamEntry:
 
     @property
     def numel(self) -> int:
-        """Its number of elements; 0 while it is lazy."""
-        return 0 if is_lazy(self.parameter) else self.parameter.numel()
+        """Its number of elements; 0 while it is lazy.
+
+        Of a table with frozen rows, the elements of those: the others are a parameter of their own.
+        """
+        if is_lazy(self.parameter):
+            return 0
+        table = getattr(self.parameter, "_rows", None)
+        numel = self.parameter.numel()
+        return numel if table is None else numel // len(self.parameter) * table.frozen
 
 
 class ModuleEntry:
