@@ -130,6 +130,7 @@ class Tree:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self.params: dict[int, ParamEntry] = {}
         self.modules: dict[int, ModuleEntry] = {}
         self.order: list[ModuleEntry] = []
@@ -137,6 +138,10 @@ class Tree:
         self._names: _Names | None = None
         self._places = 0
         self.root = self._walk(model, "", "", -1)
+
+    def walk_again(self) -> None:
+        """Walk the model again, after its modules or parameters have changed."""
+        Tree.__init__(self, self._model)
 
     def _walk(self, module: nn.Module, name: str, raw: str, parent: int) -> ModuleEntry:
         # `name` and `raw` are prefixes: they end in a dot unless they are empty.

@@ -21,6 +21,8 @@ from ._hold import held_by, is_norm, is_spectral_norm
 from ._thawed import just_thawed
 from ._tree import ModuleEntry, ParamEntry, Tree, check_model, is_lazy
 from .optim._base import FrozenAware, frozen_aware, state_names, unwrapped
+from .rows import LiveRows, RowFrozenParameter, live_of
+from .rows import tables as table_rows
 from .report import as_optimizers, state_bytes, tensor_bytes
 
 Level = Literal["error", "warning", "info"]
@@ -46,6 +48,8 @@ Kind = Literal[
     "never stepped",
     "momentum of frozen",
     "frozen unowned",
+    "rows lost",
+    "frozen rows",
 ]
 
 # The reference page is made from this without importing it, so it holds nothing but strings.
@@ -124,6 +128,12 @@ FINDING_KINDS: Final[dict[Kind, tuple[tuple[Level, ...], str]]] = {
         ("info",),
         "Frozen parameters are in no optimizer, so they cannot train when unfrozen later.",
     ),
+    "rows lost": (
+        ("error",),
+        "Some rows of a layer should train, but its weight or bias was replaced by another "
+        "parameter, so they have no effect.",
+    ),
+    "frozen rows": (("info",), "Only some rows of a parameter are frozen."),
 }
 
 
@@ -202,7 +212,7 @@ computed and kept, never used or cleared. Pass them to the optimizer, or freeze 
     tree = Tree(model)
     optimizers = as_optimizers(optimizer, "audit")
     findings = [*_gradients(tree, optimizers), *_norms(tree), *_tied(tree), *_everything(tree)]
-    findings += [*_reduced(tree), *_weight_norms(tree), *_dropout(tree)]
+    findings += [*_reduced(tree), *_weight_norms(tree), *_dropout(tree), *_rows(tree)]
     if optimizers is not None:
         findings += [*_owners(tree, optimizers), *_kept_state(tree, optimizers)]
         findings += _still(tree, optimizers)
@@ -661,6 +671,8 @@ def _tied(tree: Tree) -> Iterator[Finding]:
         is_now = "trainable" if entry.parameter.requires_grad else "frozen"
         names = " = ".join(entry.names)
         odd = [n for n, s in states.items() if s is not None and s != (is_now == "trainable")]
+        if isinstance(entry.parameter, RowFrozenParameter):
+            odd = []
         if odd:
             other = "frozen" if is_now == "trainable" else "trainable"
             yield Finding(
@@ -703,6 +715,38 @@ class _Surroundings:
             if flags:
                 return flags.pop() if len(flags) == 1 else None
         return None
+
+
+def _rows(tree: Tree) -> Iterator[Finding]:
+    """Tables of which some rows are frozen."""
+    for entry in tree.order:
+        if not isinstance(entry.module, LiveRows):
+            continue
+        owner = tree.order[entry.parent]
+        for param in entry.params:
+            key = param.name.rpartition(".")[2]
+            table = owner.module._parameters.get(key)
+            if not isinstance(table, RowFrozenParameter) or live_of(table) is not param.parameter:
+                yield Finding(
+                    "error",
+                    param.name,
+                    f"has rows that should train, but {_name(owner)}.{key} was replaced since, so "
+                    "they have no effect.",
+                    f"Delete it (del model.{entry.name}), freeze the rows again, and make the "
+                    "optimizer again.",
+                    "rows lost",
+                    (param.name,),
+                )
+    for one in table_rows(tree):
+        yield Finding(
+            "info",
+            one.name,
+            f"has {one.rows - one.live:,} frozen rows of {one.rows:,}; the others "
+            f"({one.which}) {'train' if one.trains else 'would train'} as {one.live_name}.",
+            "Nothing to do.",
+            "frozen rows",
+            (one.name,),
+        )
 
 
 # --- what the optimizer has --------------------------------------------------------------------

@@ -19,17 +19,23 @@ from ._attach import (
     tables,
 )
 from ._choose import Rows, Vocabulary, choose
-from ._live import LiveRows
-from ._table import RowFrozenParameter
+from ._live import LiveRows, runs
+from ._table import RowFrozenParameter, frozen_rows, live_of
 
 __all__ = [
     "LiveRows",
     "RowFrozenParameter",
     "Rows",
+    "Table",
     "Vocabulary",
     "attach",
+    "check",
     "choose",
+    "current",
     "detach",
-    "end_of",
+    "frozen_rows",
+    "live_of",
+    "live_parameters",
+    "runs",
     "tables",
 ]

@@ -80,17 +80,22 @@ class LiveRows(nn.Module):
         return type(None), ()
 
 
+def runs(index: Tensor) -> list[list[int]]:
+    """Ascending row numbers as runs [first, last] of neighbours."""
+    if not len(index):
+        return []
+    breaks = (index.diff() != 1).nonzero().flatten()
+    first = [0, *(breaks + 1).tolist()]
+    last = [*breaks.tolist(), len(index) - 1]
+    rows = index.tolist()
+    return [[rows[a], rows[b]] for a, b in zip(first, last, strict=True)]
+
+
 def ranges(index: Tensor, most: int = 6) -> str:
     """Ascending row numbers as text: "3, 7 to 9"."""
-    rows = index.tolist()
-    runs: list[list[int]] = []
-    for row in rows:
-        if runs and row == runs[-1][1] + 1:
-            runs[-1][1] = row
-        else:
-            runs.append([row, row])
-    shown = [str(a) if a == b else f"{a} to {b}" for a, b in runs[:most]]
-    more = len(rows) - sum(b - a + 1 for a, b in runs[:most])
+    found = runs(index)
+    shown = [str(a) if a == b else f"{a} to {b}" for a, b in found[:most]]
+    more = sum(b - a + 1 for a, b in found[most:])
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 

@@ -25,8 +25,28 @@ if TYPE_CHECKING:
 
 # Properties that read values; all others describe the tensor or its autograd state.
 _READING = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
-# Methods that concern the object itself, also while gradients are recorded.
-_OWN = frozenset({"detach", "requires_grad_", "register_hook", "retain_grad"})
+# Methods that describe the tensor or concern the object itself, and read no values. So do all that
+# begin with one underscore (`_is_view`) or with "is_".
+_DESCRIBING = frozenset(
+    {
+        "size",
+        "stride",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "element_size",
+        "storage_offset",
+        "untyped_storage",
+        "data_ptr",
+        "get_device",
+        "type",
+        "register_hook",
+        "register_post_accumulate_grad_hook",
+        "requires_grad_",
+        "retain_grad",
+    }
+)
 # In-place functions that assign values instead of changing those that are there: what they write
 # into live rows is taken over. (A loop such as `for p in model.parameters(): p.mul_(0.9)` visits
 # the live rows as a parameter of their own, so changes through the table must not count twice.)
@@ -112,6 +132,20 @@ def live_of(table: RowFrozenParameter) -> Tensor:
     return getattr(table._rows, table._key)  # type: ignore[no-any-return]
 
 
+def frozen_rows(table: RowFrozenParameter) -> Tensor:
+    """The values of the rows that are frozen: the table's memory if they are one run, or a copy."""
+    rows = table._rows
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        values = table.detach()
+        if rows.start == 0:
+            return values[len(rows.index) :]
+        if rows.last + 1 == len(values) and rows.start is not None:
+            return values[: rows.start]
+        mask = torch.ones(len(values), dtype=torch.bool, device=values.device)
+        mask[rows.index.to(values.device)] = False
+        return values[mask]
+
+
 def take_over(table: RowFrozenParameter) -> None:
     """Give the live rows the values that the table has for them."""
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
@@ -140,21 +174,24 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     """Any function that has no rule of its own."""
     name = func.__name__
     if name in ("__get__", "__set__", "__delete__"):
-        what = getattr(func, "__self__", None)
-        field = getattr(what, "__name__", "")
+        field = getattr(getattr(func, "__self__", None), "__name__", "")
         if name == "__set__" and field == "data":
             _check_fits(args[0], args[1])
-        if name != "__get__" or field not in _READING:
-            return func(*args, **kwargs)
-    compiling = torch.compiler.is_compiling()
+        describes = name != "__get__" or field not in _READING
+    else:
+        describes = name in _DESCRIBING or name.startswith("is_")
+        describes |= name.startswith("_") and not name.startswith("__")
+    if describes:
+        return func(*args, **kwargs)
+    compiling = torch.compiler.is_dynamo_compiling()
     found = list(_tables((args, kwargs)))
     if not compiling:
         for table in found:
             _sync(table)
-    in_place = name.endswith("_") and not name.endswith("__")
-    in_place |= name == "__setitem__" or name.startswith("__i") or "out" in kwargs
+    writes = name.endswith("_") and not name.endswith("__")
+    writes |= name == "__setitem__" or name.startswith("__i") or "out" in kwargs
     trains = torch.is_grad_enabled() and any(live_of(t).requires_grad for t in found)
-    if in_place or name in _OWN or not (trains or compiling):
+    if writes or name == "detach" or not (trains or compiling):
         result = func(*args, **kwargs)
         if name in _ASSIGNING and args and isinstance(args[0], RowFrozenParameter):
             take_over(args[0])
@@ -184,7 +221,7 @@ def _check_fits(table: RowFrozenParameter, value: Tensor) -> None:
 def whole(table: RowFrozenParameter) -> Tensor:
     """The table as a tensor whose gradient goes to the live rows; shares the table's memory."""
     live, index = live_of(table), table._rows.index
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return table.index_copy(0, index, live.to(table.dtype))
     return _Whole.apply(table, live, index)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -242,7 +279,7 @@ def _embedding(
             {},
         )
     rows, live = weight._rows, live_of(weight)
-    patch = torch.compiler.is_compiling()
+    patch = torch.compiler.is_dynamo_compiling()
     if not patch:
         _sync(weight)
         if not (torch.is_grad_enabled() and live.requires_grad):
@@ -315,7 +352,7 @@ def _embedding_bag(
         and torch.is_grad_enabled()
         and live_of(weight).requires_grad
     )
-    if not trains or torch.compiler.is_compiling():
+    if not trains or torch.compiler.is_dynamo_compiling():
         return _call(  # type: ignore[no-any-return]
             F.embedding_bag,
             (input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, False),
@@ -397,7 +434,7 @@ class _Bag(torch.autograd.Function):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    patch = torch.compiler.is_compiling()
+    patch = torch.compiler.is_dynamo_compiling()
     tables = [t for t in (weight, bias) if isinstance(t, RowFrozenParameter)]
     if not patch:
         for table in tables:
