@@ -21,9 +21,9 @@ from ._hold import held_by, is_norm, is_spectral_norm
 from ._thawed import just_thawed
 from ._tree import ModuleEntry, ParamEntry, Tree, check_model, is_lazy
 from .optim._base import FrozenAware, frozen_aware, state_names, unwrapped
+from .report import as_optimizers, state_bytes, tensor_bytes
 from .rows import LiveRows, RowFrozenParameter, live_of
 from .rows import tables as table_rows
-from .report import as_optimizers, state_bytes, tensor_bytes
 
 Level = Literal["error", "warning", "info"]
 _ORDER: dict[str, int] = {"error": 0, "warning": 1, "info": 2}

@@ -335,20 +335,27 @@ def _freeze_rows(
         _resolve(tree, what, exclude, caller)
 
     trains = caller == "unfreeze"
-    live = [
-        _rows.attach(one.owner, one.key, one.live, trains=trains or one.entry.parameter.requires_grad)
+    live: list[Tensor] = [
+        _rows.attach(
+            one.owner, one.key, one.live, trains=trains or one.entry.parameter.requires_grad
+        )
         for one in plan
         if not one.there
     ]
+    if trains:
+        # The same rows again, which were frozen in the meantime.
+        tables = [one.entry.parameter for one in plan if one.there]
+        again = [_rows.live_of(t) for t in tables if isinstance(t, _rows.RowFrozenParameter)]
+        live += [p.requires_grad_() for p in again if not p.requires_grad]
     _thawed.note(live)
     named = [one.entry.name for one in plan]
     tree = Tree(model)
-    tables = [tree.parameter_named(name) for name in named]
+    entries = [entry for name in named if (entry := tree.parameter_named(name))]
     if not trains:
-        _record.write(tree, {id(entry.parameter): True for entry in tables if entry})
+        _record.write(tree, {id(entry.parameter): True for entry in entries})
     change = Change()
     selection = select(tree, named, caller)
-    layers = [entry.name.rpartition(".")[0] for entry in tables if entry]
+    layers = [entry.name.rpartition(".")[0] for entry in entries]
     if caller == "freeze_except":
         kept = select(tree, [*as_selectors(keep), *layers], caller)
         selection = everything(tree)
@@ -368,11 +375,10 @@ def _freeze_rows(
         thawed=[*(change.params * trains), *(e for k, e in tree.params.items() if k in fresh)],
         chilled=change.params * (not trains),
     )
-    for one, entry in zip(plan, tables, strict=True):
-        if entry is not None:
-            selection.params[id(entry)] = entry
-            if not one.there:
-                change.params.append(entry)
+    for one, entry in zip(plan, entries, strict=True):
+        selection.params[id(entry)] = entry
+        if not one.there:
+            change.params.append(entry)
     return _call_report(tree, caller, selection, change)
 
 

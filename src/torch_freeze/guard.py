@@ -24,15 +24,16 @@ _SUMS = 64
 def guard(model: nn.Module, *, content: bool = False) -> Iterator[None]:
     """Raise, naming them, if a frozen parameter or held statistic changes inside the block.
 
-    The guard watches the parameters that are frozen on entry (of a table with frozen rows, those rows) and the buffers of norms that are
-    held. It notices a changed version counter (which torch's in-place operations raise, also when
-    they write equal values), a changed address, changed values, and another tensor or module in
-    the place of the watched one or of a module around it. Values are read once on entry and once
-    on leaving. Tensors of up to 4 KB are compared in full, larger ones by 64 sums of their bits,
-    each over one part. So the guard notices writes through `.data` or NumPy and by kernels that do
-    not raise the version counter, such as those of torch's `fused=True` optimizers, without a
-    large copy. The two readings of a 440 MB model take about 50 ms on a CPU. It misses only a
-    change that leaves every sum unchanged, such as two values swapped within a part.
+    The guard watches the parameters that are frozen on entry (of a table with frozen rows, those
+    rows) and the buffers of norms that are held. It notices a changed version counter (which
+    torch's in-place operations raise, also when they write equal values), a changed address,
+    changed values, and another tensor or module in the place of the watched one or of a module
+    around it. Values are read once on entry and once on leaving. Tensors of up to 4 KB are compared
+    in full, larger ones by 64 sums of their bits, each over one part. So the guard notices writes
+    through `.data` or NumPy and by kernels that do not raise the version counter, such as those of
+    torch's `fused=True` optimizers, without a large copy. The two readings of a 440 MB model take
+    about 50 ms on a CPU. It misses only a change that leaves every sum unchanged, such as two
+    values swapped within a part.
 
     Args:
         model: the model; also DDP-wrapped or compiled.

@@ -21,7 +21,9 @@ class HasVocabulary(Protocol):
 
 #: Rows of one table: a number, a slice, a range, row numbers (a list, an array or an integer tensor
 #: of one dimension), a mask (a bool tensor or list, one for each row), or tokens of a vocabulary.
-Rows: TypeAlias = int | slice | range | Tensor | str | Iterable[int] | Iterable[bool] | Iterable[str]
+Rows: TypeAlias = (
+    int | slice | range | Tensor | str | Iterable[int] | Iterable[bool] | Iterable[str]
+)
 
 #: What gives the row of each token: a tokenizer with `get_vocab()`, or a mapping.
 Vocabulary: TypeAlias = HasVocabulary | Mapping[str, int]
@@ -47,9 +49,7 @@ def choose(rows: Rows, size: int, name: str, vocab: Vocabulary | None, caller: s
     return torch.unique(torch.where(found < 0, found + size, found))
 
 
-def _numbers(
-    rows: Any, size: int, name: str, vocab: Vocabulary | None, caller: str
-) -> Tensor:
+def _numbers(rows: Any, size: int, name: str, vocab: Vocabulary | None, caller: str) -> Tensor:
     if isinstance(rows, slice):
         for end in (rows.start, rows.stop):
             if end is not None and not -size <= end <= size:
@@ -57,30 +57,27 @@ def _numbers(
                     f"{caller}: {_shown(rows)} goes beyond the {size:,} rows of {name}."
                 )
         rows = range(size)[rows]
-    if isinstance(rows, range):
-        return torch.arange(rows.start, rows.stop, rows.step) if len(rows) else torch.empty(0)
-    if isinstance(rows, (str, int)):
+    elif isinstance(rows, (str, int)):
         rows = [rows]
-    if not isinstance(rows, Tensor):
-        if isinstance(rows, Iterable) and not hasattr(rows, "__array__"):
-            rows = list(rows)
-            if any(isinstance(row, str) for row in rows):
-                rows = _of_tokens(rows, name, vocab, caller)
-        try:
-            rows = torch.as_tensor(rows) if len(rows) else torch.empty(0)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise _unknown(rows, caller) from error
-    rows = rows.detach().cpu()
-    if rows.dtype is torch.bool:
-        if rows.shape != (size,):
+    elif isinstance(rows, Iterable) and not hasattr(rows, "__array__"):
+        rows = list(rows)
+        if any(isinstance(row, str) for row in rows):
+            rows = _of_tokens(rows, name, vocab, caller)
+    try:
+        found = torch.as_tensor(rows).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _unknown(rows, caller) from error
+    if found.dtype is torch.bool:
+        if found.shape != (size,):
             raise ValueError(
-                f"{caller}: the mask of shape {list(rows.shape)} does not fit {name}, which has "
+                f"{caller}: the mask of shape {list(found.shape)} does not fit {name}, which has "
                 f"{size:,} rows; it must have the shape [{size}]."
             )
-        return rows.nonzero().flatten()
-    if rows.numel() and (rows.dtype.is_floating_point or rows.dtype.is_complex or rows.dim() != 1):
+        return found.nonzero().flatten()
+    numbers = not (found.dtype.is_floating_point or found.dtype.is_complex)
+    if found.numel() and not (numbers and found.dim() == 1):
         raise _unknown(rows, caller)
-    return rows.flatten().to(torch.int64)
+    return found.flatten().to(torch.int64)
 
 
 def _of_tokens(tokens: list[Any], name: str, vocab: Any, caller: str) -> list[int]:

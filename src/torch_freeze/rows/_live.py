@@ -33,6 +33,8 @@ class LiveRows(nn.Module):
         self.last = int(index[-1])
         #: How many rows are frozen.
         self.frozen = rows - len(index)
+        #: Whether the table has got another number of rows while these trained, and no use since.
+        self.resized = False
         #: The first live row, if all follow one another.
         self.start = int(index[0]) if self.last - int(index[0]) + 1 == len(index) else None
         self._owner = weakref.ref(owner)
@@ -111,7 +113,7 @@ def _in_process(state: dict[str, Any]) -> LiveRows:
 
 
 def _table_to_process(table: RowFrozenParameter) -> Any:
-    build, (data, _, _) = table.__reduce_ex__(2)
+    _, (data, _, _) = table.__reduce_ex__(2)
     return _table_in_process, (data, table._rows, table._key)
 
 

@@ -1,4 +1,4 @@
-"""Noticing an optimizer that was made before rows were frozen and so does not have the live rows."""
+"""Noticing an optimizer made before rows were frozen, which does not have the live ones."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for one in list(_expected):
         table, live = one.table(), one.live()
-        if table is None or live is None or type(table) is not RowFrozenParameter:
+        gone = table is None or live is None or type(table) is not RowFrozenParameter
+        if gone or id(live) in owned:
             _expected.remove(one)
-        elif id(live) in owned:
-            _expected.remove(one)
-        elif id(table) in owned and live.requires_grad and live.grad is not None:
+            continue
+        assert table is not None and live is not None
+        if id(table) in owned and live.requires_grad and live.grad is not None:
             if optimizer in one.seen:
                 raise RuntimeError(
                     f"{type(optimizer).__name__}.step: the optimizer has a table of shape "

@@ -11,11 +11,12 @@ attached to autograd; that is right, too, but its backward makes a gradient of t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_iter, tree_map
@@ -115,7 +116,7 @@ class RowFrozenParameter(nn.Parameter):
 def bind(parameter: nn.Parameter, rows: LiveRows, key: str) -> None:
     """Make a plain parameter the table of `rows`, whose parameter `key` has its live rows."""
     parameter.requires_grad_(False)
-    parameter.__class__ = RowFrozenParameter
+    parameter.__class__ = RowFrozenParameter  # type: ignore[assignment]
     vars(parameter).update(_rows=rows, _key=key)
 
 
@@ -158,6 +159,17 @@ def _sync(table: RowFrozenParameter) -> None:
     rows, live = table._rows, live_of(table)
     if live.is_meta or table.is_meta:
         return
+    if rows.resized:
+        rows.resized = False
+        if not live.requires_grad:
+            warnings.warn(
+                f"The table of {len(table):,} rows was resized, and its {len(live):,} live rows "
+                "are frozen since, probably by requires_grad_(False) on the layer, as "
+                "resize_token_embeddings does it. If they should train, call "
+                "torch_freeze.unfreeze(model, layer, rows=...) with the same rows.",
+                UserWarning,
+                stacklevel=5,
+            )
     with torch.no_grad():
         # Through `data`, because the versions of the table count other writes. A live row that
         # changes between forward and backward raises its own version.
@@ -176,7 +188,7 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if name in ("__get__", "__set__", "__delete__"):
         field = getattr(getattr(func, "__self__", None), "__name__", "")
         if name == "__set__" and field == "data":
-            _check_fits(args[0], args[1])
+            _resize(args[0], args[1])
         describes = name != "__get__" or field not in _READING
     else:
         describes = name in _DESCRIBING or name.startswith("is_")
@@ -208,14 +220,18 @@ def _tables(given: Any) -> Iterator[RowFrozenParameter]:
             yield one
 
 
-def _check_fits(table: RowFrozenParameter, value: Tensor) -> None:
-    needed = table._rows.last + 1
-    if value.dim() and len(value) >= needed and value.shape[1:] == table.shape[1:]:
-        return
-    raise ValueError(
-        f"the table of shape {list(table.shape)} has trainable rows up to {needed - 1} and cannot "
-        f"become one of shape {list(value.shape)}; call torch_freeze.unfreeze on it first."
-    )
+def _resize(table: RowFrozenParameter, value: Tensor) -> None:
+    """Look, before a table gets other data, whether the live rows are in it."""
+    rows = table._rows
+    if not value.dim() or len(value) <= rows.last or value.shape[1:] != table.shape[1:]:
+        raise ValueError(
+            f"the table of shape {list(table.shape)} has live rows up to row {rows.last} and "
+            f"cannot become one of shape {list(value.shape)}; call torch_freeze.unfreeze on it "
+            "first."
+        )
+    if len(value) != len(table):
+        rows.frozen = len(value) - len(rows.index)
+        rows.resized = live_of(table).requires_grad
 
 
 def whole(table: RowFrozenParameter) -> Tensor:
@@ -223,7 +239,7 @@ def whole(table: RowFrozenParameter) -> Tensor:
     live, index = live_of(table), table._rows.index
     if torch.compiler.is_dynamo_compiling():
         return table.index_copy(0, index, live.to(table.dtype))
-    return _Whole.apply(table, live, index)  # type: ignore[no-any-return,no-untyped-call]
+    return _Whole.apply(table, live, index)  # type: ignore[no-any-return]
 
 
 class _Whole(torch.autograd.Function):
@@ -286,7 +302,7 @@ def _embedding(
             return F.embedding(input, weight)
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    return _Lookup.apply(  # type: ignore[no-any-return,no-untyped-call]
+    return _Lookup.apply(  # type: ignore[no-any-return]
         input, weight, live, rows.index, rows.start, padding_idx, scale_grad_by_freq, patch
     )
 
@@ -318,7 +334,7 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ids, _, live, index, start, padding, by_frequency, _ = inputs
+        ids, _, _, index, start, padding, by_frequency, _ = inputs
         ctx.save_for_backward(ids, index)
         ctx.start, ctx.padding, ctx.by_frequency = start, padding, by_frequency
 
@@ -365,7 +381,7 @@ def _embedding_bag(
     assert isinstance(weight, RowFrozenParameter)
     _sync(weight)
     rows = weight._rows
-    return _Bag.apply(  # type: ignore[no-any-return,no-untyped-call]
+    return _Bag.apply(  # type: ignore[no-any-return]
         input, weight, live_of(weight), rows.index, rows.start, offsets, per_sample_weights, options
     )
 
@@ -427,36 +443,42 @@ class _Bag(torch.autograd.Function):
         hit = places < live.shape[0]
         of_live = torch.zeros_like(live)
         of_live[places[hit]] = of_few[hit].to(live.dtype)
-        return (None, None, of_live, None, None, None, *(of_weights or [None]), None)
+        of_weight = of_weights[0] if of_weights else None
+        return None, None, of_live, None, None, None, of_weight, None
 
 
 # --- projections -------------------------------------------------------------------------------
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    patch = torch.compiler.is_dynamo_compiling()
-    tables = [t for t in (weight, bias) if isinstance(t, RowFrozenParameter)]
-    if not patch:
-        for table in tables:
+    compiling = torch.compiler.is_dynamo_compiling()
+    if not compiling:
+        for table in _tables((weight, bias)):
             _sync(table)
-    apart = not isinstance(weight, RowFrozenParameter)
-    if isinstance(bias, RowFrozenParameter) and (apart or bias._rows is not weight._rows):
+    if isinstance(bias, RowFrozenParameter) and not (
+        isinstance(weight, RowFrozenParameter) and bias._rows is weight._rows
+    ):
         # A bias whose weight is not frozen by rows, or in another layer that it is tied to.
         bias = whole(bias)
     if not isinstance(weight, RowFrozenParameter):
         return F.linear(input, weight, bias)
-    live = live_of(weight)
+    rows, live = weight._rows, live_of(weight)
     live_bias = live_of(bias) if isinstance(bias, RowFrozenParameter) else None
     trains = live.requires_grad or (live_bias is not None and live_bias.requires_grad)
-    if not patch and not (torch.is_grad_enabled() and trains):
+    if not compiling and not (torch.is_grad_enabled() and trains):
         return F.linear(input, weight, bias)
+    if compiling or torch._C._len_torch_dispatch_stack():
+        # From torch's own operations, for compilers and for those who watch operations.
+        out = F.linear(input, weight, bias)
+        if live_bias is None and bias is not None:
+            live_bias = bias.index_select(0, rows.index)
+        return out.index_copy(-1, rows.index, F.linear(input, live, live_bias).to(out.dtype))
     given = (input, weight, bias, live, live_bias)
     kind = input.device.type
     if torch.is_autocast_enabled(kind) and input.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         given = tuple(None if t is None else t.to(dtype) for t in given)  # type: ignore[assignment]
-    rows = weight._rows
-    return _Projection.apply(*given, rows.index, rows.start, patch)  # type: ignore[no-any-return,no-untyped-call]
+    return _Projection.apply(*given, rows.index, rows.start)  # type: ignore[no-any-return]
 
 
 class _Projection(torch.autograd.Function):
@@ -473,52 +495,34 @@ class _Projection(torch.autograd.Function):
         live_bias: Tensor | None,
         index: Tensor,
         start: int | None,
-        patch: bool,
     ) -> Tensor:
-        out = F.linear(x, table, bias)
-        if patch:
-            own = live_bias
-            if own is None and bias is not None:
-                own = bias.index_select(0, index)
-            out = out.index_copy(-1, index, F.linear(x, live, own))
-        return out
+        return F.linear(x, table, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, table, _, live, live_bias, index, start, patch = inputs
-        # The live bias is saved for its version alone.
-        ctx.save_for_backward(x, table, live, live_bias, index)
-        ctx.start, ctx.patch = start, patch
+        x, table, _, live, _, index, start = inputs
+        # The live rows are saved for their version: backward needs the table as it is now.
+        ctx.save_for_backward(x, table, live, index)
+        ctx.start = start
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, table, live, live_bias, index = ctx.saved_tensors
-        of_x, _, of_bias, of_live, of_live_bias = ctx.needs_input_grad[:5]
-        k = index.shape[0]
-        if of_live or of_live_bias or ctx.patch:
-            # The gradient of the live columns.
-            if ctx.start is not None:
-                own = grad.narrow(-1, ctx.start, k)
-            else:
-                own = grad.index_select(-1, index)
-            rows = own.reshape(-1, k)
-        grad_x = None
-        if of_x:
-            if torch.is_grad_enabled() and live.requires_grad:
-                # Backward is recorded itself, and depends on the live rows, too.
-                table = table.index_copy(0, index, live)
-                grad_x = grad @ table
-            else:
-                grad_x = grad @ table
-                if ctx.patch:
-                    grad_x = grad_x + own @ (live - table.index_select(0, index))
+        x, table, live, index = ctx.saved_tensors
+        of_x, _, of_bias, of_live, of_live_bias, _, _ = ctx.needs_input_grad
+        if ctx.start is not None:
+            own = grad.narrow(-1, ctx.start, len(index))
+        else:
+            own = grad.index_select(-1, index)
+        own = own.reshape(-1, len(index))
+        if of_x and torch.is_grad_enabled():
+            # This backward is recorded itself, and the live rows are part of what it computes.
+            table = table.index_copy(0, index, live)
         return (
-            grad_x,
+            grad @ table if of_x else None,
             None,
             grad.reshape(-1, grad.shape[-1]).sum(0) if of_bias else None,
-            rows.mT @ x.reshape(-1, x.shape[-1]) if of_live else None,
-            rows.sum(0) if of_live_bias else None,
-            None,
+            own.mT @ x.reshape(-1, x.shape[-1]) if of_live else None,
+            own.sum(0) if of_live_bias else None,
             None,
             None,
         )
