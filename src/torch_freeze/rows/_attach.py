@@ -110,7 +110,11 @@ def check(tree: Tree, entry: ParamEntry, caller: str) -> ModuleEntry:
             "that is looked up, frozen ones too; set max_norm to None."
         )
     own = vars(owner.module)["_modules"].get(NAME)
-    if hasattr(owner.module, NAME) and not isinstance(own, LiveRows):
+    if own is None:
+        taken = NAME not in vars(owner.module)["_modules"] and hasattr(owner.module, NAME)
+    else:
+        taken = not isinstance(own, LiveRows)
+    if taken:
         raise ValueError(
             f"{caller}: {owner.name} has an attribute {NAME!r} of its own, where torch_freeze "
             "would put the rows that train."

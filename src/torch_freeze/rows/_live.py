@@ -30,6 +30,8 @@ class LiveRows(nn.Module):
     def __init__(self, owner: nn.Module, index: Tensor, rows: int) -> None:
         super().__init__()
         self.register_buffer("index", index, persistent=False)
+        # The same where no move, cast or to_empty() reaches it.
+        self._numbers = index.cpu()
         self.last = int(index[-1])
         #: How many rows are frozen.
         self.frozen = rows - len(index)
@@ -55,6 +57,11 @@ class LiveRows(nn.Module):
                 bind(table, self, key)
                 assert isinstance(table, RowFrozenParameter)
                 take_over(table)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> LiveRows:
+        super()._apply(*args, **kwargs)
+        self.index = self._numbers.to(self.index.device)
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Its import is slow, and where there is a DTensor it has been imported.

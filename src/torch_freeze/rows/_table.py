@@ -116,7 +116,7 @@ class RowFrozenParameter(nn.Parameter):
 def bind(parameter: nn.Parameter, rows: LiveRows, key: str) -> None:
     """Make a plain parameter the table of `rows`, whose parameter `key` has its live rows."""
     parameter.requires_grad_(False)
-    parameter.__class__ = RowFrozenParameter  # type: ignore[assignment]
+    parameter.__class__ = RowFrozenParameter
     vars(parameter).update(_rows=rows, _key=key)
 
 
