@@ -669,11 +669,10 @@ def _tied(tree: Tree) -> Iterator[Finding]:
     for entry in tied:
         states = {name: around.trains(name, entry) for name in entry.names}
         is_now = "trainable" if entry.parameter.requires_grad else "frozen"
+        by_rows = isinstance(entry.parameter, RowFrozenParameter)
         names = " = ".join(entry.names)
         odd = [n for n, s in states.items() if s is not None and s != (is_now == "trainable")]
-        if isinstance(entry.parameter, RowFrozenParameter):
-            odd = []
-        if odd:
+        if odd and not by_rows:
             other = "frozen" if is_now == "trainable" else "trainable"
             yield Finding(
                 "warning",
@@ -688,7 +687,8 @@ def _tied(tree: Tree) -> Iterator[Finding]:
             yield Finding(
                 "info",
                 entry.name,
-                f"is tied: {names} is one tensor and {is_now} under every name.",
+                f"is tied: {names} is one tensor and {is_now} under every name"
+                + (", except for some rows." if by_rows else "."),
                 "Nothing to do.",
                 "tied",
                 entry.names,

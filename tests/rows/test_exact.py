@@ -135,7 +135,9 @@ USES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "indexed": lambda m, x: m.table.weight[[1, 4, 4, 9]] * x[0],
     "functional linear": lambda m, x: functional.linear(x, m.table.weight),
     "functional linear by keyword": lambda m, x: functional.linear(input=x, weight=m.table.weight),
-    "functional embedding": lambda m, x: functional.embedding(torch.tensor([[9, 4]]), m.table.weight),
+    "functional embedding": lambda m, x: functional.embedding(
+        torch.tensor([[9, 4]]), m.table.weight
+    ),
     "torch.embedding": lambda m, x: torch.embedding(m.table.weight, torch.tensor([4, 9, 1])),
     "sum": lambda m, x: m.table.weight.sum() * x,
     "norm": lambda m, x: m.table.weight.norm(dim=1),
@@ -313,7 +315,9 @@ def test_no_gradient_of_the_table_and_no_copy_of_it(monkeypatch: pytest.MonkeyPa
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
             out = func(*args, **(kwargs or {}))
-            known = {a.untyped_storage().data_ptr() for a in tree_iter(args) if isinstance(a, Tensor)}
+            known = {
+                a.untyped_storage().data_ptr() for a in tree_iter(args) if isinstance(a, Tensor)
+            }
             made.extend(
                 t.untyped_storage().nbytes()
                 for t in tree_iter(out)

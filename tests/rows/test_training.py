@@ -159,7 +159,7 @@ def test_state_and_gradients_are_of_the_live_rows() -> None:
     assert [f.kind for f in audit(model, optimizer)] == ["tied", "frozen rows"]
 
 
-# --- the values that the table shows ---------------------------------------------------------------
+# --- the values that the table shows -------------------------------------------------------------
 
 
 READERS: dict[str, Callable[[Net], Tensor]] = {
@@ -194,7 +194,7 @@ def test_the_table_is_up_to_date_wherever_it_is_read(reader: str, fused: bool) -
         assert torch.equal(READERS[reader](model), expected)
 
 
-# --- checkpoints -----------------------------------------------------------------------------------
+# --- checkpoints ---------------------------------------------------------------------------------
 
 
 def trained() -> Net:
@@ -275,7 +275,7 @@ def test_the_frozen_state_has_the_rows() -> None:
         load_frozen_state_dict(resumed, frozen_state_dict(Net()))
 
 
-# --- copies ----------------------------------------------------------------------------------------
+# --- copies --------------------------------------------------------------------------------------
 
 
 def test_a_deep_copy_trains_apart() -> None:
@@ -351,7 +351,7 @@ def test_another_process_goes_on_training() -> None:
     assert changed == APART
 
 
-# --- moving, casting and resizing ------------------------------------------------------------------
+# --- moving, casting and resizing ----------------------------------------------------------------
 
 
 MOVES: dict[str, Callable[[Net], Any]] = {
@@ -410,9 +410,11 @@ def test_a_table_that_is_resized_keeps_its_live_rows() -> None:
     model.embed(torch.tensor([2, 19])).sum().backward()
     assert model.embed.live_rows.weight.grad is not None
     assert report(model).tables[0].rows == 20
-    assert report(model).total.frozen == sum(
-        p.numel() for n, p in model.named_parameters() if "live" not in n
-    ) - len(APART) * WIDTH
+    assert (
+        report(model).total.frozen
+        == sum(p.numel() for n, p in model.named_parameters() if "live" not in n)
+        - len(APART) * WIDTH
+    )
     with pytest.raises(ValueError, match=r"live rows up to row 12 and cannot become one of shape"):
         resized(model.embed, 10)
 
@@ -446,7 +448,7 @@ def test_averaged_weights_are_averaged_once() -> None:
     torch.testing.assert_close(average.module.embed.weight.detach(), expected)
 
 
-# --- the rest of the freeze API --------------------------------------------------------------------
+# --- the rest of the freeze API ------------------------------------------------------------------
 
 
 def test_freezing_and_unfreezing_around_it() -> None:
@@ -495,7 +497,7 @@ def test_schedules_keep_the_rows() -> None:
     optimizer = FrozenAwareSGD(model.parameters(), lr=0.1)
     schedule = FreezeSchedule(model, {0: ["embed"], 1: ["body"], 2: []})
     states = []
-    for epoch in range(3):
+    for _ in range(3):
         schedule.step()
         before = model.embed.weight.detach().clone()
         train(model, optimizer, 2)
@@ -511,8 +513,9 @@ def test_the_guard_sees_frozen_rows_alone() -> None:
     with guard(model):
         train(model, optimizer)
     for content in (False, True):
-        with pytest.raises(RuntimeError, match=r"embed.weight \(other values\)"), guard(
-            model, content=content
+        with (
+            pytest.raises(RuntimeError, match=r"embed.weight \(other values\)"),
+            guard(model, content=content),
         ):
             model.embed.weight.data[3, 1] += 1
         with guard(model, content=content):
@@ -560,7 +563,7 @@ def test_features_are_refused_where_the_rows_come_first(tmp_path: Path) -> None:
         FeatureCache(model.eval(), ids, tmp_path)
 
 
-# --- optimizers made before ------------------------------------------------------------------------
+# --- optimizers made before ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["our SGD", "torch's AdamW"])
@@ -591,7 +594,7 @@ def test_two_optimizers_of_which_the_second_has_the_rows() -> None:
     assert not torch.equal(model.embed.weight.detach()[10:], Net().embed.weight[10:])
 
 
-# --- several processes -----------------------------------------------------------------------------
+# --- several processes ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,8 @@ def choose(rows: Rows, size: int, name: str, vocab: Vocabulary | None, caller: s
             f"{caller}: {_shown(rows)} names row {wrong:,} of {name}, which has only rows 0 to "
             f"{size - 1:,}."
         )
-    return torch.unique(torch.where(found < 0, found + size, found))
+    numbers: Tensor = torch.unique(torch.where(found < 0, found + size, found))
+    return numbers
 
 
 def _numbers(rows: Any, size: int, name: str, vocab: Vocabulary | None, caller: str) -> Tensor:

@@ -59,7 +59,7 @@ class LiveRows(nn.Module):
                 take_over(table)
 
     def _apply(self, *args: Any, **kwargs: Any) -> LiveRows:
-        super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call,unused-ignore]
         self.index = self._numbers.to(self.index.device)
         return self
 

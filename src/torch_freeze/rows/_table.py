@@ -125,7 +125,7 @@ def unbind(table: RowFrozenParameter) -> None:
     with torch._C.DisableTorchFunctionSubclass():
         _sync(table)
     del vars(table)["_rows"], vars(table)["_key"]
-    table.__class__ = nn.Parameter
+    table.__class__ = nn.Parameter  # type: ignore[assignment]
 
 
 def live_of(table: RowFrozenParameter) -> Tensor:
