@@ -90,27 +90,33 @@ def run(layer: nn.Module, args: tuple[Any, ...], dtype: torch.dtype) -> list[Ten
     out = layer(*given)
     # So that no two elements have the same gradient.
     weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
-    (out * weight.to(dtype)).sum().backward()
+    (out * weight.to(out)).sum().backward()
     inputs = [a.grad for a in given if isinstance(a, Tensor) and a.requires_grad]
     return [out.detach(), *[grad for grad in inputs if grad is not None]]
 
 
 @pytest.mark.parametrize("live", LIVE)
 @pytest.mark.parametrize(
-    ("layer", "dtype"),
-    # torch has no maximum of a bag in bfloat16.
-    [(n, d) for n in LAYERS for d in ("fp32", "fp64", "bf16") if (n, d) != ("bag, max", "bf16")],
+    ("layer", "dtype", "device"),
+    [
+        *((layer, dtype, "cpu") for layer in LAYERS for dtype in ("fp32", "fp64", "bf16")),
+        *(pytest.param(layer, "fp32", "cuda", marks=pytest.mark.gpu) for layer in LAYERS),
+    ],
 )
 def test_output_and_gradients_are_those_of_the_whole_layer(
-    layer: str, live: str, dtype: str
+    layer: str, live: str, dtype: str, device: str
 ) -> None:
     make, args = LAYERS[layer]
+    if layer == "bag, max" and dtype == "bf16":
+        dtype = "fp16"  # torch has no maximum of a bag in bfloat16
     kind, rows = cases.DTYPES[dtype], LIVE[live]
-    plain = make().to(kind)
+    args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in args)
+    plain = make().to(device, kind)
     ours = with_live(plain, rows)
     expected, got = run(plain, args, kind), run(ours, args, kind)
     for a, b in zip(expected, got, strict=True):
         assert torch.equal(a, b)
+    assert ours.live_rows.index.device.type == device
     for key, parameter in plain.named_parameters():
         table = ours._parameters[key]
         assert table is not None
@@ -120,7 +126,7 @@ def test_output_and_gradients_are_those_of_the_whole_layer(
         grad = ours.live_rows.get_parameter(key).grad
         assert grad is not None
         assert grad.shape == (len(rows), *parameter.shape[1:])
-        if isinstance(ours, nn.Linear):
+        if isinstance(ours, nn.Linear) or device == "cuda":
             # A product of fewer columns may be summed in another order.
             torch.testing.assert_close(grad, parameter.grad[rows])
         else:
