@@ -100,7 +100,12 @@ def run(layer: nn.Module, args: tuple[Any, ...], dtype: torch.dtype) -> list[Ten
     ("layer", "dtype", "device"),
     [
         *((layer, dtype, "cpu") for layer in LAYERS for dtype in ("fp32", "fp64", "bf16")),
-        *(pytest.param(layer, "fp32", "cuda", marks=pytest.mark.gpu) for layer in LAYERS),
+        *(
+            pytest.param(layer, "fp32", "cuda", marks=pytest.mark.gpu)
+            for layer in LAYERS
+            # A bag's backward needs what its forward saves on a GPU, which no CPU form does.
+            if not layer.startswith("bag")
+        ),
     ],
 )
 def test_output_and_gradients_are_those_of_the_whole_layer(
