@@ -63,8 +63,15 @@ class ParamEntry:
 
     @property
     def numel(self) -> int:
-        """Its number of elements; 0 while it is lazy."""
-        return 0 if is_lazy(self.parameter) else self.parameter.numel()
+        """Its number of elements; 0 while it is lazy.
+
+        Of a table with frozen rows, the elements of those: the others are a parameter of their own.
+        """
+        if is_lazy(self.parameter):
+            return 0
+        table = getattr(self.parameter, "_rows", None)
+        numel = self.parameter.numel()
+        return numel if table is None else numel // len(self.parameter) * table.frozen
 
 
 class ModuleEntry:
@@ -123,6 +130,7 @@ class Tree:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self.params: dict[int, ParamEntry] = {}
         self.modules: dict[int, ModuleEntry] = {}
         self.order: list[ModuleEntry] = []
@@ -130,6 +138,10 @@ class Tree:
         self._names: _Names | None = None
         self._places = 0
         self.root = self._walk(model, "", "", -1)
+
+    def walk_again(self) -> None:
+        """Walk the model again, after its modules or parameters have changed."""
+        Tree.__init__(self, self._model)
 
     def _walk(self, module: nn.Module, name: str, raw: str, parent: int) -> ModuleEntry:
         # `name` and `raw` are prefixes: they end in a dot unless they are empty.

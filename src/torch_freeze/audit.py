@@ -22,6 +22,8 @@ from ._thawed import just_thawed
 from ._tree import ModuleEntry, ParamEntry, Tree, check_model, is_lazy
 from .optim._base import FrozenAware, frozen_aware, state_names, unwrapped
 from .report import as_optimizers, state_bytes, tensor_bytes
+from .rows import LiveRows, RowFrozenParameter, live_of
+from .rows import tables as table_rows
 
 Level = Literal["error", "warning", "info"]
 _ORDER: dict[str, int] = {"error": 0, "warning": 1, "info": 2}
@@ -46,6 +48,8 @@ Kind = Literal[
     "never stepped",
     "momentum of frozen",
     "frozen unowned",
+    "rows lost",
+    "frozen rows",
 ]
 
 # The reference page is made from this without importing it, so it holds nothing but strings.
@@ -124,6 +128,12 @@ FINDING_KINDS: Final[dict[Kind, tuple[tuple[Level, ...], str]]] = {
         ("info",),
         "Frozen parameters are in no optimizer, so they cannot train when unfrozen later.",
     ),
+    "rows lost": (
+        ("error",),
+        "Some rows of a layer should train, but its weight or bias was replaced by another "
+        "parameter, so they have no effect.",
+    ),
+    "frozen rows": (("info",), "Only some rows of a parameter are frozen."),
 }
 
 
@@ -202,7 +212,7 @@ computed and kept, never used or cleared. Pass them to the optimizer, or freeze 
     tree = Tree(model)
     optimizers = as_optimizers(optimizer, "audit")
     findings = [*_gradients(tree, optimizers), *_norms(tree), *_tied(tree), *_everything(tree)]
-    findings += [*_reduced(tree), *_weight_norms(tree), *_dropout(tree)]
+    findings += [*_reduced(tree), *_weight_norms(tree), *_dropout(tree), *_rows(tree)]
     if optimizers is not None:
         findings += [*_owners(tree, optimizers), *_kept_state(tree, optimizers)]
         findings += _still(tree, optimizers)
@@ -659,9 +669,10 @@ def _tied(tree: Tree) -> Iterator[Finding]:
     for entry in tied:
         states = {name: around.trains(name, entry) for name in entry.names}
         is_now = "trainable" if entry.parameter.requires_grad else "frozen"
+        by_rows = isinstance(entry.parameter, RowFrozenParameter)
         names = " = ".join(entry.names)
         odd = [n for n, s in states.items() if s is not None and s != (is_now == "trainable")]
-        if odd:
+        if odd and not by_rows:
             other = "frozen" if is_now == "trainable" else "trainable"
             yield Finding(
                 "warning",
@@ -676,7 +687,8 @@ def _tied(tree: Tree) -> Iterator[Finding]:
             yield Finding(
                 "info",
                 entry.name,
-                f"is tied: {names} is one tensor and {is_now} under every name.",
+                f"is tied: {names} is one tensor and {is_now} under every name"
+                + (", except for some rows." if by_rows else "."),
                 "Nothing to do.",
                 "tied",
                 entry.names,
@@ -703,6 +715,38 @@ class _Surroundings:
             if flags:
                 return flags.pop() if len(flags) == 1 else None
         return None
+
+
+def _rows(tree: Tree) -> Iterator[Finding]:
+    """Tables of which some rows are frozen."""
+    for entry in tree.order:
+        if not isinstance(entry.module, LiveRows):
+            continue
+        owner = tree.order[entry.parent]
+        for param in entry.params:
+            key = param.name.rpartition(".")[2]
+            table = owner.module._parameters.get(key)
+            if not isinstance(table, RowFrozenParameter) or live_of(table) is not param.parameter:
+                yield Finding(
+                    "error",
+                    param.name,
+                    f"has rows that should train, but {_name(owner)}.{key} was replaced since, so "
+                    "they have no effect.",
+                    f"Delete it (del model.{entry.name}), freeze the rows again, and make the "
+                    "optimizer again.",
+                    "rows lost",
+                    (param.name,),
+                )
+    for one in table_rows(tree):
+        yield Finding(
+            "info",
+            one.name,
+            f"has {one.rows - one.live:,} frozen rows of {one.rows:,}; the others "
+            f"({one.which}) {'train' if one.trains else 'would train'} as {one.live_name}.",
+            "Nothing to do.",
+            "frozen rows",
+            (one.name,),
+        )
 
 
 # --- what the optimizer has --------------------------------------------------------------------

@@ -7,12 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from . import _ddp, _format, _hold, _record, _thawed
+from . import rows as _rows
 from ._select import Selection, Selector, as_selectors, everything, flatten, select
 from ._tree import ModuleEntry, ParamEntry, Tree, check_model
 from .report import FreezeReport, build_report
+from .rows import Rows, Vocabulary
 
 
 def freeze(
@@ -20,6 +23,8 @@ def freeze(
     *what: Selector,
     exclude: Selector = (),
     hold_norm: bool = True,
+    rows: Rows | Mapping[str, Rows] | None = None,
+    vocab: Vocabulary | None = None,
 ) -> FreezeReport:
     """Freeze parameters, drop their gradients, and stop norm layers from updating statistics.
 
@@ -43,14 +48,22 @@ def freeze(
         exclude: what to leave unchanged, in the same terms.
         hold_norm: False leaves batch-norm-like layers in their own mode, and returns those held by
             an earlier call to it.
+        rows: freeze only these rows of the Embedding, EmbeddingBag or Linear layers that are named
+            (of a Linear: output features, of weight and bias): a slice, a range, row numbers (a
+            list, an array or an integer tensor of one dimension), a bool mask of shape (rows,), or
+            tokens. Or a mapping from name to rows; then `what` is frozen as a whole, and may be
+            left out. See the note below.
+        vocab: the tokenizer, or a mapping from token to row, if `rows` has tokens.
 
     Returns:
         A FreezeReport: what was named, what changed, and the state of the model.
 
     Raises:
         ValueError: something named (or excluded) matches nothing, with the nearest names; a module
-            or parameter is not part of the model; or nothing is left to freeze.
-        TypeError: `model` is not a module, or a selector has an unknown type.
+            or parameter is not part of the model; or nothing is left to freeze. With `rows`: there
+            is no such row or token; a layer has no rows; other rows of it are frozen already; or
+            all of it is. Nothing is changed then.
+        TypeError: `model` is not a module, or a selector or `rows` has an unknown type.
 
     Warns:
         UserWarning: DistributedDataParallel has wrapped the model already and cannot follow the
@@ -74,6 +87,12 @@ def freeze(
         sinusoidal positions or the first layers of a detector. `unfreeze` leaves those frozen
         unless an argument names nothing else. Both reports say so.
 
+        With `rows`, the rows that still train become a parameter of their own, such as
+        `embed.live_rows.weight` of shape (live rows, ...), and `embed.weight` is frozen. Make the
+        optimizer afterwards: it then has that parameter, and gradients, momentum and weight decay
+        are of live rows alone. The model computes what it did, and its `state_dict` has the same
+        keys and shapes. See the documentation's page on rows.
+
         A model pickled with held norms (`torch.save(model)`) contains nothing of
         torch_freeze and loads where it is not installed. The norms ignore `train()` there as well;
         `del norm.train` ends that.
@@ -92,10 +111,18 @@ def freeze(
         ValueError: freeze: the pattern 'layer1' matches no parameter or module of this model. \
 Its top level has: '0', '1', '2'.
     """
+    if rows is not None:
+        return _freeze_rows(model, what, exclude, hold_norm, rows, vocab, "freeze")
     return _freeze(model, what, exclude, hold_norm, "freeze")
 
 
-def unfreeze(model: nn.Module, *what: Selector, exclude: Selector = ()) -> FreezeReport:
+def unfreeze(
+    model: nn.Module,
+    *what: Selector,
+    exclude: Selector = (),
+    rows: Rows | Mapping[str, Rows] | None = None,
+    vocab: Vocabulary | None = None,
+) -> FreezeReport:
     """Make parameters trainable again and return their norms to their own mode.
 
     A norm's own mode is the one that the last `model.train()` or `model.eval()` asked for, even if
@@ -112,6 +139,9 @@ def unfreeze(model: nn.Module, *what: Selector, exclude: Selector = ()) -> Freez
         *what: what to unfreeze, in the terms of `freeze`. If nothing is given, everything is
             unfrozen. Each argument is judged by itself; a list counts as one argument.
         exclude: what to leave unchanged, in the same terms.
+        rows: make only these rows of frozen layers trainable, in the terms of `freeze`. Without it,
+            a layer of which some rows are frozen becomes trainable as a whole again.
+        vocab: as in `freeze`.
 
     Returns:
         A FreezeReport: what was named, what changed, and the state of the model.
@@ -142,6 +172,8 @@ def unfreeze(model: nn.Module, *what: Selector, exclude: Selector = ()) -> Freez
         >>> unfreeze(model, "0.bias").frozen_names
         ()
     """
+    if rows is not None:
+        return _freeze_rows(model, what, exclude, True, rows, vocab, "unfreeze")
     check_model(model, "unfreeze")
     tree = Tree(model)
     selection, excluded = _resolve(tree, what, exclude, "unfreeze")
@@ -150,19 +182,28 @@ def unfreeze(model: nn.Module, *what: Selector, exclude: Selector = ()) -> Freez
     return _call_report(tree, "unfreeze", selection, change)
 
 
-def freeze_except(model: nn.Module, *what: Selector, hold_norm: bool = True) -> FreezeReport:
+def freeze_except(
+    model: nn.Module,
+    *what: Selector,
+    hold_norm: bool = True,
+    rows: Rows | Mapping[str, Rows] | None = None,
+    vocab: Vocabulary | None = None,
+) -> FreezeReport:
     """Freeze everything except what is named, which stays trainable or frozen as it was.
 
     Args:
         model: the model.
         *what: what to leave unchanged, in the terms of `freeze`; at least one.
         hold_norm: as in `freeze`.
+        rows: of the named layers only these rows stay trainable, in the terms of `freeze`. Or a
+            mapping from name to rows, besides what stays unchanged as a whole.
+        vocab: as in `freeze`.
 
     Returns:
         A FreezeReport.
 
     Raises:
-        ValueError: nothing is named, or something named matches nothing.
+        ValueError: nothing is named, or something named matches nothing; with `rows` as `freeze`.
         TypeError: as `freeze`.
 
     Example:
@@ -171,7 +212,17 @@ def freeze_except(model: nn.Module, *what: Selector, hold_norm: bool = True) -> 
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
         >>> freeze_except(model, "1").trainable_names
         ('1.weight', '1.bias')
+
+        Only some rows of an embedding train, here the last two:
+
+        >>> model = nn.Sequential(nn.Embedding(1000, 8), nn.Linear(8, 4))
+        >>> freeze_except(model, "0", rows=[998, 999]).trainable_names
+        ('0.live_rows.weight',)
+        >>> model[0].live_rows.weight.shape
+        torch.Size([2, 8])
     """
+    if rows is not None:
+        return _freeze_rows(model, what, (), hold_norm, rows, vocab, "freeze_except")
     check_model(model, "freeze_except")
     if not flatten(what):
         raise ValueError(
@@ -252,6 +303,155 @@ def _freeze(
     change = chill(tree, selection, excluded, hold_norm)
     warn_ddp(tree, caller, chilled=change.params, stacklevel=4)
     return _call_report(tree, caller, selection, change)
+
+
+def _freeze_rows(
+    model: nn.Module,
+    what: tuple[Selector, ...],
+    exclude: Selector,
+    hold_norm: bool,
+    rows: Rows | Mapping[str, Rows],
+    vocab: Vocabulary | None,
+    caller: str,
+) -> FreezeReport:
+    """`rows=` of freeze, unfreeze and freeze_except: all is checked before anything changes."""
+    check_model(model, caller)
+    tree = Tree(model)
+    # Arguments may be iterators, and are read twice here; a list stays one argument.
+    what = tuple(as_selectors(argument) for argument in what)
+    exclude = as_selectors(exclude)
+    pairs: list[tuple[Selector, Rows]]
+    if isinstance(rows, Mapping):
+        pairs = list(rows.items())
+    else:
+        pairs, what = [(what, rows)], ()
+        if not flatten(pairs[0][:1]):
+            raise ValueError(f"{caller}: name the layer whose rows are meant.")
+    plan = _plan_rows(tree, pairs, exclude, vocab, caller)
+    keep = (*what, exclude)
+    if caller == "freeze_except":
+        select(tree, as_selectors(keep), caller)
+    elif flatten(what):
+        _resolve(tree, what, exclude, caller)
+
+    trains = caller == "unfreeze"
+    live: list[Tensor] = [
+        _rows.attach(
+            one.owner, one.key, one.live, trains=trains or one.entry.parameter.requires_grad
+        )
+        for one in plan
+        if not one.there
+    ]
+    if trains:
+        # The same rows again, which were frozen in the meantime.
+        tables = [one.entry.parameter for one in plan if one.there]
+        again = [_rows.live_of(t) for t in tables if isinstance(t, _rows.RowFrozenParameter)]
+        live += [p.requires_grad_() for p in again if not p.requires_grad]
+    _thawed.note(live)
+    named = [one.entry.name for one in plan]
+    tree = Tree(model)
+    entries = [entry for name in named if (entry := tree.parameter_named(name))]
+    if not trains:
+        _record.write(tree, {id(entry.parameter): True for entry in entries})
+    change = Change()
+    selection = select(tree, named, caller)
+    layers = [entry.name.rpartition(".")[0] for entry in entries]
+    if caller == "freeze_except":
+        kept = select(tree, [*as_selectors(keep), *layers], caller)
+        selection = everything(tree)
+        subtract(selection, kept)
+        change = chill(tree, selection, kept, hold_norm)
+    elif flatten(what):
+        selection, excluded = _resolve(tree, what, exclude, caller)
+        if trains:
+            change = thaw(tree, selection, excluded, caller)
+        else:
+            change = chill(tree, selection, excluded, hold_norm)
+    fresh = {id(parameter) for parameter in live}
+    warn_ddp(
+        tree,
+        caller,
+        stacklevel=4,
+        thawed=[*(change.params * trains), *(e for k, e in tree.params.items() if k in fresh)],
+        chilled=change.params * (not trains),
+    )
+    for one, entry in zip(plan, entries, strict=True):
+        selection.params[id(entry)] = entry
+        if not one.there:
+            change.params.append(entry)
+    return _call_report(tree, caller, selection, change)
+
+
+@dataclass(frozen=True, slots=True)
+class _RowPlan:
+    """A parameter whose rows are to be frozen except `live`; `there` if they are already."""
+
+    entry: ParamEntry
+    owner: ModuleEntry
+    key: str
+    live: Tensor
+    there: bool
+
+
+def _plan_rows(
+    tree: Tree,
+    pairs: list[tuple[Selector, Rows]],
+    exclude: Selector,
+    vocab: Vocabulary | None,
+    caller: str,
+) -> list[_RowPlan]:
+    excluded = select(tree, as_selectors(exclude), caller)
+    plan: dict[int, _RowPlan] = {}
+    of_layer: dict[int, Tensor] = {}
+    unfreezes = caller == "unfreeze"
+    for selectors, rows in pairs:
+        selection = select(tree, as_selectors(selectors), caller)
+        entries = [e for key, e in selection.params.items() if key not in excluded.params]
+        of_tables = _rows.live_parameters(tree)
+        given = {id(e.parameter) for e in entries}
+        for entry in entries:
+            table = of_tables.get(id(entry.parameter))
+            if table is not None and id(table) in given:
+                continue  # It was named with its table.
+            owner, key = _rows.check(tree, entry, caller), entry.name.rpartition(".")[2]
+            parameter, name = entry.parameter, entry.name
+            size = len(parameter)
+            chosen = _rows.choose(rows, size, name, vocab, caller)
+            live = chosen
+            if caller == "freeze":
+                mask = torch.ones(size, dtype=torch.bool)
+                mask[chosen] = False
+                live = mask.nonzero().flatten()
+            if len(chosen) == size:
+                raise ValueError(
+                    f"{caller}: rows= names all {size:,} rows of {name}; leave rows out to name "
+                    "the whole layer."
+                )
+            now = _rows.current(entry)
+            before = plan.get(id(entry))
+            same = of_layer.setdefault(id(owner), live if now is None else now.cpu())
+            if not torch.equal(same, live) or (before and not torch.equal(before.live, live)):
+                raise ValueError(
+                    f"{caller}: other rows of {owner.name or name} are frozen already; call "
+                    f"unfreeze(model, {owner.name or name!r}) first, and name all rows in one call."
+                )
+            if now is None and parameter.requires_grad == unfreezes:
+                raise ValueError(
+                    f"{caller}: {name} is "
+                    + (
+                        "trainable as a whole; to freeze its other rows, call "
+                        "freeze_except or freeze with rows=."
+                        if unfreezes
+                        else "frozen as a whole; to make rows of it trainable, call "
+                        f"unfreeze(model, {name!r}, rows=...)."
+                    )
+                )
+            if unfreezes:
+                check_trainable(entry, caller)
+            plan[id(entry)] = _RowPlan(entry, owner, key, live, now is not None)
+    if not plan:
+        raise ValueError(f"{caller}: nothing is left to name rows of.")
+    return list(plan.values())
 
 
 @dataclass(slots=True)
@@ -381,13 +581,25 @@ def thaw(
     excluded: Selection,
     caller: str,
     known: Mapping[int, bool] | None = None,
+    *,
+    end_rows: bool = True,
 ) -> Change:
-    """Unfreeze a selection, except what `freeze` found frozen and no argument names by itself."""
+    """Unfreeze a selection, except what `freeze` found frozen and no argument names by itself.
+
+    Tables of which only some rows are frozen train as a whole again, or stay as they are.
+    """
     change = Change()
     left = _left_frozen(selection, _record.read(tree) if known is None else known)
+    tables = {key: e for key, e in selection.params.items() if _rows.current(e) is not None}
+    if not end_rows:
+        left |= tables.keys()
     for entry in selection.params.values():
         if id(entry) not in left:
             check_trainable(entry, caller)
+    ended = [entry for key, entry in tables.items() if key not in left]
+    gone = _rows.detach(tree, ended)
+    for key in [key for key, e in selection.params.items() if id(e.parameter) in gone]:
+        del selection.params[key]
     for key, entry in selection.params.items():
         if key in left:
             change.found.append(entry)
@@ -577,7 +789,7 @@ def set_frozen(
     kept = _kept_in_modules(tree, rest, managed, known)
     _record.write(tree, kept)
     known.update(kept)
-    thawed = thaw(tree, rest, frozen_set, caller, known)
+    thawed = thaw(tree, rest, frozen_set, caller, known, end_rows=False)
     chilled = chill(tree, frozen_set, rest, hold_norm, known)
     warn_ddp(tree, caller, thawed=thawed.params, chilled=chilled.params, stacklevel=4)
     return bool(thawed or chilled)
@@ -588,7 +800,8 @@ def never_thawed(tree: Tree, frozen_set: Selection, managed: Selection) -> set[i
     known = _record.read(tree)
     known.update(_kept_in_modules(tree, _rest(managed, frozen_set), managed, known))
     known.update((id(e.parameter), False) for e in _found_beside(frozen_set, known))
-    return _left_frozen(managed, known)
+    tables = {key for key, e in managed.params.items() if _rows.current(e) is not None}
+    return _left_frozen(managed, known) | tables
 
 
 def _rest(managed: Selection, frozen_set: Selection) -> Selection:

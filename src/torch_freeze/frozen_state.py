@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import _format, _hold, _record
+from . import rows as _rows
 from ._select import nearest
 from ._tree import ParamEntry, Tree, check_model
 from .freezing import Change, check_trainable, warn_ddp
 from .report import FreezeReport, build_report
+from .rows import runs
 
 _KEYS = ("frozen", "trainable", "found", "by_hand", "tied", "held")
 
@@ -32,7 +35,9 @@ def frozen_state_dict(model: nn.Module) -> dict[str, Any]:
             "found": frozen parameters that `freeze` found frozen and `unfreeze` leaves so;
             "by_hand": frozen parameters that `freeze` never saw;
             "tied": lists of names that are one tensor;
-            "held": {norm: whether the mode it returns to when unfrozen is train mode}.
+            "held": {norm: whether the mode it returns to when unfrozen is train mode};
+            "rows": {parameter: ranges [first, last] of the rows that are not frozen with it}, if
+            only some rows of a parameter are frozen.
 
     Raises:
         TypeError: `model` is not a module.
@@ -123,6 +128,7 @@ def frozen_state(tree: Tree) -> dict[str, Any]:
     frozen = [entry for entry in tree.params.values() if not entry.parameter.requires_grad]
     froze = {id(entry): known.get(id(entry.parameter)) for entry in frozen}
     holds = {entry.name: _hold.held_by(entry.module) for entry in tree.order}
+    rows = {e.name: live for e in frozen if (live := _rows.current(e)) is not None}
     return {
         "frozen": [entry.name for entry in frozen],
         "trainable": [e.name for e in tree.params.values() if e.parameter.requires_grad],
@@ -130,6 +136,7 @@ def frozen_state(tree: Tree) -> dict[str, Any]:
         "by_hand": [entry.name for entry in frozen if froze[id(entry)] is None],
         "tied": [list(entry.names) for entry in tree.tied()],
         "held": {name: held.mode for name, held in holds.items() if held is not None},
+        **({"rows": {name: runs(live) for name, live in rows.items()}} if rows else {}),
     }
 
 
@@ -141,6 +148,52 @@ def apply_frozen_state(
     The state may also be in the old format of schedules: "frozen" and "held" only, with all other
     parameters trainable.
     """
+    added = _add_rows(tree, state, caller)
+    try:
+        return _apply(tree, state, caller, strict, stacklevel)
+    except BaseException:
+        _rows.detach(tree, added)
+        for entry, trained in added.items():
+            entry.parameter.requires_grad = trained
+        raise
+
+
+def _add_rows(tree: Tree, state: Mapping[str, Any], caller: str) -> dict[ParamEntry, bool]:
+    """Freeze rows as in the state; the parameters for which this was new, and whether they trained.
+
+    Raises:
+        ValueError: other rows are frozen in the model, or it has no such rows.
+    """
+    wanted = {
+        name: torch.cat([torch.arange(first, last + 1) for first, last in live])
+        for name, live in state.get("rows", {}).items()
+    }
+    new = []
+    for entry in tree.params.values():
+        live = next((wanted[name] for name in entry.names if name in wanted), None)
+        now = _rows.current(entry)
+        if now is not None and (live is None or not torch.equal(live, now.cpu())):
+            has = "no frozen rows" if live is None else "other frozen rows"
+            raise ValueError(
+                f"{caller}: the state has {has} of {entry.name}; call "
+                f"unfreeze(model, {entry.name!r}) first."
+            )
+        if live is not None and now is None:
+            owner = _rows.check(tree, entry, caller)
+            _rows.choose(live, len(entry.parameter), entry.name, None, caller)
+            new.append((entry, owner, live))
+    added = {}
+    for entry, owner, live in new:
+        added[entry] = entry.parameter.requires_grad
+        _rows.attach(owner, entry.name.rpartition(".")[2], live, trains=False)
+    if added:
+        tree.walk_again()
+    return added
+
+
+def _apply(
+    tree: Tree, state: Mapping[str, Any], caller: str, strict: bool, stacklevel: int
+) -> tuple[Change, list[ParamEntry]]:
     held: Mapping[str, bool | None]
     held = state["held"] if isinstance(state["held"], Mapping) else dict.fromkeys(state["held"])
     norms = {name: e for e in tree.order if _hold.is_norm(e.module) for name in e.names}

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import _format
 from ._hold import held_by, is_norm
 from ._tree import ModuleEntry, Tree, check_model, is_lazy
+from .rows import RowFrozenParameter, frozen_rows
 
 # Tensors of at most this many bytes are compared in full, larger ones by this many sums.
 _SMALL = 4096
@@ -23,15 +24,16 @@ _SUMS = 64
 def guard(model: nn.Module, *, content: bool = False) -> Iterator[None]:
     """Raise, naming them, if a frozen parameter or held statistic changes inside the block.
 
-    The guard watches the parameters that are frozen on entry and the buffers of norms that are
-    held. It notices a changed version counter (which torch's in-place operations raise, also when
-    they write equal values), a changed address, changed values, and another tensor or module in
-    the place of the watched one or of a module around it. Values are read once on entry and once
-    on leaving. Tensors of up to 4 KB are compared in full, larger ones by 64 sums of their bits,
-    each over one part. So the guard notices writes through `.data` or NumPy and by kernels that do
-    not raise the version counter, such as those of torch's `fused=True` optimizers, without a
-    large copy. The two readings of a 440 MB model take about 50 ms on a CPU. It misses only a
-    change that leaves every sum unchanged, such as two values swapped within a part.
+    The guard watches the parameters that are frozen on entry (of a table with frozen rows, those
+    rows) and the buffers of norms that are held. It notices a changed version counter (which
+    torch's in-place operations raise, also when they write equal values), a changed address,
+    changed values, and another tensor or module in the place of the watched one or of a module
+    around it. Values are read once on entry and once on leaving. Tensors of up to 4 KB are compared
+    in full, larger ones by 64 sums of their bits, each over one part. So the guard notices writes
+    through `.data` or NumPy and by kernels that do not raise the version counter, such as those of
+    torch's `fused=True` optimizers, without a large copy. The two readings of a 440 MB model take
+    about 50 ms on a CPU. It misses only a change that leaves every sum unchanged, such as two
+    values swapped within a part.
 
     Args:
         model: the model; also DDP-wrapped or compiled.
@@ -118,15 +120,20 @@ def _snapshot(
     if is_lazy(tensor):
         return one
     if content:
-        one.copy = tensor.detach().clone()
+        one.copy = _frozen_part(tensor).clone()
         return one
     if id(tensor) not in read:
-        read[id(tensor)] = _bits(tensor)
+        read[id(tensor)] = _bits(_frozen_part(tensor))
     one.bits = read[id(tensor)]
     # Inference tensors count no versions.
     if not tensor.is_inference():
         one.version = tensor._version
     return one
+
+
+def _frozen_part(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's values; of a table, the rows that are frozen."""
+    return frozen_rows(tensor) if isinstance(tensor, RowFrozenParameter) else tensor.detach()
 
 
 def _address(tensor: torch.Tensor) -> int:
@@ -194,7 +201,7 @@ def _change(one: _Watched) -> str | None:
     if now is not one.tensor:
         return "removed" if now is None else "replaced by another tensor"
     if one.copy is not None:
-        return None if _same_bits(one.copy, now.detach()) else "other values"
+        return None if _same_bits(one.copy, _frozen_part(now)) else "other values"
     if one.version is not None and now._version != one.version:
         return "written to"
     if one.version is not None and _address(now) != one.address:
@@ -208,7 +215,7 @@ def _unlike(watched: list[_Watched]) -> list[_Watched]:
     by_device: dict[torch.device, list[tuple[_Watched, torch.Tensor, torch.Tensor]]] = {}
     for one in watched:
         if id(one.tensor) not in read:
-            read[id(one.tensor)] = _bits(one.tensor)
+            read[id(one.tensor)] = _bits(_frozen_part(one.tensor))
         now = read[id(one.tensor)]
         if one.bits is not None and now is not None:
             device = one.bits.device

@@ -26,6 +26,8 @@ from ._flow import (
 from ._hold import held_by, is_norm
 from ._tree import ModuleEntry, ParamEntry, Tree, check_model, is_lazy, unwrap
 from .optim._base import unwrapped
+from .rows import Table
+from .rows import tables as table_rows
 
 _MAX_ROWS = 40
 
@@ -121,6 +123,7 @@ class FreezeReport:
         rows: lines of its modules, in registration order.
         trainable_names, frozen_names: names of parameters (a tied one by its first name).
         tied: all names of each tied parameter, one tuple per parameter.
+        tables: parameters of which only some rows are frozen.
         flow: how far backward runs and what that saves.
         action: the function that made this report, such as "report", "freeze" or "unfreeze".
         matched: parameters named in that call; `changed`: those it changed.
@@ -151,6 +154,7 @@ class FreezeReport:
     held: tuple[str, ...] = ()
     released: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    tables: tuple[Table, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain dicts, lists, strings and numbers, ready for JSON."""
@@ -221,6 +225,7 @@ class FreezeReport:
                 f"tied: {_format.counted(more, 'more tensor')} {'have' if more > 1 else 'has'} "
                 "several names"
             )
+        said += [f"rows: {_table_sentence(table)}" for table in self.tables]
         said += [f"note: {note}" for note in self.notes]
         return [part for line in said for part in _format.wrap(line)]
 
@@ -320,6 +325,7 @@ def build_report(
         trainable_names=tuple(e.name for e in entries if e.parameter.requires_grad),
         frozen_names=tuple(e.name for e in entries if not e.parameter.requires_grad),
         tied=tuple(tuple(e.names) for e in entries if e.aliases),
+        tables=tuple(table_rows(tree)),
         flow=_flow(facts),
         **{"notes": _notes(entries), **call},
     )
@@ -444,6 +450,15 @@ def _leaf(leaf: Leaf) -> str:
     return f"an activation that requires grad (the input of {leaf.into})"
 
 
+def _table_sentence(table: Table) -> str:
+    rows = f"row{'s' * (table.live > 1)} {table.which}"
+    share = f"{_format.count(table.live)} of {_format.count(table.rows)} rows of {table.name}"
+    if table.live_name is None:
+        return f"{share} are live ({rows}), but the model no longer has their parameter"
+    does = f"train{'s' * (table.live == 1)}" if table.trains else "could train but are frozen, too"
+    return f"{share} {does}, as {table.live_name} ({rows}); the others are frozen"
+
+
 def _notes(entries: list[ParamEntry]) -> tuple[str, ...]:
     lazy = [e.name for e in entries if is_lazy(e.parameter)]
     if not lazy:
@@ -495,9 +510,9 @@ def _sum_up(tree: Tree, optimizers: list[torch.optim.Optimizer] | None) -> dict[
             own.trainable_tensors += trains
             if is_lazy(p):
                 continue
-            numel = p.numel()
+            numel = param.numel
             own.parameters += numel
-            own.bytes += numel * p.element_size()
+            own.bytes += p.numel() * p.element_size()
             if trains:
                 own.trainable += numel
             if (grad := p.grad) is not None:

@@ -39,6 +39,27 @@ def command(
     return capsys.readouterr().out.splitlines()
 
 
+def test_new_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    example = importlib.import_module("new_tokens")
+    runs: dict[str, Any] = {}
+    compare = example.compare
+    monkeypatch.setattr(example, "compare", lambda *steps: runs.update(compare(*steps)) or runs)
+    short = ["--pretraining", "60", "--steps", "60"]
+    lines = command(example, monkeypatch, capsys, tmp_path, *short)
+    assert "Nothing but the 3 new rows changed in the first way." in lines
+    rows, masked = runs["rows"], runs["masked"]
+    assert rows.changed == 0
+    assert masked.changed > 0
+    assert rows.losses[-1] < rows.losses[0]
+    # Gradients, and two moments and a count, of three rows of 64 numbers.
+    assert (rows.gradient_bytes, rows.state_bytes) == (3 * 64 * 4, 2 * 3 * 64 * 4 + 4)
+    assert masked.gradient_bytes > 6 * rows.gradient_bytes
+
+
 class TestGradualUnfreezing:
     @pytest.fixture
     def example(self) -> Any:

@@ -347,7 +347,30 @@ def _zero_lr() -> tuple[nn.Module, Any]:
 
 
 # name: (case, level, kind, what it is about, words)
+def _rows(replaced: bool) -> tuple[nn.Module, Any]:
+    model = nn.Sequential(nn.Embedding(5, 2), nn.Linear(2, 3))
+    freeze_except(model, "1", rows={"0": [3, 4]})
+    optimizer = FrozenAwareSGD(model.parameters(), lr=0.1)
+    if replaced:
+        model[0].weight = nn.Parameter(torch.zeros(5, 2))
+    return model, optimizer
+
+
 FINDINGS: dict[str, tuple[Case, str, str, list[str], str]] = {
+    "rows of a table whose weight was replaced": (
+        lambda: _rows(replaced=True),
+        "error",
+        "rows lost",
+        ["0.live_rows.weight"],
+        "has rows that should train, but 0.weight was replaced since",
+    ),
+    "a table with frozen rows": (
+        lambda: _rows(replaced=False),
+        "info",
+        "frozen rows",
+        ["0.weight"],
+        "has 3 frozen rows of 5; the others (3 to 4) train as 0.live_rows.weight.",
+    ),
     "trainable in no optimizer": (
         unowned,
         "error",

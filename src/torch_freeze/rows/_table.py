@@ -1,0 +1,535 @@
+"""A frozen table of which some rows train, and what torch's functions do with it.
+
+The values of the live rows are those of the live parameter. The table's own memory has a copy of
+them, brought up to date whenever a torch function reads the table, so the table always looks whole:
+to state_dict, to a tied layer, to a user who prints it.
+
+Functions with a cheap gradient of the live rows have one here: `F.embedding`, `F.embedding_bag`
+and `F.linear`. Any other differentiable function (`x @ weight.T`) gets the table with the live rows
+attached to autograd; that is right, too, but its backward makes a gradient of the whole table.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_iter, tree_map
+
+if TYPE_CHECKING:
+    from ._live import LiveRows
+
+# Properties that read values; all others describe the tensor or its autograd state.
+_READING = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
+# Methods that describe the tensor or concern the object itself, and read no values. So do all that
+# begin with one underscore (`_is_view`) or with "is_".
+_DESCRIBING = frozenset(
+    {
+        "size",
+        "stride",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "element_size",
+        "storage_offset",
+        "untyped_storage",
+        "data_ptr",
+        "get_device",
+        "type",
+        "register_hook",
+        "register_post_accumulate_grad_hook",
+        "requires_grad_",
+        "retain_grad",
+    }
+)
+# In-place functions that assign values instead of changing those that are there: what they write
+# into live rows is taken over. (A loop such as `for p in model.parameters(): p.mul_(0.9)` visits
+# the live rows as a parameter of their own, so changes through the table must not count twice.)
+_ASSIGNING = frozenset(
+    {
+        "copy_",
+        "fill_",
+        "zero_",
+        "normal_",
+        "uniform_",
+        "trunc_normal_",
+        "kaiming_uniform_",
+        "__setitem__",
+        "index_copy_",
+        "index_fill_",
+        "index_put_",
+        "masked_fill_",
+        "masked_scatter_",
+        "scatter_",
+    }
+)
+
+
+class RowFrozenParameter(nn.Parameter):
+    """A frozen parameter of shape (rows, ...) of which some rows train as a parameter of their own.
+
+    `freeze(model, name, rows=...)` gives a table this class and `unfreeze` takes it away again; the
+    object stays the same one. Its `requires_grad` is False. A pickle of it is a plain parameter.
+    """
+
+    # Set by `bind`.
+    _rows: LiveRows
+    _key: str
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            own = _FUNCTIONS.get(func)
+            if own is not None:
+                return own(*args, **kwargs)
+            return _call(func, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowFrozenParameter:
+        import copy
+
+        if id(self) not in memo:
+            with torch._C.DisableTorchFunctionSubclass():
+                memo[id(self)] = twin = nn.Parameter(self.data.clone(), False)
+            bind(twin, copy.deepcopy(self._rows, memo), self._key)
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        with torch._C.DisableTorchFunctionSubclass():
+            _sync(self)
+            # Attributes and the class stay here: what is pickled loads without torch_freeze.
+            return torch._utils._rebuild_parameter, (self.data, False, {})
+
+
+def bind(parameter: nn.Parameter, rows: LiveRows, key: str) -> None:
+    """Make a plain parameter the table of `rows`, whose parameter `key` has its live rows."""
+    parameter.requires_grad_(False)
+    parameter.__class__ = RowFrozenParameter
+    vars(parameter).update(_rows=rows, _key=key)
+
+
+def unbind(table: RowFrozenParameter) -> None:
+    """Make a table a plain frozen parameter again, with the live rows' values."""
+    with torch._C.DisableTorchFunctionSubclass():
+        _sync(table)
+    del vars(table)["_rows"], vars(table)["_key"]
+    table.__class__ = nn.Parameter  # type: ignore[assignment]
+
+
+def live_of(table: RowFrozenParameter) -> Tensor:
+    """The parameter of the live rows."""
+    return getattr(table._rows, table._key)  # type: ignore[no-any-return]
+
+
+def frozen_rows(table: RowFrozenParameter) -> Tensor:
+    """The values of the rows that are frozen: the table's memory if they are one run, or a copy."""
+    rows = table._rows
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        values = table.detach()
+        if rows.start == 0:
+            return values[len(rows.index) :]
+        if rows.last + 1 == len(values) and rows.start is not None:
+            return values[: rows.start]
+        mask = torch.ones(len(values), dtype=torch.bool, device=values.device)
+        mask[rows.index.to(values.device)] = False
+        return values[mask]
+
+
+def take_over(table: RowFrozenParameter) -> None:
+    """Give the live rows the values that the table has for them."""
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        live = live_of(table)
+        live.copy_(table.index_select(0, table._rows.index.to(table.device)))
+
+
+def _sync(table: RowFrozenParameter) -> None:
+    """Write the values of the live rows into the table."""
+    rows, live = table._rows, live_of(table)
+    if live.is_meta or table.is_meta:
+        return
+    if rows.resized:
+        rows.resized = False
+        if not live.requires_grad:
+            warnings.warn(
+                f"The table of {len(table):,} rows was resized, and its {len(live):,} live rows "
+                "are frozen since, probably by requires_grad_(False) on the layer, as "
+                "resize_token_embeddings does it. If they should train, call "
+                "torch_freeze.unfreeze(model, layer, rows=...) with the same rows.",
+                UserWarning,
+                stacklevel=5,
+            )
+    with torch.no_grad():
+        # Through `data`, because the versions of the table count other writes. A live row that
+        # changes between forward and backward raises its own version.
+        whole, now = table.data, live.detach()
+        # While a model is moved or cast, the two differ for a moment.
+        now = now.to(whole.device, whole.dtype)
+        if rows.start is not None:
+            whole[rows.start : rows.start + len(now)].copy_(now)
+        else:
+            whole.index_copy_(0, rows.index.to(whole.device), now)
+
+
+def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Any function that has no rule of its own."""
+    name = func.__name__
+    if name in ("__get__", "__set__", "__delete__"):
+        field = getattr(getattr(func, "__self__", None), "__name__", "")
+        if name == "__set__" and field == "data":
+            _resize(args[0], args[1])
+        describes = name != "__get__" or field not in _READING
+    else:
+        describes = name in _DESCRIBING or name.startswith("is_")
+        describes |= name.startswith("_") and not name.startswith("__")
+    if describes:
+        return func(*args, **kwargs)
+    compiling = torch.compiler.is_dynamo_compiling()
+    found = list(_tables((args, kwargs)))
+    if not compiling:
+        for table in found:
+            _sync(table)
+    writes = name.endswith("_") and not name.endswith("__")
+    writes |= name == "__setitem__" or name.startswith("__i") or "out" in kwargs
+    trains = torch.is_grad_enabled() and any(live_of(t).requires_grad for t in found)
+    if writes or name == "detach" or not (trains or compiling):
+        result = func(*args, **kwargs)
+        if name in _ASSIGNING and args and isinstance(args[0], RowFrozenParameter):
+            take_over(args[0])
+        return result
+    args, kwargs = tree_map(
+        lambda one: whole(one) if isinstance(one, RowFrozenParameter) else one, (args, kwargs)
+    )
+    return func(*args, **kwargs)
+
+
+def _tables(given: Any) -> Iterator[RowFrozenParameter]:
+    for one in tree_iter(given):
+        if isinstance(one, RowFrozenParameter):
+            yield one
+
+
+def _resize(table: RowFrozenParameter, value: Tensor) -> None:
+    """Look, before a table gets other data, whether the live rows are in it."""
+    rows = table._rows
+    if not value.dim() or len(value) <= rows.last or value.shape[1:] != table.shape[1:]:
+        raise ValueError(
+            f"the table of shape {list(table.shape)} has live rows up to row {rows.last} and "
+            f"cannot become one of shape {list(value.shape)}; call torch_freeze.unfreeze on it "
+            "first."
+        )
+    if len(value) != len(table):
+        rows.frozen = len(value) - len(rows.index)
+        rows.resized = live_of(table).requires_grad
+
+
+def whole(table: RowFrozenParameter) -> Tensor:
+    """The table as a tensor whose gradient goes to the live rows; shares the table's memory."""
+    live, index = live_of(table), table._rows.index
+    if torch.compiler.is_dynamo_compiling():
+        return table.index_copy(0, index, live.to(table.dtype))
+    return _Whole.apply(table, live, index)  # type: ignore[no-any-return]
+
+
+class _Whole(torch.autograd.Function):
+    """The table itself; backward takes the live rows out of a gradient of the whole table."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(table: Tensor, live: Tensor, index: Tensor) -> Tensor:
+        return table.data
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (index,) = ctx.saved_tensors
+        return None, grad.index_select(0, index), None
+
+
+# --- lookups -----------------------------------------------------------------------------------
+
+
+def _places(ids: Tensor, index: Tensor, start: int | None, padding: int | None) -> Tensor:
+    """For each id its place among the live rows, or their number if that row is frozen."""
+    k = index.shape[0]
+    if start is not None:
+        at = ids - start
+        live = (at >= 0) & (at < k)
+    else:
+        index = index.to(ids.dtype)
+        at = torch.searchsorted(index, ids).clamp(max=k - 1)
+        live = index[at] == ids
+    if padding is not None:
+        live &= ids != padding
+    return torch.where(live, at, k)
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if not isinstance(weight, RowFrozenParameter) or max_norm is not None:
+        return _call(  # type: ignore[no-any-return]
+            F.embedding,
+            (input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse),
+            {},
+        )
+    rows, live = weight._rows, live_of(weight)
+    patch = torch.compiler.is_dynamo_compiling()
+    if not patch:
+        _sync(weight)
+        if not (torch.is_grad_enabled() and live.requires_grad):
+            return F.embedding(input, weight)
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    return _Lookup.apply(  # type: ignore[no-any-return]
+        input, weight, live, rows.index, rows.start, padding_idx, scale_grad_by_freq, patch
+    )
+
+
+class _Lookup(torch.autograd.Function):
+    """`F.embedding`; its gradient is torch's own, of a table that has the live rows alone."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        ids: Tensor,
+        table: Tensor,
+        live: Tensor,
+        index: Tensor,
+        start: int | None,
+        padding: int | None,
+        by_frequency: bool,
+        patch: bool,
+    ) -> Tensor:
+        out = F.embedding(ids, table)
+        if patch:
+            # A compiled graph does not write into the table; it selects.
+            at = _places(ids, index, start, None)
+            k = live.shape[0]
+            new = F.embedding(at.clamp(max=k - 1), live.to(out.dtype))
+            out = torch.where((at < k).unsqueeze(-1), new, out)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ids, _, _, index, start, padding, by_frequency, _ = inputs
+        ctx.save_for_backward(ids, index)
+        ctx.start, ctx.padding, ctx.by_frequency = start, padding, by_frequency
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ids, index = ctx.saved_tensors
+        k = index.shape[0]
+        places = _places(ids, index, ctx.start, ctx.padding)
+        # One row more, where torch puts nothing: its own kernels leave out the padding's.
+        dense = torch.ops.aten.embedding_dense_backward(grad, places, k + 1, k, ctx.by_frequency)
+        return None, None, dense[:k], None, None, None, None, None
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    options = (scale_grad_by_freq, mode, include_last_offset, padding_idx)
+    trains = (
+        isinstance(weight, RowFrozenParameter)
+        and max_norm is None
+        and torch.is_grad_enabled()
+        and live_of(weight).requires_grad
+    )
+    if not trains or torch.compiler.is_dynamo_compiling():
+        return _call(  # type: ignore[no-any-return]
+            F.embedding_bag,
+            (input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, False),
+            {
+                "per_sample_weights": per_sample_weights,
+                "include_last_offset": include_last_offset,
+                "padding_idx": padding_idx,
+            },
+        )
+    assert isinstance(weight, RowFrozenParameter)
+    _sync(weight)
+    rows = weight._rows
+    return _Bag.apply(  # type: ignore[no-any-return]
+        input, weight, live_of(weight), rows.index, rows.start, offsets, per_sample_weights, options
+    )
+
+
+def _bag(
+    ids: Tensor, table: Tensor, offsets: Tensor | None, weights: Tensor | None, options: Any
+) -> Tensor:
+    by_frequency, mode, last, padding = options
+    return F.embedding_bag(
+        ids,
+        table,
+        offsets,
+        scale_grad_by_freq=by_frequency,
+        mode=mode,
+        per_sample_weights=weights,
+        include_last_offset=last,
+        padding_idx=padding,
+    )
+
+
+class _Bag(torch.autograd.Function):
+    """`F.embedding_bag`; backward repeats it on a table of the rows that the batch looks up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ids: Tensor,
+        table: Tensor,
+        live: Tensor,
+        index: Tensor,
+        start: int | None,
+        offsets: Tensor | None,
+        weights: Tensor | None,
+        options: Any,
+    ) -> Tensor:
+        ctx.save_for_backward(ids, table, live, index, offsets, weights)
+        ctx.start, ctx.options = start, options
+        return _bag(ids, table, offsets, weights, options)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc,unused-ignore]
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ids, table, live, index, offsets, weights = ctx.saved_tensors
+        by_frequency, mode, last, padding = ctx.options
+        used, inverse = torch.unique(ids, return_inverse=True)
+        if padding is not None:
+            at = torch.searchsorted(used, padding % table.shape[0])
+            there = int(at) < len(used) and int(used[at]) == padding % table.shape[0]
+            padding = int(at) if there else None
+        few = table[used].detach().requires_grad_()
+        if weights is not None:
+            weights = weights.detach().requires_grad_()
+        with torch.enable_grad():
+            options = (by_frequency, mode, last, padding)
+            out = _bag(inverse.to(ids.dtype), few, offsets, weights, options)
+        wanted = [few] if weights is None else [few, weights]
+        of_few, *of_weights = torch.autograd.grad(out, wanted, grad)
+        places = _places(used, index, ctx.start, None)
+        hit = places < live.shape[0]
+        of_live = torch.zeros_like(live)
+        of_live[places[hit]] = of_few[hit].to(live.dtype)
+        of_weight = of_weights[0] if of_weights else None
+        return None, None, of_live, None, None, None, of_weight, None
+
+
+# --- projections -------------------------------------------------------------------------------
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    compiling = torch.compiler.is_dynamo_compiling()
+    if not compiling:
+        for table in _tables((weight, bias)):
+            _sync(table)
+    if isinstance(bias, RowFrozenParameter) and not (
+        isinstance(weight, RowFrozenParameter) and bias._rows is weight._rows
+    ):
+        # A bias whose weight is not frozen by rows, or in another layer that it is tied to.
+        bias = whole(bias)
+    if not isinstance(weight, RowFrozenParameter):
+        return F.linear(input, weight, bias)
+    rows, live = weight._rows, live_of(weight)
+    live_bias = live_of(bias) if isinstance(bias, RowFrozenParameter) else None
+    trains = live.requires_grad or (live_bias is not None and live_bias.requires_grad)
+    if not compiling and not (torch.is_grad_enabled() and trains):
+        return F.linear(input, weight, bias)
+    if compiling or torch._C._len_torch_dispatch_stack():
+        # From torch's own operations, for compilers and for those who watch operations.
+        out = F.linear(input, weight, bias)
+        if live_bias is None and bias is not None:
+            live_bias = bias.index_select(0, rows.index)
+        return out.index_copy(-1, rows.index, F.linear(input, live, live_bias).to(out.dtype))
+    given = (input, weight, bias, live, live_bias)
+    kind = input.device.type
+    if torch.is_autocast_enabled(kind) and input.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        given = tuple(None if t is None else t.to(dtype) for t in given)  # type: ignore[assignment]
+    return _Projection.apply(*given, rows.index, rows.start)  # type: ignore[no-any-return]
+
+
+class _Projection(torch.autograd.Function):
+    """`F.linear`, of whose outputs the live rows are some columns."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        table: Tensor,
+        bias: Tensor | None,
+        live: Tensor,
+        live_bias: Tensor | None,
+        index: Tensor,
+        start: int | None,
+    ) -> Tensor:
+        return F.linear(x, table, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, table, _, live, _, index, start = inputs
+        # The live rows are saved for their version: backward needs the table as it is now.
+        ctx.save_for_backward(x, table, live, index)
+        ctx.start = start
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, table, live, index = ctx.saved_tensors
+        of_x, _, of_bias, of_live, of_live_bias, _, _ = ctx.needs_input_grad
+        if ctx.start is not None:
+            own = grad.narrow(-1, ctx.start, len(index))
+        else:
+            own = grad.index_select(-1, index)
+        own = own.reshape(-1, len(index))
+        if of_x and torch.is_grad_enabled():
+            # This backward is recorded itself, and the live rows are part of what it computes.
+            table = table.index_copy(0, index, live)
+        return (
+            grad @ table if of_x else None,
+            None,
+            grad.reshape(-1, grad.shape[-1]).sum(0) if of_bias else None,
+            own.mT @ x.reshape(-1, x.shape[-1]) if of_live else None,
+            own.sum(0) if of_live_bias else None,
+            None,
+            None,
+        )
+
+
+_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
+    F.linear: _linear,
+}
