@@ -21,7 +21,7 @@ BUSY = 0.7
 """Below this share of CPU time, warn that other processes are competing."""
 SIMULATED = "simulated GPU"
 """The name of tests/cuda_on_cpu's devices."""
-_PACKAGES = ("torchvision", "transformers", "scikit-learn", "numpy", "pandas")
+_PACKAGES = ("torchvision", "transformers", "peft", "scikit-learn", "numpy", "pandas")
 
 
 def is_simulated(device: torch.device) -> bool:
