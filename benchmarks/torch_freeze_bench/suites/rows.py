@@ -370,6 +370,7 @@ class Work:
         model, all_ids = self.model(table), self.ids(key)
         kept: list[Way] = []
         gaps: list[float] = []
+        gc.collect()  # a block that is freed in there must have been allocated in there
         trim()
 
         def run() -> None:
@@ -437,10 +438,10 @@ def run(case: Case, setting: Setting) -> Measured:
     budget = Budget(usual.seconds * (1 if setting.quick else 10), usual.least, usual.most)
     fast = {key: work.turn(key, given) for key in found.contestants if key in ALONE}
     slow = [key for key in found.contestants if key not in fast]
-    for key in (None, *slow):
+    for other in (None, *slow):
         # Only one of those that need the most memory is there at a time.
-        turns = fast if key is None else {**fast, key: work.turn(key, given)}
-        measure = "alone" if key is None else f"with {key}"
+        turns = fast if other is None else {**fast, other: work.turn(other, given)}
+        measure = "alone" if other is None else f"with {other}"
         for who, taken in interleave(turns, budget, setting.rng).items():
             found.add(who, **{measure: taken})
         del turns
