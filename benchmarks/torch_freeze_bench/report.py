@@ -91,14 +91,10 @@ def _over_ours(found: Measured, key: str) -> str:
     return times(found.ratio(key, _beside(found, key)), spread=False)
 
 
-def _amount(scale: float) -> Callable[[list[float]], str]:
-    """The first value in a unit of so many bytes."""
-
-    def text(values: list[float]) -> str:
-        value = values[0] / scale
-        return f"{value:,.0f}" if value >= 9.995 else f"{value:.2f}"
-
-    return text
+def _bytes(sizes: list[float]) -> str:
+    """The first size in a unit that suits it."""
+    size = sizes[0]
+    return f"{size / 1e3:.0f} kB" if 0 < size < 999.5e3 else f"{size / 1e6:,.0f} MB"
 
 
 def _epoch(number: int) -> Cell:
@@ -185,8 +181,8 @@ COLUMNS: dict[str, Columns] = {
         ("gain", _gain("iteration", spread=True)),
     ],
     "rows": [
-        ("grads,\nstate kB", _cell("held", _amount(1e3))),
-        ("extra\nMB", _cell("extra", _amount(1e6))),
+        ("grads,\nstate", _cell("held", _bytes)),
+        ("extra\nmemory", _cell("extra", _bytes)),
         ("itera-\ntion", _iteration),
         ("times\nfrozen", _over_frozen),
         ("times\nours", _over_ours),
@@ -239,7 +235,7 @@ _LEGEND = {
         " frozen rows are copied back after each step. All train with {name}, its decay large"
         " enough to move bfloat16.",
         "grads, state: bytes of parameters' gradients and of the optimizer's state after a step."
-        " extra: the most held above the model during an iteration, and above what frozen holds"
+        " extra memory: the most held above the model during an iteration, and above what frozen holds"
         " then, which is its output. iteration: on random ids, one in 64 of them live, each"
         " contestant in turns with frozen and {name}. rows moved: after 3 steps, in any bit,"
         " without the live ones.",
