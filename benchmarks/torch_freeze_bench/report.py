@@ -91,10 +91,12 @@ def _over_ours(found: Measured, key: str) -> str:
     return times(found.ratio(key, _beside(found, key)), spread=False)
 
 
-def _bytes(sizes: list[float]) -> str:
+def bytes_of(sizes: list[float]) -> str:
     """The first size in a unit that suits it."""
     size = sizes[0]
-    return f"{size / 1e3:.0f} kB" if 0 < size < 999.5e3 else f"{size / 1e6:,.0f} MB"
+    if size >= 999.5e6:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.0f} MB" if size >= 999.5e3 else f"{size / 1e3:.0f} kB"
 
 
 def _epoch(number: int) -> Cell:
@@ -181,8 +183,8 @@ COLUMNS: dict[str, Columns] = {
         ("gain", _gain("iteration", spread=True)),
     ],
     "rows": [
-        ("grads,\nstate", _cell("held", _bytes)),
-        ("extra\nmemory", _cell("extra", _bytes)),
+        ("grads,\nstate", _cell("held", bytes_of)),
+        ("extra\nmemory", _cell("extra", bytes_of)),
         ("itera-\ntion", _iteration),
         ("times\nfrozen", _over_frozen),
         ("times\nours", _over_ours),
@@ -235,8 +237,8 @@ _LEGEND = {
         " frozen rows are copied back after each step. All train with {name}, its decay large"
         " enough to move bfloat16.",
         "grads, state: bytes of parameters' gradients and of the optimizer's state after a step."
-        " extra memory: the most held above the model during an iteration, and above what frozen holds"
-        " then, which is its output. iteration: on random ids, one in 64 of them live, each"
+        " extra memory: the most held above the model during an iteration, and above what frozen"
+        " holds then, which is its output. iteration: on random ids, one in 64 of them live, each"
         " contestant in turns with frozen and {name}. rows moved: after 3 steps, in any bit,"
         " without the live ones.",
         "equal: the first output and the live rows after 3 steps against plain torch, where"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -93,6 +94,13 @@ class TestOutcome:
         assert len(legend) == 3 and legend[0].startswith("frozen: ")
 
 
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 kB"), (57_344, "57 kB"), (131e6, "131 MB"), (4_203e6, "4.20 GB")]
+)
+def test_sizes_have_a_unit_that_suits_them(size: float, text: str) -> None:
+    assert report.bytes_of([size]) == text
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.key)
 def test_the_batches_look_live_rows_up(case: rows.Case) -> None:
     live = case.rows(case.quick, scattered=case.scattered)
@@ -119,7 +127,7 @@ def test_a_changed_bit_is_found(dtype: torch.dtype) -> None:
 
 def test_a_way_that_moves_frozen_rows_is_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(rows.WAYS, OURS, rows.Masked)
-    of = rows.run(LOOKUP, QUICK(1, family=SGD))
+    of = rows.run(dataclasses.replace(LOOKUP, ways=(FROZEN, OURS)), QUICK(1, family=SGD))
     assert of.unequal(OURS)
     lines = {line.case.partition(": ")[2]: line for line in rows.reached([of])}
     assert lines["frozen rows with other bits"].status == "missed"
@@ -166,13 +174,13 @@ def test_figures_are_compared_with_their_targets(
 def test_without_peft_it_is_named_and_nothing_is_said_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "peft", None)
-    of = rows.run(LOOKUP, QUICK(1))
+    of = rows.run(dataclasses.replace(LOOKUP, ways=(FROZEN, OURS, PEFT)), QUICK(1))
     assert of.unavailable == {PEFT: "this contestant needs peft: pip install peft"}
     statuses = {line.status for line in rows.reached([of]) if "PEFT" in line.case}
     assert statuses == {"not measured"}
+    simulated = rows.judged(QUICK(1, simulated=True), [of])
+    assert {line.status for line in simulated} == {"simulated"}
     assert "PEFT: not run: " in report.table(of, SGD)
 
 
