@@ -22,7 +22,7 @@ from .contestants import FAMILIES, SGD, installed
 from .machine import company, describe, granted_share, headline, is_simulated, slug
 from .records import Measured, to_csv
 from .saving import make_room, write
-from .suites import digits, epochs, load, memory, speed, targets
+from .suites import digits, epochs, load, memory, rows, speed, targets
 from .suites.base import Setting, Suite
 from .tables import WIDTH, Reached, filled, listed, render, targets_summary
 from .timing import Budget
@@ -35,6 +35,7 @@ SUITES = {
     "memory": memory.suite,
     "load": load.suite,
     "epochs": epochs.suite,
+    "rows": rows.suite,
 }
 DEFAULT_SUITES = ("speed", "digits")
 _BENCHMARKS = Path(__file__).resolve().parents[1]

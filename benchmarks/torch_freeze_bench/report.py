@@ -73,6 +73,32 @@ def _over(measure: str, *, ours: bool) -> Cell:
     return cell
 
 
+def _beside(found: Measured, key: str) -> str:
+    """The measure of iterations that the contestant took in turns with frozen and ours."""
+    return "alone" if found.of(key, "alone") else f"with {key}"
+
+
+def _iteration(found: Measured, key: str) -> str:
+    taken = found.time(key, _beside(found, key))
+    return duration(taken.median) if taken else NOTHING
+
+
+def _over_frozen(found: Measured, key: str) -> str:
+    return times(found.ratio(key, _beside(found, key), to="frozen"), spread=key.startswith(OURS))
+
+
+def _over_ours(found: Measured, key: str) -> str:
+    return times(found.ratio(key, _beside(found, key)), spread=False)
+
+
+def bytes_of(sizes: list[float]) -> str:
+    """The first size in a unit that suits it."""
+    size = sizes[0]
+    if size >= 999.5e6:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.0f} MB" if size >= 999.5e3 else f"{size / 1e3:.0f} kB"
+
+
 def _epoch(number: int) -> Cell:
     """The time of an epoch, counted from 0."""
     return _cell("epoch", lambda epochs: duration(epochs[number]), least=number + 1)
@@ -156,6 +182,14 @@ COLUMNS: dict[str, Columns] = {
         ("iteration", _time("iteration")),
         ("gain", _gain("iteration", spread=True)),
     ],
+    "rows": [
+        ("grads,\nstate", _cell("held", bytes_of)),
+        ("extra\nmemory", _cell("extra", bytes_of)),
+        ("itera-\ntion", _iteration),
+        ("times\nfrozen", _over_frozen),
+        ("times\nours", _over_ours),
+        ("rows\nmoved", _cell("changed", lambda rows: f"{rows[0]:,.0f}")),
+    ],
 }
 """By a record's kind the columns of its table."""
 
@@ -195,6 +229,23 @@ def peak_of(found: Measured, key: str) -> float:
 
 
 _LEGEND = {
+    ("rows",): (
+        "frozen: the whole table is frozen and nothing is stepped: forward, and backward to the"
+        " input of a head. {name}: the rows that do not train are frozen by freeze_except(...,"
+        " rows=...). PEFT: trainable tokens of the package peft. masked: the whole table trains,"
+        " and the gradients of frozen rows are set to zero. restored: the whole table trains, and"
+        " frozen rows are copied back after each step. All train with {name}, its decay large"
+        " enough to move bfloat16.",
+        "grads, state: bytes of parameters' gradients and of the optimizer's state after a step."
+        " extra memory: the most held above the model during an iteration, and above what frozen"
+        " holds then, which is its output. iteration: on random ids, one in 64 of them live, each"
+        " contestant in turns with frozen and {name}. rows moved: after 3 steps, in any bit,"
+        " without the live ones.",
+        "equal: the first output and the live rows after 3 steps against plain torch, where"
+        " index_copy puts the live rows into a copy of the table; bits: equal in every bit, else"
+        " the largest difference over the largest value. A masked head's frozen rows move, so its"
+        " live ones may too.",
+    ),
     ("steps", "digits"): (
         "all: the optimizer is given every parameter; filter: only the trainable ones. default:"
         " stock with no option set, which is one tensor after the other on a CPU and foreach on a"

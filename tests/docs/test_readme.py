@@ -291,6 +291,44 @@ def test_the_table_of_cached_features_is_the_recorded_one() -> None:
     assert table[1].splitlines() == expected, "it is:\n" + "\n".join(expected)
 
 
+FROZEN_ROWS = {
+    "Embedding of 128,256 x 4,096 in bfloat16, 2 rows live": "lookup",
+    "the same, 64 scattered rows live": "scattered",
+    "Embedding and tied head of 32,000 x 512 in float32, 2 rows live": "tied",
+}
+ROW_COLUMNS = {
+    "rows frozen": "ours",
+    "PEFT": "PEFT",
+    "masked": "masked",
+    "restored": "restored",
+}
+
+
+def test_the_table_of_frozen_rows_is_the_recorded_one() -> None:
+    samples = recorded("amd_epyc_rows_adamw")
+    changed = [samples[workload, "ours", "changed"] for workload in FROZEN_ROWS.values()]
+    assert changed == [[0]] * len(FROZEN_ROWS)
+
+    def cell(workload: str, who: str) -> str:
+        measure = "alone" if who == "ours" else f"with {who}"
+        if (workload, who, measure) not in samples:
+            return "-"
+        times, frozen = (samples[workload, key, measure] for key in (who, "frozen"))
+        over = statistics.median(times) / statistics.median(frozen)
+        more = samples[workload, who, "extra"][0] / 1e6
+        return f"{over:.{2 if who == 'ours' else 1}f}x, {more:,.{2 if more < 10 else 0}f} MB"
+
+    expected = [
+        f"| {' | '.join((title, *(cell(workload, who) for who in ROW_COLUMNS.values())))} |"
+        for title, workload in FROZEN_ROWS.items()
+    ]
+    page = PAGES["docs/benchmarks.md"]
+    table = re.search(r"^\| an iteration (.*)\n\|.*\n((?:\|.*\|\n)+)", page, re.MULTILINE)
+    assert table is not None
+    assert [cell.strip() for cell in table[1].strip("| ").split("|")] == list(ROW_COLUMNS)
+    assert table[2].splitlines() == expected, "it is:\n" + "\n".join(expected)
+
+
 def documented() -> list[Any]:
     """What the site has a page for, and the public members of its classes."""
     found = []
