@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ._table import RowFrozenParameter
+from ._table import RowFrozenParameter, live_of, use
 
 
 class _Expected:
@@ -21,6 +21,11 @@ class _Expected:
         #: Optimizers that own the table and made a step without the live rows.
         self.seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
+    def gone(self) -> bool:
+        """Whether the rows of the table are not frozen any more, or nothing has it."""
+        table, live = self.table(), self.live()
+        return type(table) is not RowFrozenParameter or live is None or live_of(table) is not live
+
 
 _expected: list[_Expected] = []
 _hook: Any = None
@@ -29,6 +34,7 @@ _hook: Any = None
 def expect(table: nn.Parameter, live: nn.Parameter) -> None:
     """Look, at the next steps of any optimizer, whether one has the live rows."""
     global _hook
+    _expected[:] = [one for one in _expected if not one.gone()]
     _expected.append(_Expected(table, live))
     if _hook is None:
         _hook = register_optimizer_step_pre_hook(_look)
@@ -43,9 +49,10 @@ def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for one in list(_expected):
         table, live = one.table(), one.live()
-        gone = table is None or live is None or type(table) is not RowFrozenParameter
-        if gone or id(live) in owned:
+        if one.gone() or id(live) in owned:
             _expected.remove(one)
+            if isinstance(table, RowFrozenParameter):
+                use(table)
             continue
         assert table is not None and live is not None
         if id(table) in owned and live.requires_grad and live.grad is not None:

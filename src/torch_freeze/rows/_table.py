@@ -2,7 +2,9 @@
 
 The values of the live rows are those of the live parameter. The table's own memory has a copy of
 them, brought up to date whenever a torch function reads the table, so the table always looks whole:
-to state_dict, to a tied layer, to a user who prints it.
+to state_dict, to a tied layer, to a user who prints it. The reverse holds, too: what is written
+into live rows of the table's memory (`table.data[-1] = x`, an average of state_dicts) raises the
+table's version, and the live parameter gets it at its next use, unless it has changed since itself.
 
 Functions with a cheap gradient of the live rows have one here: `F.embedding`, `F.embedding_bag`
 and `F.linear`. Any other differentiable function (`x @ weight.T`) gets the table with the live rows
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 # Properties that read values; all others describe the tensor or its autograd state.
 _READING = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
 # Methods that describe the tensor or concern the object itself, and read no values. So do all that
-# begin with one underscore (`_is_view`) or with "is_".
+# begin with "is_", "_is_" or "_make_".
 _DESCRIBING = frozenset(
     {
         "size",
@@ -41,16 +43,18 @@ _DESCRIBING = frozenset(
         "untyped_storage",
         "data_ptr",
         "get_device",
-        "type",
         "register_hook",
         "register_post_accumulate_grad_hook",
         "requires_grad_",
         "retain_grad",
+        "_has_compatible_shallow_copy_type",
+        "_typed_storage",
     }
 )
 # In-place functions that assign values instead of changing those that are there: what they write
-# into live rows is taken over. (A loop such as `for p in model.parameters(): p.mul_(0.9)` visits
-# the live rows as a parameter of their own, so changes through the table must not count twice.)
+# into live rows is taken over at once, not at their next use. (A loop such as
+# `for p in model.parameters(): p.mul_(0.9)` visits the live rows as a parameter of their own, so
+# changes through the table must not count twice.)
 _ASSIGNING = frozenset(
     {
         "copy_",
@@ -58,7 +62,7 @@ _ASSIGNING = frozenset(
         "zero_",
         "normal_",
         "uniform_",
-        "trunc_normal_",
+        "constant_",
         "kaiming_uniform_",
         "__setitem__",
         "index_copy_",
@@ -81,6 +85,8 @@ class RowFrozenParameter(nn.Parameter):
     # Set by `bind`.
     _rows: LiveRows
     _key: str
+    #: Which live parameter was in the table's memory last, and the versions of both then.
+    _seen: tuple[int, int, int]
 
     @classmethod
     def __torch_function__(
@@ -102,6 +108,7 @@ class RowFrozenParameter(nn.Parameter):
 
         if id(self) not in memo:
             with torch._C.DisableTorchFunctionSubclass():
+                _sync(self, trains=True)
                 memo[id(self)] = twin = nn.Parameter(self.data.clone(), False)
             bind(twin, copy.deepcopy(self._rows, memo), self._key)
         return memo[id(self)]  # type: ignore[no-any-return]
@@ -118,13 +125,15 @@ def bind(parameter: nn.Parameter, rows: LiveRows, key: str) -> None:
     parameter.requires_grad_(False)
     parameter.__class__ = RowFrozenParameter
     vars(parameter).update(_rows=rows, _key=key)
+    with torch._C.DisableTorchFunctionSubclass():
+        _see(parameter)  # type: ignore[arg-type]
 
 
 def unbind(table: RowFrozenParameter) -> None:
     """Make a table a plain frozen parameter again, with the live rows' values."""
     with torch._C.DisableTorchFunctionSubclass():
         _sync(table)
-    del vars(table)["_rows"], vars(table)["_key"]
+    del vars(table)["_rows"], vars(table)["_key"], vars(table)["_seen"]
     table.__class__ = nn.Parameter
 
 
@@ -152,12 +161,39 @@ def take_over(table: RowFrozenParameter) -> None:
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         live = live_of(table)
         live.copy_(table.index_select(0, table._rows.index.to(table.device)))
+        _see(table)
 
 
-def _sync(table: RowFrozenParameter) -> None:
-    """Write the values of the live rows into the table."""
+def _version(tensor: Tensor) -> int:
+    # Inference tensors count no versions.
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _see(table: RowFrozenParameter) -> None:
+    """Remember that the table's memory and the live rows have the same values now."""
+    live = live_of(table)
+    table._seen = (id(live), _version(live), _version(table))
+
+
+def _written(table: RowFrozenParameter) -> bool:
+    """Whether something was written into the table's memory, and not into the live rows, since."""
+    live = live_of(table)
+    same, version = table._seen[:2], table._seen[2]
+    return _version(table) != version and (id(live), _version(live)) == same
+
+
+def _sync(table: RowFrozenParameter, *, trains: bool = False) -> None:
+    """Write the values of the live rows into the table.
+
+    Where the table was written to instead, its memory is what counts. If `trains`, because the live
+    rows are about to be used themselves, they get those values.
+    """
     rows, live = table._rows, live_of(table)
     if live.is_meta or table.is_meta:
+        return
+    if _written(table):
+        if trains:
+            take_over(table)
         return
     if rows.resized:
         rows.resized = False
@@ -180,6 +216,13 @@ def _sync(table: RowFrozenParameter) -> None:
             whole[rows.start : rows.start + len(now)].copy_(now)
         else:
             whole.index_copy_(0, rows.index.to(whole.device), now)
+    _see(table)
+
+
+def use(table: RowFrozenParameter) -> None:
+    """Give the live rows, before they are used, what was written into the table for them."""
+    with torch._C.DisableTorchFunctionSubclass():
+        _sync(table, trains=True)
 
 
 def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -188,25 +231,31 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if name in ("__get__", "__set__", "__delete__"):
         field = getattr(getattr(func, "__self__", None), "__name__", "")
         if name == "__set__" and field == "data":
-            _resize(args[0], args[1])
+            return _set_data(args[0], args[1])
+        if name == "__get__" and field == "data":
+            # Unlike `data`, it has the table's version, so that writes to it are noticed.
+            _sync(args[0])
+            return args[0].detach()
         describes = name != "__get__" or field not in _READING
     else:
         describes = name in _DESCRIBING or name.startswith("is_")
-        describes |= name.startswith("_") and not name.startswith("__")
+        describes |= name.startswith(("_is_", "_make_"))
     if describes:
         return func(*args, **kwargs)
     compiling = torch.compiler.is_dynamo_compiling()
     found = list(_tables((args, kwargs)))
-    if not compiling:
-        for table in found:
-            _sync(table)
     writes = name.endswith("_") and not name.endswith("__")
     writes |= name == "__setitem__" or name.startswith("__i") or "out" in kwargs
     trains = torch.is_grad_enabled() and any(live_of(t).requires_grad for t in found)
+    if not compiling:
+        for table in found:
+            _sync(table, trains=trains and not writes and name != "detach")
     if writes or name == "detach" or not (trains or compiling):
         result = func(*args, **kwargs)
-        if name in _ASSIGNING and args and isinstance(args[0], RowFrozenParameter):
-            take_over(args[0])
+        # The functions of torch.nn.init come with keywords alone.
+        target = args[0] if args else kwargs.get("tensor")
+        if name in _ASSIGNING and isinstance(target, RowFrozenParameter):
+            take_over(target)
         return result
     args, kwargs = tree_map(
         lambda one: whole(one) if isinstance(one, RowFrozenParameter) else one, (args, kwargs)
@@ -220,8 +269,8 @@ def _tables(given: Any) -> Iterator[RowFrozenParameter]:
             yield one
 
 
-def _resize(table: RowFrozenParameter, value: Tensor) -> None:
-    """Look, before a table gets other data, whether the live rows are in it."""
+def _set_data(table: RowFrozenParameter, value: Tensor) -> None:
+    """`table.data = value`: the live rows must be in it, and get the values there."""
     rows = table._rows
     if not value.dim() or len(value) <= rows.last or value.shape[1:] != table.shape[1:]:
         raise ValueError(
@@ -232,6 +281,13 @@ def _resize(table: RowFrozenParameter, value: Tensor) -> None:
     if len(value) != len(table):
         rows.frozen = len(value) - len(rows.index)
         rows.resized = live_of(table).requires_grad
+    table.data = value
+    live = live_of(table)
+    if not (table.is_meta or live.is_meta):
+        new = table.detach().index_select(0, rows.index.to(table.device))
+        if not torch.equal(new, live.detach().to(new.device, new.dtype)):
+            # They are not those of a model that is moved or cast. A version is never negative.
+            table._seen = (id(live), _version(live), -1)
 
 
 def whole(table: RowFrozenParameter) -> Tensor:
@@ -253,11 +309,12 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
+        # The live rows are saved for their version: what was made of the table has its memory.
+        ctx.save_for_backward(inputs[1], inputs[2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (index,) = ctx.saved_tensors
+        _, index = ctx.saved_tensors
         return None, grad.index_select(0, index), None
 
 
@@ -297,8 +354,9 @@ def _embedding(
     rows, live = weight._rows, live_of(weight)
     patch = torch.compiler.is_dynamo_compiling()
     if not patch:
-        _sync(weight)
-        if not (torch.is_grad_enabled() and live.requires_grad):
+        trains = torch.is_grad_enabled() and live.requires_grad
+        _sync(weight, trains=trains)
+        if not trains:
             return F.embedding(input, weight)
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
@@ -379,7 +437,7 @@ def _embedding_bag(
             },
         )
     assert isinstance(weight, RowFrozenParameter)
-    _sync(weight)
+    _sync(weight, trains=True)
     rows = weight._rows
     return _Bag.apply(  # type: ignore[no-any-return]
         input, weight, live_of(weight), rows.index, rows.start, offsets, per_sample_weights, options
@@ -454,7 +512,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     compiling = torch.compiler.is_dynamo_compiling()
     if not compiling:
         for table in _tables((weight, bias)):
-            _sync(table)
+            _sync(table, trains=torch.is_grad_enabled() and live_of(table).requires_grad)
     if isinstance(bias, RowFrozenParameter) and not (
         isinstance(weight, RowFrozenParameter) and bias._rows is weight._rows
     ):
