@@ -249,3 +249,201 @@ def test_many_rounds_leave_nothing() -> None:
         model(IDS).sum().backward()
         optimizer.step()
     assert (len(_global_optimizer_pre_hooks), len(_owners._expected)) <= before
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def looks(model: nn.Module) -> list[Any]:
+    """Everything of a model that a call could change."""
+    return [
+        [
+            (name, id(p), type(p), p.requires_grad, p.detach().tolist())
+            for name, p in model.named_parameters()
+        ],
+        [(name, type(m), m.training, list(vars(m))) for name, m in model.named_modules()],
+        list(model.state_dict()),
+    ]
+
+
+NO_ROWS: dict[str, tuple[Any, type[Exception], str]] = {
+    "beyond": ([13], ValueError, r"names row 13 of embed.weight, which has only rows 0 to 12"),
+    "before": ([-14], ValueError, r"names row -14 of embed.weight"),
+    "far beyond": ([2**40], ValueError, r"names row 1,099,511,627,776"),
+    "a huge number": ([2**70], TypeError, r"cannot take list as rows"),
+    "none": ([], ValueError, r"rows=\[\] names no row of embed.weight, which has 13"),
+    "no row of a mask": (torch.zeros(13, dtype=torch.bool), ValueError, r"names no row"),
+    "all": (range(13), ValueError, r"names all 13 rows of embed.weight; leave rows out"),
+    "a slice of all": (slice(None), ValueError, r"names all 13 rows"),
+    "a slice beyond": (slice(10, 14), ValueError, r"goes beyond the 13 rows"),
+    "a slice with no step": (slice(0, 5, 0), TypeError, r"slice\(0, 5, 0\) is no slice of row"),
+    "a slice of floats": (slice(0.0, 2.0), TypeError, r"is no slice of row numbers"),
+    "floats": ([1.0, 2.0], TypeError, r"cannot take list as rows"),
+    "a float": (1.5, TypeError, r"cannot take float as rows"),
+    "two dimensions": (torch.ones(2, 2).long(), TypeError, r"tensor of shape \[2, 2\] and dtype"),
+    "a short mask": (torch.ones(12, dtype=torch.bool), ValueError, r"must have the shape \[13\]"),
+    "a bool": (True, ValueError, r"mask of shape \[1\] does not fit"),
+    "bools among numbers": ([True, 3], TypeError, r"cannot take list as rows"),
+    "bytes": (b"ab", TypeError, r"cannot take bytes as rows"),
+    "nested lists": ([[1, 2], [3]], TypeError, r"cannot take list as rows"),
+    "a nested mapping": ({"embed": {"a": 1}}, TypeError, r"cannot take dict as rows"),
+    "an empty mapping": ({}, ValueError, r"nothing is left to name rows of"),
+    "an unknown layer": ({"embde": [1]}, ValueError, r"Nearest: 'embed'"),
+    "a tensor without values": (torch.ones(2, device="meta"), TypeError, r"cannot take a tensor"),
+    "complex": (torch.ones(2) * 1j, TypeError, r"cannot take a tensor of shape \[2\] and dtype"),
+    "a token alone": ("<new>", TypeError, r"tokens such as '<new>'; give the tokenizer too"),
+    "tokens and numbers": (["<new>", 3], TypeError, r"give the tokenizer too"),
+    "two that differ": ({"embed": [1], "head": [2]}, ValueError, r"name all rows in one call"),
+    "an object": (object(), TypeError, r"cannot take object as rows"),
+}
+
+
+@pytest.mark.parametrize("caller", [freeze, freeze_except, unfreeze])
+@pytest.mark.parametrize("rows", NO_ROWS)
+def test_wrong_rows_change_nothing(rows: str, caller: Callable[..., Any]) -> None:
+    model = Net()
+    if caller is unfreeze:
+        freeze(model)
+    before = looks(model)
+    given, error, says = NO_ROWS[rows]
+    what = () if isinstance(given, dict) else ("embed",)
+    with pytest.raises(error, match=rf"^{caller.__name__}: .*{says}"):
+        caller(model, *what, rows=given)
+    assert looks(model) == before
+
+
+class Tokenizer:
+    def get_vocab(self) -> dict[str, int]:
+        return {"<new>": 12, "other": 3, "far": 13, "odd": "3"}  # type: ignore[dict-item]
+
+
+def test_tokens() -> None:
+    for given in ("<new>", ["<new>"], ("<new>", "<new>"), iter(["<new>"])):
+        for vocab in (Tokenizer(), Tokenizer().get_vocab()):
+            model = Net()
+            rows = iter(["<new>"]) if not isinstance(given, (str, list, tuple)) else given
+            freeze_except(model, "embed", rows=rows, vocab=vocab)
+            assert model.embed.live_rows.index.tolist() == [12]
+    model = Net()
+    before = looks(model)
+    for wrong, error, says in (
+        ("<nwe>", ValueError, r"'<nwe>' .* is not in the vocabulary \(nearest: '<new>'\)"),
+        ("far", ValueError, r"names row 13"),
+        ("odd", TypeError, r"cannot take list as rows"),
+        (["other", 3], ValueError, r"3 of rows=\['other', 3\] is not in the vocabulary"),
+    ):
+        with pytest.raises(error, match=f"^freeze: .*{says}"):
+            freeze(model, "embed", rows=wrong, vocab=Tokenizer())
+    with pytest.raises(TypeError, match=r"vocab must be a mapping from token to row or have get_v"):
+        freeze(model, "embed", rows="other", vocab=5)  # type: ignore[arg-type]
+    assert looks(model) == before
+
+
+ROWS: dict[str, Any] = {
+    "a negative number": -12,
+    "a tuple": (1,),
+    "a set": {1},
+    "duplicates": [1, 1, -12],
+    "a backward range": range(1, 0, -1),
+    "a generator": lambda: (row for row in [1]),
+    "small integers": torch.tensor([1], dtype=torch.int8),
+    "a list mask": [False, True] + [False] * 11,
+    "tensors": [torch.tensor(1)],
+    "an array": lambda: pytest.importorskip("numpy").array([1]),
+    "a mask of an array": lambda: pytest.importorskip("numpy").arange(13) == 1,
+    "a number of an array": lambda: pytest.importorskip("numpy").int64(1),
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_are_taken_as(rows: str) -> None:
+    given = ROWS[rows]() if callable(ROWS[rows]) else ROWS[rows]
+    model = Net()
+    freeze_except(model, "embed", rows=given)
+    assert model.embed.live_rows.index.tolist() == [1]
+
+
+def _with_weight(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(WIDTH, VOCAB)
+    layer.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+    return layer
+
+
+class Own(nn.Parameter):
+    """As quantized parameters of other libraries are."""
+
+
+class OwnTensor(Tensor):
+    """As quantized tensors of other libraries are."""
+
+
+def _taken(name: Any) -> nn.Linear:
+    layer = nn.Linear(WIDTH, VOCAB)
+    layer.live_rows = name
+    return layer
+
+
+NO_TABLES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "convolution": (lambda: nn.Conv2d(3, 4, 3), r"weight belongs to a Conv2d; rows= is for Emb"),
+    "norm": (lambda: nn.LayerNorm(4), r"belongs to a LayerNorm"),
+    "recurrent": (lambda: nn.LSTM(4, 4), r"belongs to a LSTM"),
+    "attention": (lambda: nn.MultiheadAttention(4, 2), r"in_proj_weight belongs to a Multihead"),
+    "bilinear": (lambda: nn.Bilinear(4, 4, 13), r"belongs to a Bilinear"),
+    "lazy": (lambda: nn.LazyLinear(4), r"weight has no values yet"),
+    "meta": (lambda: nn.Linear(4, 13, device="meta"), r"weight has no values yet"),
+    "weight norm": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 13)),
+        r"belongs to a ParametrizationList",
+    ),
+    "spectral norm": (
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 13)),
+        r"belongs to a ParametrizationList",
+    ),
+    "a parameter class": (lambda: _with_weight(Own(torch.randn(VOCAB, WIDTH))), r"weight is a Own"),
+    "a tensor class": (
+        lambda: _with_weight(nn.Parameter(torch.randn(VOCAB, WIDTH).as_subclass(OwnTensor))),
+        r"weight is a OwnTensor",
+    ),
+    "max_norm": (lambda: nn.Embedding(VOCAB, WIDTH, max_norm=1.0), r"has max_norm=1.0"),
+    "nothing": (nn.ReLU, r"nothing is left to name rows of"),
+    "its name taken by a module": (lambda: _taken(nn.Linear(1, 1)), r"has an attribute 'live_r"),
+    "its name taken": (lambda: _taken(3), r"has an attribute 'live_rows' of its own"),
+    "frozen": (
+        lambda: nn.Embedding(VOCAB, WIDTH).requires_grad_(False),
+        r"weight is frozen as a whole; .* call unfreeze\(model, 'table.weight', rows=...\)",
+    ),
+    "a norm after it": (
+        lambda: nn.Sequential(nn.Embedding(VOCAB, WIDTH), nn.LayerNorm(WIDTH)),
+        r"table.1.weight belongs to a LayerNorm",
+    ),
+}
+
+
+@pytest.mark.parametrize("layer", NO_TABLES)
+def test_layers_without_such_rows_change_nothing(layer: str) -> None:
+    make, says = NO_TABLES[layer]
+    model = nn.ModuleDict({"table": make(), "other": nn.Linear(2, 2)})
+    plain = layer not in ("lazy", "meta")
+    before = looks(model) if plain else list(model.state_dict())
+    with pytest.raises((ValueError, TypeError), match=f"^freeze_except: .*{says}"):
+        freeze_except(model, "table", rows=[1])
+    assert (looks(model) if plain else list(model.state_dict())) == before
+    assert all(p.requires_grad for p in model["other"].parameters())
+
+
+def test_what_is_not_named_is_frozen_also_beside_it_and_in_a_layer_alone() -> None:
+    for model, prefix in ((nn.Linear(WIDTH, VOCAB), ""), (nn.Sequential(nn.Linear(4, 13)), "0.")):
+        freeze_except(model, f"{prefix}weight", rows=[1])
+        trains = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trains == [f"{prefix}live_rows.weight"]
+
+
+def test_other_rows_of_a_table_are_refused() -> None:
+    model = frozen_net()
+    before = looks(model)
+    for caller in (freeze, freeze_except, unfreeze):
+        with pytest.raises(ValueError, match=r"other rows of embed are frozen already; call unfr"):
+            caller(model, "embed.weight", rows=[1])
+        with pytest.raises(ValueError, match=r"live rows of its table; name the layer itself"):
+            caller(model, "embed.live_rows", rows=[1])
+    assert looks(model) == before

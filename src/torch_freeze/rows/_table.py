@@ -137,7 +137,7 @@ def unbind(table: RowFrozenParameter) -> None:
     table.__class__ = nn.Parameter
 
 
-def live_of(table: RowFrozenParameter) -> Tensor:
+def live_of(table: RowFrozenParameter) -> nn.Parameter:
     """The parameter of the live rows."""
     return getattr(table._rows, table._key)  # type: ignore[no-any-return]
 
