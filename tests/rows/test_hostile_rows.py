@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from torch_freeze import freeze, freeze_except, guard, unfreeze
@@ -447,3 +449,182 @@ def test_other_rows_of_a_table_are_refused() -> None:
         with pytest.raises(ValueError, match=r"live rows of its table; name the layer itself"):
             caller(model, "embed.live_rows", rows=[1])
     assert looks(model) == before
+
+
+# --- transforms, tracing and conversion -----------------------------------------------------------
+
+
+FUNC_LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "embedding": (lambda: nn.Embedding(VOCAB, WIDTH), lambda: IDS.view(1, -1)),
+    "padding": (lambda: nn.Embedding(VOCAB, WIDTH, padding_idx=5), lambda: IDS.view(1, -1)),
+    "linear": (lambda: nn.Linear(WIDTH, VOCAB), lambda: torch.ones(3, WIDTH).cumsum(0)),
+}
+
+
+def _pair(layer: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A layer with live rows, a plain one with the same values, and an input."""
+    make, given = FUNC_LAYERS[layer]
+    plain = make()
+    ours = copy.deepcopy(plain)
+    freeze_except(nn.ModuleDict({"table": ours}), "table", rows=APART)
+    return ours, plain, given()
+
+
+def _loss(layer: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    return lambda params, x: torch.func.functional_call(layer, params, x).square().sum()
+
+
+def _pick(live: dict[str, Tensor], dim: int = 0) -> dict[str, Tensor]:
+    return {key: value.index_select(dim, torch.tensor(APART)) for key, value in live.items()}
+
+
+@pytest.mark.parametrize("layer", FUNC_LAYERS)
+@pytest.mark.parametrize("way", ["grad", "vmap of grad", "vmap of values", "jvp", "dual numbers"])
+def test_transforms_with_respect_to_live_rows(layer: str, way: str) -> None:
+    func, (ours, plain, x) = torch.func, _pair(layer)
+    live = {n: p.detach() for n, p in ours.named_parameters() if p.requires_grad}
+    values = {n: p.detach() for n, p in plain.named_parameters()}
+    if way in ("grad", "vmap of grad"):
+        got, expected = (
+            (func.grad(_loss(m)) if way == "grad" else func.vmap(func.grad(_loss(m)), (None, 0)))(
+                p, x
+            )
+            for m, p in ((ours, live), (plain, values))
+        )
+        got = {name.removeprefix("live_rows."): grad for name, grad in got.items()}
+        torch.testing.assert_close(got, _pick(expected, int(way != "grad")))
+        return
+    rows = torch.tensor(APART)
+    if way == "vmap of values":
+        stacked = {n: torch.stack([v, v * 2]) for n, v in live.items()}
+        out = func.vmap(lambda p: func.functional_call(ours, p, x))(stacked)
+        new = {n: v.index_copy(0, rows, live[f"live_rows.{n}"] * 2) for n, v in values.items()}
+        torch.testing.assert_close(out[1], func.functional_call(plain, new, x))
+        torch.testing.assert_close(out[0], plain(x).detach())
+    else:
+        slopes = {n: torch.ones_like(v) for n, v in live.items()}
+        whole = {
+            n: torch.zeros_like(v).index_fill(0, rows, 1.0).detach() for n, v in values.items()
+        }
+        sides = []
+        for module, point, slope in ((ours, live, slopes), (plain, values, whole)):
+            if way == "jvp":
+                call = lambda p, m=module: func.functional_call(m, p, x)  # noqa: E731
+                sides.append(func.jvp(call, (point,), (slope,))[1])
+                continue
+            with forward_ad.dual_level():
+                both = {n: forward_ad.make_dual(v, slope[n]) for n, v in point.items()}
+                out = func.functional_call(module, both, x)
+                sides.append(forward_ad.unpack_dual(out).tangent)
+        torch.testing.assert_close(*sides)
+    # The model has its own values again.
+    torch.testing.assert_close(ours(x), plain(x))
+
+
+@pytest.mark.parametrize("way", [torch.func.jacrev, torch.func.jacfwd, torch.func.hessian])
+def test_transforms_with_respect_to_the_input(way: Callable[..., Any]) -> None:
+    ours, plain, x = _pair("linear")
+    with torch.no_grad():
+        for parameter in ours.live_rows.parameters():
+            parameter.add_(1)
+    # Nothing else reads the table before, so it is the transform that must be up to date.
+    got = way(lambda given: ours(given).square().sum())(x)
+    plain.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(got, way(lambda given: plain(given).square().sum())(x))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_trace_follows_the_live_rows(trains: bool) -> None:
+    model = frozen_net()
+    with torch.set_grad_enabled(trains), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, IDS)
+    move_live(model)
+    out = traced(IDS)
+    torch.testing.assert_close(out, model(IDS))
+    grads = []
+    for each in (traced, model):
+        each(IDS).square().sum().backward()
+        grads.append(live_of(model).grad.clone())
+        model.zero_grad()
+    torch.testing.assert_close(*grads)
+
+
+def test_a_script_is_refused() -> None:
+    """It would read the table's memory without the live rows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(Exception, match="Tensor"):
+            torch.jit.script(frozen_net())
+
+
+@pytest.mark.parametrize("way", ["symbolic_trace", "export"])
+def test_graphs_follow_the_live_rows(way: str) -> None:
+    model = frozen_net()
+    if way == "export":
+        graph: nn.Module = torch.export.export(model, (IDS,)).module()
+    else:
+        graph = torch.fx.symbolic_trace(model)
+    move_live(model)
+    torch.testing.assert_close(graph(IDS), model(IDS))
+    grads = []
+    for each in (graph, model):
+        each(IDS).square().sum().backward()
+        grads.append(live_of(model).grad.clone())
+        model.zero_grad()
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("way", ["swap", "overwrite"])
+def test_conversions_that_replace_parameters_are_refused(way: str) -> None:
+    model = frozen_net()
+    before = looks(model.embed)
+    switch = getattr(torch.__future__, f"set_{way}_module_params_on_conversion")
+    switch(True)
+    try:
+        with pytest.raises(RuntimeError, match=r"cannot be moved or cast where that makes new par"):
+            model.double()
+    finally:
+        switch(False)
+    assert looks(model.embed) == before
+    model.double()
+    assert live_of(model).dtype is torch.float64
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_checkpoint_that_is_swapped_in_keeps_the_rows(stepped: bool) -> None:
+    model, state = frozen_net(), {k: v + 1 for k, v in Net().state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    if stepped:
+        optimizer.step()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.load_state_dict(state)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert torch.equal(model.embed.weight.detach(), state["embed.weight"])
+    assert torch.equal(live_of(model), state["embed.weight"][APART])
+    model.embed(IDS).sum().backward()
+    optimizer.step()
+    changed = (model.head.weight.detach() != state["embed.weight"]).any(1).nonzero().flatten()
+    assert changed.tolist() == APART
+
+
+def test_the_table_cannot_be_made_trainable_by_its_flag() -> None:
+    """Only the live rows would train, and reports would say otherwise."""
+    model = frozen_net()
+    table = model.embed.weight
+    before = looks(model.embed)
+    for act in (
+        lambda: table.requires_grad_(),
+        lambda: table.requires_grad_(True),
+        lambda: table.requires_grad_(requires_grad=True),
+        lambda: setattr(table, "requires_grad", True),
+        lambda: model.embed.requires_grad_(),
+    ):
+        with pytest.raises(RuntimeError, match=r"table of shape \[13, 4\].*torch_freeze.unfreeze"):
+            act()
+        assert looks(model.embed) == before
+    model.requires_grad_(False)
+    model.embed.live_rows.requires_grad_()
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["embed.live_rows.weight"]

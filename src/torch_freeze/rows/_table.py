@@ -99,7 +99,7 @@ class RowFrozenParameter(nn.Parameter):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             own = _FUNCTIONS.get(func)
-            if own is not None:
+            if own is not None and (torch.compiler.is_dynamo_compiling() or not _transformed()):
                 return own(*args, **kwargs)
             return _call(func, args, kwargs)
 
@@ -188,9 +188,21 @@ def _sync(table: RowFrozenParameter, *, trains: bool = False) -> None:
     Where the table was written to instead, its memory is what counts. If `trains`, because the live
     rows are about to be used themselves, they get those values.
     """
-    rows, live = table._rows, live_of(table)
-    if live.is_meta or table.is_meta:
+    live = live_of(table)
+    if live.is_meta or table.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(live):
         return
+    if torch._C._get_tracing_state() is not None:
+        return  # A trace takes the live rows themselves.
+    if _transformed():
+        # Those would take it for a part of what they differentiate.
+        with torch._C._DisableFuncTorch(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
+            _write(table, trains=trains)
+    else:
+        _write(table, trains=trains)
+
+
+def _write(table: RowFrozenParameter, *, trains: bool) -> None:
+    rows, live = table._rows, live_of(table)
     if _written(table):
         if trains:
             take_over(table)
@@ -232,25 +244,33 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         field = getattr(getattr(func, "__self__", None), "__name__", "")
         if name == "__set__" and field == "data":
             return _set_data(args[0], args[1])
+        if name == "__set__" and field == "requires_grad" and args[1]:
+            raise _whole_trains(args[0])
         if name == "__get__" and field == "data":
             # Unlike `data`, it has the table's version, so that writes to it are noticed.
             _sync(args[0])
             return args[0].detach()
         describes = name != "__get__" or field not in _READING
     else:
+        if name == "requires_grad_" and (args[1:] or (kwargs.get("requires_grad", True),))[0]:
+            raise _whole_trains(args[0])
         describes = name in _DESCRIBING or name.startswith("is_")
         describes |= name.startswith(("_is_", "_make_"))
     if describes:
         return func(*args, **kwargs)
+    if name == "module_load":
+        return _loaded(args[0], func(*args, **kwargs))
     compiling = torch.compiler.is_dynamo_compiling()
     found = list(_tables((args, kwargs)))
     writes = name.endswith("_") and not name.endswith("__")
     writes |= name == "__setitem__" or name.startswith("__i") or "out" in kwargs
+    # In a transform, live rows may be traced though they do not say so.
+    transformed = not compiling and _transformed()
     trains = torch.is_grad_enabled() and any(live_of(t).requires_grad for t in found)
     if not compiling:
         for table in found:
             _sync(table, trains=trains and not writes and name != "detach")
-    if writes or name == "detach" or not (trains or compiling):
+    if writes or name == "detach" or not (trains or compiling or transformed):
         result = func(*args, **kwargs)
         # The functions of torch.nn.init come with keywords alone.
         target = args[0] if args else kwargs.get("tensor")
@@ -261,6 +281,23 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         lambda one: whole(one) if isinstance(one, RowFrozenParameter) else one, (args, kwargs)
     )
     return func(*args, **kwargs)
+
+
+def _loaded(table: RowFrozenParameter, values: Tensor) -> nn.Parameter:
+    """What load_state_dict swaps a table with, where torch.__future__ has it do so."""
+    new = nn.Parameter(values.detach(), False)
+    bind(new, table._rows, table._key)
+    assert isinstance(new, RowFrozenParameter)
+    take_over(new)
+    return new
+
+
+def _whole_trains(table: RowFrozenParameter) -> RuntimeError:
+    return RuntimeError(
+        f"requires_grad cannot become True for the table of shape {list(table.shape)}, because "
+        "only some of its rows train. To train all, call torch_freeze.unfreeze(model, layer); to "
+        "train these rows, set it for the layer's live_rows."
+    )
 
 
 def _tables(given: Any) -> Iterator[RowFrozenParameter]:
@@ -290,10 +327,19 @@ def _set_data(table: RowFrozenParameter, value: Tensor) -> None:
             table._seen = (id(live), _version(live), -1)
 
 
+def _transformed() -> bool:
+    """Whether torch.func, forward-mode AD or torch.jit.trace looks at what is computed."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def whole(table: RowFrozenParameter) -> Tensor:
     """The table as a tensor whose gradient goes to the live rows; shares the table's memory."""
     live, index = live_of(table), table._rows.index
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or _transformed():
         return table.index_copy(0, index, live.to(table.dtype))
     return _Whole.apply(table, live, index)  # type: ignore[no-any-return]
 
