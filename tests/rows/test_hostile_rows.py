@@ -170,6 +170,26 @@ def test_an_average_over_state_dicts() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_checkpoint_read_into_the_own_state_dict(stepped: bool) -> None:
+    """As torch.distributed.checkpoint does it, with a step that creates the optimizer's state."""
+    model, other = frozen_net(), {k: v + 1 for k, v in Net().state_dict().items()}
+    state = model.state_dict()
+    if stepped:
+        move_live(model)
+    for key, value in state.items():
+        value.copy_(other[key])
+    model.load_state_dict(state)
+    assert torch.equal(live_of(model), other["embed.weight"][APART])
+    assert torch.equal(model.embed.weight.detach(), other["embed.weight"])
+    # Its own state, unchanged, changes nothing.
+    state = model.state_dict()
+    move_live(model)
+    moved = live_of(model).detach().clone()
+    model.load_state_dict(state)
+    assert torch.equal(live_of(model), moved)
+
+
 def test_the_guard_allows_writes_into_live_rows() -> None:
     model = frozen_net()
     with guard(model):

@@ -68,8 +68,14 @@ class LiveRows(nn.Module):
         swaps = torch.__future__.get_swap_module_params_on_conversion()
         if not swaps:
             super()._apply(*args, **kwargs)
-        # The layer's turn is next. Of a new table it would not know the live rows.
-        if swaps or any(self._parameters[key] is not before[key] for key in before):
+        # The layer's turn is next. Of a new table it would not know the live rows. (Those that have
+        # no values, or had none, need load_state_dict, which finds them.)
+        now = self._parameters
+        if swaps or any(
+            now[key] is not old and not (old.is_meta or now[key].is_meta)  # type: ignore[union-attr]
+            for key, old in before.items()
+            if old is not None
+        ):
             self._parameters.update(before)
             raise RuntimeError(
                 "a layer of which some rows are frozen cannot be moved or cast where that makes "

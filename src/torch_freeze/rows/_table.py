@@ -258,6 +258,11 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         describes |= name.startswith(("_is_", "_make_"))
     if describes:
         return func(*args, **kwargs)
+    if name == "copy_" and len(args) > 1 and _of_itself(*args[:2]):
+        # A checkpoint was read into the values of the model's own state_dict, perhaps after a step
+        # of the optimizer (torch.distributed.checkpoint does both), and is loaded from there.
+        take_over(args[0])
+        return args[0]
     if name == "module_load":
         return _loaded(args[0], func(*args, **kwargs))
     compiling = torch.compiler.is_dynamo_compiling()
@@ -281,6 +286,21 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         lambda one: whole(one) if isinstance(one, RowFrozenParameter) else one, (args, kwargs)
     )
     return func(*args, **kwargs)
+
+
+def _of_itself(table: Any, source: Any) -> bool:
+    """Whether a table was written to, and now gets what is in its memory."""
+    return (
+        isinstance(table, RowFrozenParameter)
+        and isinstance(source, Tensor)
+        and not isinstance(source, RowFrozenParameter)
+        and not (table.is_meta or source.is_meta)
+        and source.device == table.device
+        and source.data_ptr() == table.data_ptr()
+        and source.shape == table.shape
+        and source.stride() == table.stride()
+        and _version(table) != table._seen[2]
+    )
 
 
 def _loaded(table: RowFrozenParameter, values: Tensor) -> nn.Parameter:
