@@ -250,7 +250,9 @@ def _all_trainable(entries: Iterable[ParamEntry]) -> Iterator[None]:
             if p.requires_grad or is_lazy(p) or p.is_inference():
                 continue
             if p.is_floating_point() or p.is_complex():
-                p.requires_grad_(True)
+                # Also of a table of which some rows are frozen, which refuses it.
+                with torch._C.DisableTorchFunctionSubclass():
+                    p.requires_grad_(True)
                 flipped.append(p)
         yield
     finally:

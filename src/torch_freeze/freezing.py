@@ -355,9 +355,10 @@ def _freeze_rows(
         _record.write(tree, {id(entry.parameter): True for entry in entries})
     change = Change()
     selection = select(tree, named, caller)
-    layers = [entry.name.rpartition(".")[0] for entry in entries]
     if caller == "freeze_except":
-        kept = select(tree, [*as_selectors(keep), *layers], caller)
+        both = [entry.parameter for entry in entries]
+        both += [_rows.live_of(t) for t in both if isinstance(t, _rows.RowFrozenParameter)]
+        kept = select(tree, [*as_selectors(keep), *both], caller)
         selection = everything(tree)
         subtract(selection, kept)
         change = chill(tree, selection, kept, hold_norm)

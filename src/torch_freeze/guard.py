@@ -125,8 +125,8 @@ def _snapshot(
     if id(tensor) not in read:
         read[id(tensor)] = _bits(_frozen_part(tensor))
     one.bits = read[id(tensor)]
-    # Inference tensors count no versions.
-    if not tensor.is_inference():
+    # Inference tensors count no versions, and those of a table are of its live rows, too.
+    if not tensor.is_inference() and not isinstance(tensor, RowFrozenParameter):
         one.version = tensor._version
     return one
 

@@ -143,7 +143,7 @@ def attach(owner: ModuleEntry, key: str, live: Tensor, *, trains: bool) -> nn.Pa
     rows.register_parameter(key, parameter)
     table.grad = None
     bind(table, rows, key)
-    _owners.expect(table, parameter)
+    _owners.expect(rows, key)
     return parameter
 
 

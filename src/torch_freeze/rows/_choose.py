@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -51,19 +51,29 @@ def choose(rows: Rows, size: int, name: str, vocab: Vocabulary | None, caller: s
 
 
 def _numbers(rows: Any, size: int, name: str, vocab: Vocabulary | None, caller: str) -> Tensor:
+    if isinstance(rows, (bytes, bytearray, Mapping)):
+        raise _unknown(rows, caller)
     if isinstance(rows, slice):
+        ends = [end for end in (rows.start, rows.stop, rows.step) if end is not None]
+        if rows.step == 0 or not all(isinstance(end, SupportsIndex) for end in ends):
+            raise TypeError(f"{caller}: {rows} is no slice of row numbers.")
         for end in (rows.start, rows.stop):
             if end is not None and not -size <= end <= size:
                 raise ValueError(
                     f"{caller}: {_shown(rows)} goes beyond the {size:,} rows of {name}."
                 )
         rows = range(size)[rows]
-    elif isinstance(rows, (str, int)):
+    elif isinstance(rows, str) or (
+        isinstance(rows, SupportsIndex) and not hasattr(rows, "__len__")
+    ):
         rows = [rows]
-    elif isinstance(rows, Iterable) and not hasattr(rows, "__array__"):
+    if isinstance(rows, Iterable) and not hasattr(rows, "__array__"):
         rows = list(rows)
         if any(isinstance(row, str) for row in rows):
             rows = _of_tokens(rows, name, vocab, caller)
+        elif len({isinstance(row, bool) for row in rows}) > 1:
+            # torch would take a bool among numbers as row 0 or 1.
+            raise _unknown(rows, caller)
     try:
         found = torch.as_tensor(rows).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:

@@ -8,6 +8,7 @@ import weakref
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ._table import RowFrozenParameter, bind, take_over
@@ -41,6 +42,10 @@ class LiveRows(nn.Module):
         self.start = int(index[0]) if self.last - int(index[0]) + 1 == len(index) else None
         self._owner = weakref.ref(owner)
 
+    def owner(self) -> nn.Module | None:
+        """The layer; None if it is gone."""
+        return self._owner()
+
     def extra_repr(self) -> str:
         """Which rows they are, for `print(model)`."""
         return ranges(self.index)
@@ -59,7 +64,25 @@ class LiveRows(nn.Module):
                 take_over(table)
 
     def _apply(self, *args: Any, **kwargs: Any) -> LiveRows:
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call,unused-ignore]
+        before = dict(self._parameters)
+        swaps = torch.__future__.get_swap_module_params_on_conversion()
+        if not swaps:
+            super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call,unused-ignore]
+        # The layer's turn is next. Of a new table it would not know the live rows. (Those that have
+        # no values, or had none, need load_state_dict, which finds them.)
+        now = self._parameters
+        if swaps or any(
+            now[key] is not old and not (old.is_meta or now[key].is_meta)  # type: ignore[union-attr]
+            for key, old in before.items()
+            if old is not None
+        ):
+            self._parameters.update(before)
+            raise RuntimeError(
+                "a layer of which some rows are frozen cannot be moved or cast where that makes "
+                "new parameters, as torch.__future__.set_swap_module_params_on_conversion(True) "
+                "and set_overwrite_module_params_on_conversion(True) have it. Set them to False, "
+                "or call freeze with rows= afterwards."
+            )
         self.index = self._numbers.to(self.index.device)
         return self
 

@@ -2,7 +2,9 @@
 
 The values of the live rows are those of the live parameter. The table's own memory has a copy of
 them, brought up to date whenever a torch function reads the table, so the table always looks whole:
-to state_dict, to a tied layer, to a user who prints it.
+to state_dict, to a tied layer, to a user who prints it. The reverse holds, too: what is written
+into live rows of the table's memory (`table.data[-1] = x`, an average of state_dicts) raises the
+table's version, and the live parameter gets it at its next use, unless it has changed since itself.
 
 Functions with a cheap gradient of the live rows have one here: `F.embedding`, `F.embedding_bag`
 and `F.linear`. Any other differentiable function (`x @ weight.T`) gets the table with the live rows
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 # Properties that read values; all others describe the tensor or its autograd state.
 _READING = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
 # Methods that describe the tensor or concern the object itself, and read no values. So do all that
-# begin with one underscore (`_is_view`) or with "is_".
+# begin with "is_", "_is_" or "_make_".
 _DESCRIBING = frozenset(
     {
         "size",
@@ -41,16 +43,18 @@ _DESCRIBING = frozenset(
         "untyped_storage",
         "data_ptr",
         "get_device",
-        "type",
         "register_hook",
         "register_post_accumulate_grad_hook",
         "requires_grad_",
         "retain_grad",
+        "_has_compatible_shallow_copy_type",
+        "_typed_storage",
     }
 )
 # In-place functions that assign values instead of changing those that are there: what they write
-# into live rows is taken over. (A loop such as `for p in model.parameters(): p.mul_(0.9)` visits
-# the live rows as a parameter of their own, so changes through the table must not count twice.)
+# into live rows is taken over at once, not at their next use. (A loop such as
+# `for p in model.parameters(): p.mul_(0.9)` visits the live rows as a parameter of their own, so
+# changes through the table must not count twice.)
 _ASSIGNING = frozenset(
     {
         "copy_",
@@ -58,7 +62,7 @@ _ASSIGNING = frozenset(
         "zero_",
         "normal_",
         "uniform_",
-        "trunc_normal_",
+        "constant_",
         "kaiming_uniform_",
         "__setitem__",
         "index_copy_",
@@ -81,6 +85,8 @@ class RowFrozenParameter(nn.Parameter):
     # Set by `bind`.
     _rows: LiveRows
     _key: str
+    #: Which live parameter was in the table's memory last, and the versions of both then.
+    _seen: tuple[int, int, int]
 
     @classmethod
     def __torch_function__(
@@ -93,7 +99,7 @@ class RowFrozenParameter(nn.Parameter):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             own = _FUNCTIONS.get(func)
-            if own is not None:
+            if own is not None and (torch.compiler.is_dynamo_compiling() or not _transformed()):
                 return own(*args, **kwargs)
             return _call(func, args, kwargs)
 
@@ -102,6 +108,7 @@ class RowFrozenParameter(nn.Parameter):
 
         if id(self) not in memo:
             with torch._C.DisableTorchFunctionSubclass():
+                _sync(self, trains=True)
                 memo[id(self)] = twin = nn.Parameter(self.data.clone(), False)
             bind(twin, copy.deepcopy(self._rows, memo), self._key)
         return memo[id(self)]  # type: ignore[no-any-return]
@@ -118,17 +125,19 @@ def bind(parameter: nn.Parameter, rows: LiveRows, key: str) -> None:
     parameter.requires_grad_(False)
     parameter.__class__ = RowFrozenParameter
     vars(parameter).update(_rows=rows, _key=key)
+    with torch._C.DisableTorchFunctionSubclass():
+        _see(parameter)  # type: ignore[arg-type]
 
 
 def unbind(table: RowFrozenParameter) -> None:
     """Make a table a plain frozen parameter again, with the live rows' values."""
     with torch._C.DisableTorchFunctionSubclass():
         _sync(table)
-    del vars(table)["_rows"], vars(table)["_key"]
+    del vars(table)["_rows"], vars(table)["_key"], vars(table)["_seen"]
     table.__class__ = nn.Parameter  # type: ignore[assignment]
 
 
-def live_of(table: RowFrozenParameter) -> Tensor:
+def live_of(table: RowFrozenParameter) -> nn.Parameter:
     """The parameter of the live rows."""
     return getattr(table._rows, table._key)  # type: ignore[no-any-return]
 
@@ -152,12 +161,51 @@ def take_over(table: RowFrozenParameter) -> None:
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         live = live_of(table)
         live.copy_(table.index_select(0, table._rows.index.to(table.device)))
+        _see(table)
 
 
-def _sync(table: RowFrozenParameter) -> None:
-    """Write the values of the live rows into the table."""
+def _version(tensor: Tensor) -> int:
+    # Inference tensors count no versions.
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _see(table: RowFrozenParameter) -> None:
+    """Remember that the table's memory and the live rows have the same values now."""
+    live = live_of(table)
+    table._seen = (id(live), _version(live), _version(table))
+
+
+def _written(table: RowFrozenParameter) -> bool:
+    """Whether something was written into the table's memory, and not into the live rows, since."""
+    live = live_of(table)
+    same, version = table._seen[:2], table._seen[2]
+    return _version(table) != version and (id(live), _version(live)) == same
+
+
+def _sync(table: RowFrozenParameter, *, trains: bool = False) -> None:
+    """Write the values of the live rows into the table.
+
+    Where the table was written to instead, its memory is what counts. If `trains`, because the live
+    rows are about to be used themselves, they get those values.
+    """
+    live = live_of(table)
+    if live.is_meta or table.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(live):
+        return
+    if torch._C._get_tracing_state() is not None:
+        return  # A trace takes the live rows themselves.
+    if _transformed():
+        # Those would take it for a part of what they differentiate.
+        with torch._C._DisableFuncTorch(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
+            _write(table, trains=trains)
+    else:
+        _write(table, trains=trains)
+
+
+def _write(table: RowFrozenParameter, *, trains: bool) -> None:
     rows, live = table._rows, live_of(table)
-    if live.is_meta or table.is_meta:
+    if _written(table):
+        if trains:
+            take_over(table)
         return
     if rows.resized:
         rows.resized = False
@@ -180,6 +228,13 @@ def _sync(table: RowFrozenParameter) -> None:
             whole[rows.start : rows.start + len(now)].copy_(now)
         else:
             whole.index_copy_(0, rows.index.to(whole.device), now)
+    _see(table)
+
+
+def use(table: RowFrozenParameter) -> None:
+    """Give the live rows, before they are used, what was written into the table for them."""
+    with torch._C.DisableTorchFunctionSubclass():
+        _sync(table, trains=True)
 
 
 def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -188,30 +243,81 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if name in ("__get__", "__set__", "__delete__"):
         field = getattr(getattr(func, "__self__", None), "__name__", "")
         if name == "__set__" and field == "data":
-            _resize(args[0], args[1])
+            return _set_data(args[0], args[1])
+        if name == "__set__" and field == "requires_grad" and args[1]:
+            raise _whole_trains(args[0])
+        if name == "__get__" and field == "data":
+            # Unlike `data`, it has the table's version, so that writes to it are noticed.
+            _sync(args[0])
+            return args[0].detach()
         describes = name != "__get__" or field not in _READING
     else:
+        if name == "requires_grad_" and (args[1:] or (kwargs.get("requires_grad", True),))[0]:
+            raise _whole_trains(args[0])
         describes = name in _DESCRIBING or name.startswith("is_")
-        describes |= name.startswith("_") and not name.startswith("__")
+        describes |= name.startswith(("_is_", "_make_"))
     if describes:
         return func(*args, **kwargs)
+    if name == "copy_" and len(args) > 1 and _of_itself(*args[:2]):
+        # A checkpoint was read into the values of the model's own state_dict, perhaps after a step
+        # of the optimizer (torch.distributed.checkpoint does both), and is loaded from there.
+        take_over(args[0])
+        return args[0]
+    if name == "module_load":
+        return _loaded(args[0], func(*args, **kwargs))
     compiling = torch.compiler.is_dynamo_compiling()
     found = list(_tables((args, kwargs)))
-    if not compiling:
-        for table in found:
-            _sync(table)
     writes = name.endswith("_") and not name.endswith("__")
     writes |= name == "__setitem__" or name.startswith("__i") or "out" in kwargs
+    # In a transform, live rows may be traced though they do not say so.
+    transformed = not compiling and _transformed()
     trains = torch.is_grad_enabled() and any(live_of(t).requires_grad for t in found)
-    if writes or name == "detach" or not (trains or compiling):
+    if not compiling:
+        for table in found:
+            _sync(table, trains=trains and not writes and name != "detach")
+    if writes or name == "detach" or not (trains or compiling or transformed):
         result = func(*args, **kwargs)
-        if name in _ASSIGNING and args and isinstance(args[0], RowFrozenParameter):
-            take_over(args[0])
+        # The functions of torch.nn.init come with keywords alone.
+        target = args[0] if args else kwargs.get("tensor")
+        if name in _ASSIGNING and isinstance(target, RowFrozenParameter):
+            take_over(target)
         return result
     args, kwargs = tree_map(
         lambda one: whole(one) if isinstance(one, RowFrozenParameter) else one, (args, kwargs)
     )
     return func(*args, **kwargs)
+
+
+def _of_itself(table: Any, source: Any) -> bool:
+    """Whether a table was written to, and now gets what is in its memory."""
+    return (
+        isinstance(table, RowFrozenParameter)
+        and isinstance(source, Tensor)
+        and not isinstance(source, RowFrozenParameter)
+        and not (table.is_meta or source.is_meta)
+        and source.device == table.device
+        and source.data_ptr() == table.data_ptr()
+        and source.shape == table.shape
+        and source.stride() == table.stride()
+        and _version(table) != table._seen[2]
+    )
+
+
+def _loaded(table: RowFrozenParameter, values: Tensor) -> nn.Parameter:
+    """What load_state_dict swaps a table with, where torch.__future__ has it do so."""
+    new = nn.Parameter(values.detach(), False)
+    bind(new, table._rows, table._key)
+    assert isinstance(new, RowFrozenParameter)
+    take_over(new)
+    return new
+
+
+def _whole_trains(table: RowFrozenParameter) -> RuntimeError:
+    return RuntimeError(
+        f"requires_grad cannot become True for the table of shape {list(table.shape)}, because "
+        "only some of its rows train. To train all, call torch_freeze.unfreeze(model, layer); to "
+        "train these rows, set it for the layer's live_rows."
+    )
 
 
 def _tables(given: Any) -> Iterator[RowFrozenParameter]:
@@ -220,8 +326,8 @@ def _tables(given: Any) -> Iterator[RowFrozenParameter]:
             yield one
 
 
-def _resize(table: RowFrozenParameter, value: Tensor) -> None:
-    """Look, before a table gets other data, whether the live rows are in it."""
+def _set_data(table: RowFrozenParameter, value: Tensor) -> None:
+    """`table.data = value`: the live rows must be in it, and get the values there."""
     rows = table._rows
     if not value.dim() or len(value) <= rows.last or value.shape[1:] != table.shape[1:]:
         raise ValueError(
@@ -232,12 +338,28 @@ def _resize(table: RowFrozenParameter, value: Tensor) -> None:
     if len(value) != len(table):
         rows.frozen = len(value) - len(rows.index)
         rows.resized = live_of(table).requires_grad
+    table.data = value
+    live = live_of(table)
+    if not (table.is_meta or live.is_meta):
+        new = table.detach().index_select(0, rows.index.to(table.device))
+        if not torch.equal(new, live.detach().to(new.device, new.dtype)):
+            # They are not those of a model that is moved or cast. A version is never negative.
+            table._seen = (id(live), _version(live), -1)
+
+
+def _transformed() -> bool:
+    """Whether torch.func, forward-mode AD or torch.jit.trace looks at what is computed."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def whole(table: RowFrozenParameter) -> Tensor:
     """The table as a tensor whose gradient goes to the live rows; shares the table's memory."""
     live, index = live_of(table), table._rows.index
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or _transformed():
         return table.index_copy(0, index, live.to(table.dtype))
     return _Whole.apply(table, live, index)  # type: ignore[no-any-return]
 
@@ -253,11 +375,12 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
+        # The live rows are saved for their version: what was made of the table has its memory.
+        ctx.save_for_backward(inputs[1], inputs[2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (index,) = ctx.saved_tensors
+        _, index = ctx.saved_tensors
         return None, grad.index_select(0, index), None
 
 
@@ -297,8 +420,9 @@ def _embedding(
     rows, live = weight._rows, live_of(weight)
     patch = torch.compiler.is_dynamo_compiling()
     if not patch:
-        _sync(weight)
-        if not (torch.is_grad_enabled() and live.requires_grad):
+        trains = torch.is_grad_enabled() and live.requires_grad
+        _sync(weight, trains=trains)
+        if not trains:
             return F.embedding(input, weight)
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
@@ -379,7 +503,7 @@ def _embedding_bag(
             },
         )
     assert isinstance(weight, RowFrozenParameter)
-    _sync(weight)
+    _sync(weight, trains=True)
     rows = weight._rows
     return _Bag.apply(  # type: ignore[no-any-return]
         input, weight, live_of(weight), rows.index, rows.start, offsets, per_sample_weights, options
@@ -454,7 +578,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     compiling = torch.compiler.is_dynamo_compiling()
     if not compiling:
         for table in _tables((weight, bias)):
-            _sync(table)
+            _sync(table, trains=torch.is_grad_enabled() and live_of(table).requires_grad)
     if isinstance(bias, RowFrozenParameter) and not (
         isinstance(weight, RowFrozenParameter) and bias._rows is weight._rows
     ):
