@@ -157,6 +157,9 @@ def test_state_and_gradients_are_of_the_live_rows() -> None:
         shown
     ).replace("\n  ", " ")
     assert [f.kind for f in audit(model, optimizer)] == ["tied", "frozen rows"]
+    # Backward runs through the frozen rows of the head, too.
+    flow = report(model, example=batch(0)[0]).flow
+    assert (flow.kind, flow.crossed) == ("runs through", shown.total.frozen)
 
 
 # --- the values that the table shows -------------------------------------------------------------
