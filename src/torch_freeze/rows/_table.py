@@ -587,7 +587,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if not isinstance(weight, RowFrozenParameter):
         return F.linear(input, weight, bias)
     rows, live = weight._rows, live_of(weight)
-    live_bias = live_of(bias) if isinstance(bias, RowFrozenParameter) else None
+    live_bias: Tensor | None = live_of(bias) if isinstance(bias, RowFrozenParameter) else None
     trains = live.requires_grad or (live_bias is not None and live_bias.requires_grad)
     if not compiling and not (torch.is_grad_enabled() and trains):
         return F.linear(input, weight, bias)
