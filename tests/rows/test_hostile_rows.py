@@ -257,6 +257,7 @@ def test_a_deleted_model_leaves_nothing() -> None:
 def test_many_rounds_leave_nothing() -> None:
     model = Net()
     # A step of any optimizer tidies up what other tests left.
+    _owners._expected.clear()
     torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1).step()
     before = len(_global_optimizer_pre_hooks), len(_owners._expected)
     for row in range(100):
@@ -271,6 +272,7 @@ def test_many_rounds_leave_nothing() -> None:
         model(IDS).sum().backward()
         optimizer.step()
     assert (len(_global_optimizer_pre_hooks), len(_owners._expected)) <= before
+    assert _owners._look not in _global_optimizer_pre_hooks.values()
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -648,3 +650,77 @@ def test_the_table_cannot_be_made_trainable_by_its_flag() -> None:
     model.requires_grad_(False)
     model.embed.live_rows.requires_grad_()
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["embed.live_rows.weight"]
+
+
+# --- what else a guard in the code is for ---------------------------------------------------------
+
+
+def test_a_transform_sees_what_was_written_into_the_table() -> None:
+    ours, plain, x = _pair("linear")
+    for each in (ours, plain):
+        each.weight.data[2] = 7.0
+    jacobians = [torch.func.jacrev(each)(x) for each in (ours, plain)]
+    torch.testing.assert_close(*jacobians)
+
+
+def test_values_that_nothing_has_read_stay_when_it_ends() -> None:
+    model = frozen_net()
+    table = model.embed.weight
+    move_live(model)
+    expected = live_of(model).detach().clone()
+    unfreeze(model, "embed.weight")
+    assert torch.equal(table.detach()[APART], expected)
+
+
+def test_a_bag_whose_rows_change_before_backward_is_an_error() -> None:
+    bag = nn.EmbeddingBag(VOCAB, WIDTH, mode="sum")
+    freeze_except(nn.ModuleDict({"table": bag}), "table", rows=APART)
+    weights = torch.ones(1, VOCAB, requires_grad=True)
+    out = bag(IDS.view(1, -1), None, weights).sum()
+    with torch.no_grad():
+        bag.live_rows.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_functional_embedding_with_padding_from_the_end() -> None:
+    model, plain = frozen_net(), Net()
+    for each in (model, plain):
+        torch.nn.functional.embedding(IDS, each.embed.weight, padding_idx=-1).sum().backward()
+    assert plain.embed.weight.grad is not None
+    assert torch.equal(live_of(model).grad, plain.embed.weight.grad[APART])
+
+
+def test_second_derivatives_under_autocast() -> None:
+    """There the table of a projection is a cast copy, which knows no live rows of its own."""
+    ours, plain, x = _pair("linear")
+    grads = []
+    for each in (ours, plain):
+        given = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            (slope,) = torch.autograd.grad(each(given).tanh().sum(), given, create_graph=True)
+        slope.square().sum().backward()
+        grads.append({n: p.grad for n, p in each.named_parameters() if p.requires_grad})
+    live = {name.removeprefix("live_rows."): grad for name, grad in grads[0].items()}
+    torch.testing.assert_close(live, _pick(grads[1]), rtol=0.05, atol=0.05)
+
+
+def test_beginning_and_ending_leave_no_gradients() -> None:
+    model = nn.Sequential(nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, 2)).eval()
+    model(IDS).sum().backward()
+    freeze(model, "0", rows=[1])
+    table, live = model[0].weight, model[0].live_rows.weight
+    assert table.grad is None
+    assert not model[0].live_rows.training
+    model(IDS).sum().backward()
+    unfreeze(model, "0")
+    assert live.grad is None
+    assert table.grad is None
+
+
+def test_live_rows_of_a_transposed_table_are_contiguous() -> None:
+    """As optimizers' kernels take parameters."""
+    model = nn.Sequential(_with_weight(torch.randn(WIDTH, VOCAB).T))
+    freeze_except(model, "0", rows=APART)
+    assert not model[0].weight.is_contiguous()
+    assert model[0].live_rows.weight.is_contiguous()
