@@ -85,6 +85,10 @@ def _numbers(rows: Any, size: int, name: str, vocab: Vocabulary | None, caller: 
                 f"{size:,} rows; it must have the shape [{size}]."
             )
         return found.nonzero().flatten()
+    if found.dtype is torch.uint8 and found.numel() == size:
+        raise TypeError(
+            f"{caller}: {_shown(rows)} may be a mask or row numbers; call bool() or long() on it."
+        )
     numbers = not (found.dtype.is_floating_point or found.dtype.is_complex)
     if found.numel() and not (numbers and found.dim() == 1):
         raise _unknown(rows, caller)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._table import RowFrozenParameter, bind, take_over
+from ._table import RowFrozenParameter, bind, take_over, use
 
 #: The name under which a layer has it.
 NAME = "live_rows"
@@ -62,6 +62,8 @@ class LiveRows(nn.Module):
                 bind(table, self, key)
                 assert isinstance(table, RowFrozenParameter)
                 take_over(table)
+            elif isinstance(table, RowFrozenParameter):
+                use(table)
 
     def _apply(self, *args: Any, **kwargs: Any) -> LiveRows:
         before = dict(self._parameters)

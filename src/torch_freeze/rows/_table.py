@@ -5,6 +5,7 @@ them, brought up to date whenever a torch function reads the table, so the table
 to state_dict, to a tied layer, to a user who prints it. The reverse holds, too: what is written
 into live rows of the table's memory (`table.data[-1] = x`, an average of state_dicts) raises the
 table's version, and the live parameter gets it at its next use, unless it has changed since itself.
+So a loop that changes all parameters, such as a moving average, counts once for the live rows.
 
 Functions with a cheap gradient of the live rows have one here: `F.embedding`, `F.embedding_bag`
 and `F.linear`. Any other differentiable function (`x @ weight.T`) gets the table with the live rows
@@ -49,28 +50,6 @@ _DESCRIBING = frozenset(
         "retain_grad",
         "_has_compatible_shallow_copy_type",
         "_typed_storage",
-    }
-)
-# In-place functions that assign values instead of changing those that are there: what they write
-# into live rows is taken over at once, not at their next use. (A loop such as
-# `for p in model.parameters(): p.mul_(0.9)` visits the live rows as a parameter of their own, so
-# changes through the table must not count twice.)
-_ASSIGNING = frozenset(
-    {
-        "copy_",
-        "fill_",
-        "zero_",
-        "normal_",
-        "uniform_",
-        "constant_",
-        "kaiming_uniform_",
-        "__setitem__",
-        "index_copy_",
-        "index_fill_",
-        "index_put_",
-        "masked_fill_",
-        "masked_scatter_",
-        "scatter_",
     }
 )
 
@@ -175,6 +154,15 @@ def _see(table: RowFrozenParameter) -> None:
     table._seen = (id(live), _version(live), _version(table))
 
 
+def _equal(table: RowFrozenParameter) -> bool:
+    """Whether the table's memory and the live rows have the same values; so they do without any."""
+    live = live_of(table).detach()
+    if table.is_meta or live.is_meta:
+        return True
+    held = table.detach().index_select(0, table._rows.index.to(table.device))
+    return torch.equal(held, live.to(held.device, held.dtype))
+
+
 def _written(table: RowFrozenParameter) -> bool:
     """Whether something was written into the table's memory, and not into the live rows, since."""
     live = live_of(table)
@@ -277,10 +265,10 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
             _sync(table, trains=trains and not writes and name != "detach")
     if writes or name == "detach" or not (trains or compiling or transformed):
         result = func(*args, **kwargs)
-        # The functions of torch.nn.init come with keywords alone.
-        target = args[0] if args else kwargs.get("tensor")
-        if name in _ASSIGNING and isinstance(target, RowFrozenParameter):
-            take_over(target)
+        for table in found if writes and not (compiling or transformed) else ():
+            # A tied table is loaded once for each of its names; only the first brings other values.
+            if _equal(table):
+                _see(table)
         return result
     args, kwargs = tree_map(
         lambda one: whole(one) if isinstance(one, RowFrozenParameter) else one, (args, kwargs)
@@ -339,12 +327,9 @@ def _set_data(table: RowFrozenParameter, value: Tensor) -> None:
         rows.frozen = len(value) - len(rows.index)
         rows.resized = live_of(table).requires_grad
     table.data = value
-    live = live_of(table)
-    if not (table.is_meta or live.is_meta):
-        new = table.detach().index_select(0, rows.index.to(table.device))
-        if not torch.equal(new, live.detach().to(new.device, new.dtype)):
-            # They are not those of a model that is moved or cast. A version is never negative.
-            table._seen = (id(live), _version(live), -1)
+    if not _equal(table):
+        # They are not those of a model that is moved or cast. A version is never negative.
+        table._seen = (id(live_of(table)), _version(live_of(table)), -1)
 
 
 def _transformed() -> bool:
