@@ -83,6 +83,10 @@ WRITES: dict[str, Callable[[Net], Any]] = {
     ),
     "each parameter": lambda m: [p.mul_(0.5) for p in m.parameters()],
     "each parameter, in two steps": lambda m: [p.mul_(0.25).mul_(2) for p in m.parameters()],
+    "each parameter, copied": lambda m: [p.copy_(p * 0.5) for p in m.parameters()],
+    "each parameter, by row": lambda m: [
+        p.__setitem__(slice(None), p * 0.5) for p in m.parameters()
+    ],
     "each parameter's data": lambda m: [p.data.mul_(0.5) for p in m.parameters()],
     "each parameter's data, in two steps": lambda m: [
         (p.data.mul_(0.25), p.data.mul_(2)) for p in m.parameters()

@@ -422,20 +422,6 @@ def test_a_table_that_is_resized_keeps_its_live_rows() -> None:
         resized(model.embed, 10)
 
 
-def test_writes_into_the_table() -> None:
-    """The live rows have them from their next use on."""
-    model = trained()
-    table, live = model.embed.weight, model.embed.live_rows.weight
-    with torch.no_grad():
-        table[2] = 7.0
-        assert table[2].tolist() == [7.0] * WIDTH
-    model.embed(torch.tensor(2))
-    assert live[0].tolist() == [7.0] * WIDTH
-    nn.init.normal_(table)
-    model.embed(torch.tensor(2))
-    assert torch.equal(table.detach()[APART], live)
-
-
 def test_other_data_for_the_table_counts_after_a_step() -> None:
     model = trained()
     with torch.no_grad():
@@ -443,29 +429,6 @@ def test_other_data_for_the_table_counts_after_a_step() -> None:
     model.embed.weight.data = torch.ones(VOCAB, WIDTH)
     model.embed(torch.tensor(2))
     assert torch.equal(model.embed.live_rows.weight, torch.ones(3, WIDTH))
-
-
-LOOPS: dict[str, Callable[[Tensor], object]] = {
-    "mul_": lambda p: p.mul_(0.5),
-    "copy_": lambda p: p.copy_(p * 0.5),
-    "data": lambda p: p.data.mul_(0.5),
-    "data assigned": lambda p: setattr(p, "data", p.data * 0.5),
-    "indexed": lambda p: p.__setitem__(slice(None), p * 0.5),
-    "foreach": lambda p: torch._foreach_mul_([p], 0.5),
-}
-
-
-@pytest.mark.parametrize("loop", LOOPS)
-def test_a_loop_over_all_parameters_counts_once(loop: str) -> None:
-    model = trained()
-    before = model.embed.weight.detach().clone()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            LOOPS[loop](parameter)
-    assert torch.equal(model.embed.weight.detach(), before * 0.5)
-    model.embed(torch.tensor(2))
-    assert torch.equal(model.embed.weight.detach(), before * 0.5)
-    assert torch.equal(model.embed.live_rows.weight.detach(), before[APART] * 0.5)
 
 
 def test_averaged_weights_are_averaged_once() -> None:
