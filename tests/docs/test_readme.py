@@ -136,13 +136,6 @@ def test_the_page_how_we_know_names_tests_that_exist(test: str) -> None:
 
 
 RESULTS = ROOT / "benchmarks" / "results"
-MEMORY_COLUMNS = {
-    "stock default": "stock/default",
-    "stock fused": "stock/fused",
-    "FrozenAwareSGD": "ours",
-    "in backward": "ours/in backward",
-    "and bfloat16 momentum": "ours/in backward, bf16",
-}
 
 
 def recorded(run: str) -> dict[tuple[str, str, str], list[float]]:
@@ -154,27 +147,6 @@ def recorded(run: str) -> dict[tuple[str, str, str], list[float]]:
             ]
             for row in csv.DictReader(file)
         }
-
-
-def test_the_memory_table_is_the_recorded_one() -> None:
-    models = {"resnet50": "ResNet-50", "vit_b_16": "ViT-B/16", "bert_base": "BERT-base"}
-    models["decoder_1b"] = "1.07B decoder in bf16"
-    peaks: dict[tuple[str, str], dict[str, float]] = {}
-    for (workload, contestant, measure), values in recorded("amd_epyc_memory").items():
-        model, _, case = workload.partition("/")
-        if measure == "peak":  # of all iterations the steady one, which is the last
-            peaks.setdefault((models[model], case), {})[contestant] = values[-1]
-    page = PAGES["docs/memory.md"]
-    table = re.search(r"^\| peak above the model, MB (\|.*\|\n(?:\|.*\|\n)+)", page, re.MULTILINE)
-    assert table is not None
-    header, _, *rows = table[1].splitlines()
-    assert [cell.strip() for cell in header.strip("|").split("|")] == list(MEMORY_COLUMNS)
-    assert len(rows) >= 6
-    for row in rows:
-        name, *cells = [cell.strip() for cell in row.strip("|").split("|")]
-        model, half, _ = name.partition(", half frozen")
-        of_model = peaks[model, "4" if half else "1"]
-        assert cells == [f"{of_model[key] / 1e6:,.0f}" for key in MEMORY_COLUMNS.values()], name
 
 
 # By the optimizer: the recorded runs, the first of which has the percentiles, and the rows.
