@@ -100,8 +100,8 @@ def bytes_of(sizes: list[float]) -> str:
 
 
 def _epoch(number: int) -> Cell:
-    """The time of an epoch, counted from 0."""
-    return _cell("epoch", lambda epochs: duration(epochs[number]), least=number + 1)
+    """The time of an epoch, counted from 0, to two digits so that several fit into a line."""
+    return _cell("epoch", lambda epochs: duration(float(f"{epochs[number]:.2g}")), number + 1)
 
 
 def _peak_ratio(found: Measured, key: str) -> str:
@@ -198,7 +198,9 @@ def table(found: Measured, family: Family) -> str:
     """One workload: its title, all contestants, and notes."""
     columns = [*COLUMNS[found.kind], ("equal", _equal)]
     rows = [
-        [family.label(key), *(cell(found, key) for _, cell in columns)] for key in found.contestants
+        # The legend says that options are of the cache. Their names leave room for long times.
+        [family.label(key).removeprefix("cached, "), *(cell(found, key) for _, cell in columns)]
+        for key in found.contestants
     ]
     notes = [f"{family.label(key)}: not run: {why}" for key, why in found.unavailable.items()]
     for key in filter(found.unequal, found.contestants):

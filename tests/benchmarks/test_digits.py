@@ -115,7 +115,7 @@ class TestEpochs:
         given = ["--device", "cpu", "--suite", "epochs", "--quick", "--steps", "3"]
         assert command.main(given) == 0
         printed = capsys.readouterr().out
-        assert widest(printed) <= 80
+        assert widest(printed) <= 80, [x for x in printed.splitlines() if len(x) > 80]
         assert "WRONG" not in printed
         read = pandas.read_csv(next(Path("compare-results").glob("*_epochs.csv")))
         values = {(r.workload, r.contestant, r.measure): r.value for r in read.itertuples()}
