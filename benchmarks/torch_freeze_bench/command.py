@@ -291,9 +291,7 @@ def finish(job: Job, *, cut_short: str | None = None) -> bool:
     parts += [f"```\n{text}\n```" for text in (*job.shown, explained) if text]
     markdown = "\n\n".join([*parts, "## Verdict", summary]) + "\n"
     files = {".csv": to_csv(found), ".md": markdown.encode()}
-    for number, figure in enumerate(
-        figures.draw(found, family, on_gpu=job.setting.device.type == "cuda")
-    ):
+    for number, figure in enumerate(figures.draw(found, family)):
         files[f"{f'_{number + 1}' if number else ''}.png"] = figures.encode(figure, machine)
     placed = [write(job.files.with_name(job.files.name + end), data) for end, data in files.items()]
     return all(placed)

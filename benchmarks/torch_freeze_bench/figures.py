@@ -25,11 +25,10 @@ _BARS = {
     "mobilenet_v3_small/0": "MobileNetV3-small",
     "resnet50/0": "ResNet-50",
 }
-"""The workloads of the targets that a picture of the gain shows, if they were measured; on a CPU
-ResNet-50, which is bound by the memory, is left to the table."""
+"""The workloads of the targets that a picture of the gain shows, if they were measured."""
 
 
-def draw(found: Sequence[Measured], family: Family, *, on_gpu: bool) -> Iterator[Any]:
+def draw(found: Sequence[Measured], family: Family) -> Iterator[Any]:
     """Everyone's ratios, the targets' gain in a few bars, and peaks, as far as measured."""
     timed = [m for m in found if m.kind in ("steps", "digits") and m.suite != "targets"]
     if timed:
@@ -37,7 +36,7 @@ def draw(found: Sequence[Measured], family: Family, *, on_gpu: bool) -> Iterator
     gains = {}
     for m in found:
         fused = "filter/fused" if m.of("filter/fused", "warm") else "all/fused"
-        shown = m.suite == "targets" and m.key in _BARS and (m.key != "resnet50/0" or on_gpu)
+        shown = m.suite == "targets" and m.key in _BARS
         if shown and (gain := m.ratio(fused, "warm")):
             gains[_BARS[m.key]] = gain
     if gains:
@@ -136,7 +135,7 @@ def _sizes(found: Sequence[Measured], family: Family) -> Any:
         for model, records in by_model(found)
     }
     rows = list(dict.fromkeys(row for frame in panels.values() for row in frame.index))
-    size = (2.4 * len(panels) + 2.4, 1.6 + 0.7 * len(rows))
+    size = (max(2.4 * len(panels) + 2.4, 7), 1.6 + 0.7 * len(rows))  # the legend needs 7
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     grid: Any = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (name, frame) in zip(grid, panels.items(), strict=True):

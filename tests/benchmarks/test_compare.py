@@ -753,10 +753,10 @@ class TestCommand:
         for key in ("tiny161", "frozen998", "groups50", "resnet50/0", "mobilenet_v3_small/0"):
             taken = outcome(measured(10, all_fused=20, filter_fused=15), suite="targets")
             found.append(dataclasses.replace(taken, key=key))
-        (drawn,) = figures.draw(found, SGD, on_gpu=False)
+        (drawn,) = figures.draw(found, SGD)
         axes = drawn.axes[0]
-        assert [bar.get_width() for bar in axes.patches] == [1.5] * 4
-        assert len(axes.get_yticklabels()) == 4
+        assert [bar.get_width() for bar in axes.patches] == [1.5] * 5
+        assert len(axes.get_yticklabels()) == 5
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
     def test_what_was_measured_is_saved_when_a_run_ends_early(
