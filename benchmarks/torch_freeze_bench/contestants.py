@@ -77,18 +77,6 @@ def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key: value for key, value in values.items() if isinstance(value, Tensor)}
 
 
-def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that hold the memory: of a quantized one, as torchao has it, its parts."""
-    found: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        if hasattr(tensor, "__tensor_flatten__"):
-            names, _ = tensor.__tensor_flatten__()
-            found |= {f"{key}.{name}": getattr(tensor, name) for name in names}
-        else:
-            found[key] = tensor
-    return found
-
-
 def hook_on(p: nn.Parameter, hook: Callable[[Tensor], None]) -> Any:
     """Call ``hook`` when the gradient of ``p`` has arrived, also if ``p`` is frozen at first."""
     trained = p.requires_grad
@@ -123,24 +111,16 @@ class Trainer:
 
     def held(self, p: Tensor) -> dict[str, Tensor]:
         """The tensors in a parameter's state, as they are stored."""
-        return stored(self._tensors(p))
+        return next((tensors_of(o.state[p]) for o in self.optimizers if p in o.state), {})
 
     def buffers(self, p: Tensor) -> dict[str, Tensor]:
         """The tensors in a parameter's state, by stock's keys and in full precision."""
-        return {
-            self.names.get(key, key): tensor.dequantize()
-            if hasattr(tensor, "__tensor_flatten__")
-            else tensor
-            for key, tensor in self._tensors(p).items()
-        }
-
-    def _tensors(self, p: Tensor) -> dict[str, Tensor]:
-        return next((tensors_of(o.state[p]) for o in self.optimizers if p in o.state), {})
+        return {self.names.get(key, key): tensor for key, tensor in self.held(p).items()}
 
     def state(self) -> list[Tensor]:
         """Everything that is kept from one iteration to the next."""
         states = (state for o in self.optimizers for state in o.state.values())
-        return [tensor for state in states for tensor in stored(tensors_of(state)).values()]
+        return [tensor for state in states for tensor in tensors_of(state).values()]
 
     def frozen_set_changed(self) -> None:
         """Do what this contestant's user has to do then: usually nothing."""

@@ -610,40 +610,6 @@ class TestContestants:
         assert torch.allclose(found["exp_avg"], moments["exp_avg"] * (1 - 0.9**2))
         assert torch.allclose(found["exp_avg_sq"], moments["exp_avg_sq"] * (1 - 0.999**2))
 
-    def test_a_quantized_tensor_counts_as_its_parts(self) -> None:
-        p = nn.Parameter(torch.ones(512))
-        trainer = contestants.Trainer(torch.optim.SGD([p]))
-        trainer.optimizer.state[p] = {"exp_avg": Quantized(torch.full((512,), 3.0)), "step": 1}
-        assert memory.held_bytes(trainer.state()) == 512 + 4
-        assert memory.held_bytes(trainer.held(p).values()) == 512 + 4
-        assert torch.equal(trainer.buffers(p)["exp_avg"], torch.full((512,), 3.0))
-
-
-class Quantized(torch.Tensor):
-    """Codes and a scale, as torchao wraps them."""
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-
-    @staticmethod
-    def __new__(cls, values: torch.Tensor) -> Quantized:
-        made: Quantized = torch.Tensor._make_wrapper_subclass(cls, values.shape)  # type: ignore[attr-defined]
-        made.scale = values.max()
-        made.codes = (values / made.scale).to(torch.uint8)
-        return made
-
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["codes", "scale"], None
-
-    def dequantize(self) -> torch.Tensor:
-        return self.codes * self.scale
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def __torch_dispatch__(cls, function: Any, *given: Any) -> Any:
-        raise NotImplementedError(function)
-
 
 class StandIn(torch.optim.AdamW):
     def __init__(self, groups: Any, *, lr: float, weight_decay: float, **other: Any) -> None:
