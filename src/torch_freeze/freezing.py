@@ -405,10 +405,10 @@ def _plan_rows(
     plan: dict[int, _RowPlan] = {}
     of_layer: dict[int, Tensor] = {}
     unfreezes = caller == "unfreeze"
+    of_tables = _rows.live_parameters(tree)
     for selectors, rows in pairs:
         selection = select(tree, as_selectors(selectors), caller)
         entries = [e for key, e in selection.params.items() if key not in excluded.params]
-        of_tables = _rows.live_parameters(tree)
         given = {id(e.parameter) for e in entries}
         for entry in entries:
             table = of_tables.get(id(entry.parameter))

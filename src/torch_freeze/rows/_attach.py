@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,28 +40,25 @@ class Table:
 def tables(tree: Tree) -> list[Table]:
     """The model's tables with frozen rows, in registration order."""
     found = []
-    for entry in tree.params.values():
-        table = entry.parameter
-        if isinstance(table, RowFrozenParameter):
-            live = live_of(table)
-            owned = tree.params.get(id(live))
-            index = table._rows.index
-            name = None if owned is None else owned.name
-            found.append(
-                Table(
-                    entry.name, name, len(table), len(index), live.requires_grad, ranges(index, 4)
-                )
-            )
+    for entry, table in _by_rows(tree):
+        live, index = live_of(table), table._rows.index
+        owned = tree.params.get(id(live))
+        name = None if owned is None else owned.name
+        found.append(
+            Table(entry.name, name, len(table), len(index), live.requires_grad, ranges(index, 4))
+        )
     return found
 
 
 def live_parameters(tree: Tree) -> dict[int, RowFrozenParameter]:
     """For each parameter of live rows in the model, by `id`, the table it belongs to."""
-    return {
-        id(live_of(entry.parameter)): entry.parameter
-        for entry in tree.params.values()
-        if isinstance(entry.parameter, RowFrozenParameter)
-    }
+    return {id(live_of(table)): table for _, table in _by_rows(tree)}
+
+
+def _by_rows(tree: Tree) -> Iterator[tuple[ParamEntry, RowFrozenParameter]]:
+    for entry in tree.params.values():
+        if isinstance(entry.parameter, RowFrozenParameter):
+            yield entry, entry.parameter
 
 
 def check(tree: Tree, entry: ParamEntry, caller: str) -> ModuleEntry:
@@ -91,18 +88,12 @@ def check(tree: Tree, entry: ParamEntry, caller: str) -> ModuleEntry:
             f"{caller}: {entry.name} has no values yet, so its rows cannot be frozen; do it after "
             "the model has been initialized."
         )
-    if type(parameter) not in (nn.Parameter, RowFrozenParameter) or hasattr(
-        parameter, "device_mesh"
-    ):
+    # A parameter made of another kind of tensor has that tensor's class.
+    if type(parameter) not in (nn.Parameter, RowFrozenParameter):
         raise TypeError(
             f"{caller}: {entry.name} is a {type(parameter).__name__}; rows of plain parameters can "
-            "be frozen, of sharded and quantized ones not."
-        )
-    if type(parameter.data) is not torch.Tensor:
-        raise TypeError(
-            f"{caller}: {entry.name} is sharded or of another kind of tensor "
-            f"({type(parameter.data).__name__}), whose rows cannot be frozen apart. With FSDP2, "
-            "freeze rows before and leave the layer out of fully_shard."
+            "be frozen, of sharded and quantized ones not. With FSDP2, freeze rows before and "
+            "leave the layer out of fully_shard."
         )
     if getattr(owner.module, "max_norm", None) is not None:
         raise ValueError(

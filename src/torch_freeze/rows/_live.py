@@ -55,7 +55,7 @@ class LiveRows(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # The table was loaded before its layer's children. With assign=True it is another object.
-        owner = self._owner()
+        owner = self.owner()
         for key in self._parameters:
             table = None if owner is None else owner._parameters.get(key)
             if type(table) is nn.Parameter:
@@ -101,9 +101,8 @@ class LiveRows(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveRows:
         twin = memo[id(self)] = object.__new__(type(self))
-        owner = self._owner()
-        state = {key: value for key, value in vars(self).items() if key != "_owner"}
-        vars(twin).update(copy.deepcopy(state, memo))
+        owner = self.owner()
+        vars(twin).update(copy.deepcopy(_all_but_owner(self), memo))
         # The layer's copy, if the layer is being copied.
         new = None if owner is None else memo.get(id(owner))
         vars(twin)["_owner"] = self._owner if new is None else weakref.ref(new)
@@ -133,9 +132,12 @@ def ranges(index: Tensor, most: int = 6) -> str:
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
+def _all_but_owner(rows: LiveRows) -> dict[str, Any]:
+    return {key: value for key, value in vars(rows).items() if key != "_owner"}
+
+
 def _to_process(rows: LiveRows) -> Any:
-    state = {key: value for key, value in vars(rows).items() if key != "_owner"}
-    return _in_process, (state,)
+    return _in_process, (_all_but_owner(rows),)
 
 
 def _in_process(state: dict[str, Any]) -> LiveRows:
