@@ -220,6 +220,14 @@ def test_the_speed_table_is_the_recorded_one(optimizer: str) -> None:
             assert cell.startswith(expected), (name, form)
 
 
+def benchmark_table(first: str) -> tuple[list[str], list[str]]:
+    """The other columns, and the lines, of the table whose first column is called that."""
+    pattern = rf"^\| {first} (.*)\n\|.*\n((?:\|.*\|\n)+)"
+    table = re.search(pattern, PAGES["docs/benchmarks.md"], re.MULTILINE)
+    assert table is not None
+    return [cell.strip() for cell in table[1].strip("| ").split("|")], table[2].splitlines()
+
+
 CACHED_FEATURES = {
     "ResNet-18 at 64², half frozen": "resnet18/half",
     "ResNet-18 at 64², all but the head": "resnet18/head",
@@ -255,12 +263,8 @@ def test_the_table_of_cached_features_is_the_recorded_one() -> None:
         gains = (f"{times['ours'] / times[who]:,.1f}x" for who in ("cached", "by hand"))
         cells = (title, *map(shown, (times["ours"], times["cached"])), *gains)
         expected.append(f"| {' | '.join((*cells, f'{filled / plain:.2f}x', size))} |")
-    page = PAGES["docs/benchmarks.md"]
-    table = re.search(
-        r"^\| each epoch after the first .*\n\|.*\n((?:\|.*\|\n)+)", page, re.MULTILINE
-    )
-    assert table is not None
-    assert table[1].splitlines() == expected, "it is:\n" + "\n".join(expected)
+    _, lines = benchmark_table("each epoch after the first")
+    assert lines == expected, "it is:\n" + "\n".join(expected)
 
 
 FROZEN_ROWS = {
@@ -294,11 +298,9 @@ def test_the_table_of_frozen_rows_is_the_recorded_one() -> None:
         f"| {' | '.join((title, *(cell(workload, who) for who in ROW_COLUMNS.values())))} |"
         for title, workload in FROZEN_ROWS.items()
     ]
-    page = PAGES["docs/benchmarks.md"]
-    table = re.search(r"^\| an iteration (.*)\n\|.*\n((?:\|.*\|\n)+)", page, re.MULTILINE)
-    assert table is not None
-    assert [cell.strip() for cell in table[1].strip("| ").split("|")] == list(ROW_COLUMNS)
-    assert table[2].splitlines() == expected, "it is:\n" + "\n".join(expected)
+    columns, lines = benchmark_table("an iteration")
+    assert columns == list(ROW_COLUMNS)
+    assert lines == expected, "it is:\n" + "\n".join(expected)
 
 
 def documented() -> list[Any]:

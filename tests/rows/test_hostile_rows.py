@@ -559,6 +559,17 @@ def test_transforms_with_respect_to_the_input(way: Callable[..., Any]) -> None:
     torch.testing.assert_close(got, way(lambda given: plain(given).square().sum())(x))
 
 
+def assert_follows(form: Callable[[Tensor], Tensor], model: Net) -> None:
+    """Another form of the model has its output, and gives the live rows the same gradient."""
+    torch.testing.assert_close(form(IDS), model(IDS))
+    grads = []
+    for each in (form, model):
+        each(IDS).square().sum().backward()
+        grads.append(live_of(model).grad.clone())
+        model.zero_grad()
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("trains", [True, False])
 def test_a_trace_follows_the_live_rows(trains: bool) -> None:
     model = frozen_net()
@@ -566,14 +577,7 @@ def test_a_trace_follows_the_live_rows(trains: bool) -> None:
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(model, IDS)
     move_live(model)
-    out = traced(IDS)
-    torch.testing.assert_close(out, model(IDS))
-    grads = []
-    for each in (traced, model):
-        each(IDS).square().sum().backward()
-        grads.append(live_of(model).grad.clone())
-        model.zero_grad()
-    torch.testing.assert_close(*grads)
+    assert_follows(traced, model)
 
 
 def test_a_script_is_refused() -> None:
@@ -592,13 +596,7 @@ def test_graphs_follow_the_live_rows(way: str) -> None:
     else:
         graph = torch.fx.symbolic_trace(model)
     move_live(model)
-    torch.testing.assert_close(graph(IDS), model(IDS))
-    grads = []
-    for each in (graph, model):
-        each(IDS).square().sum().backward()
-        grads.append(live_of(model).grad.clone())
-        model.zero_grad()
-    torch.testing.assert_close(*grads)
+    assert_follows(graph, model)
 
 
 @pytest.mark.parametrize("way", ["swap", "overwrite"])
