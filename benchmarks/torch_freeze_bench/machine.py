@@ -22,7 +22,7 @@ BUSY = 0.7
 SIMULATED = "simulated GPU"
 """The name of tests/cuda_on_cpu's devices."""
 _PACKAGES = ("torchvision", "transformers", "scikit-learn", "numpy", "pandas")
-_COMPARED = ("flashoptim", "torch-optimi", "bitsandbytes", "torchao", "lomo-optim", "apex", "peft")
+_COMPARED = ("flashoptim", "torch-optimi", "bitsandbytes", "lomo-optim", "apex", "peft")
 
 
 def is_simulated(device: torch.device) -> bool:
