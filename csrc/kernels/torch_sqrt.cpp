@@ -6,6 +6,7 @@
 extern "C" {
 __attribute__((weak)) void vmsSqrt(int n, const float* a, float* r, int64_t mode);
 __attribute__((weak)) void vmdSqrt(int n, const double* a, double* r, int64_t mode);
+__attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
 }
 
 namespace torch_freeze {
@@ -17,7 +18,13 @@ constexpr int64_t kMode = 0x2 | 0x140000 | 0x100;
 template <class T, class Function>
 void apply(Function* function, T* values, int64_t n) {
   if (function != nullptr) {
+    // Since torch sets MKL's number of threads, each call would begin a parallel region within ours, of one thread
+    // that waits for itself: three times the whole step.
+    const int threads = MKL_Set_Num_Threads_Local == nullptr ? 0 : MKL_Set_Num_Threads_Local(1);
     function(static_cast<int>(n), values, values, kMode);
+    if (MKL_Set_Num_Threads_Local != nullptr) {
+      MKL_Set_Num_Threads_Local(threads);
+    }
     return;
   }
   for (int64_t i = 0; i < n; ++i) {
