@@ -376,15 +376,13 @@ def _places(ids: Tensor, index: Tensor, start: int | None, padding: int | None) 
     """For each id its place among the live rows, or their number if that row is frozen."""
     k = index.shape[0]
     if start is not None:
-        at = ids - start
-        live = (at >= 0) & (at < k)
+        # Without its sign, a row before the first is as large as those after the last.
+        places = (ids - start).bitwise_and(torch.iinfo(ids.dtype).max).clamp(max=k)
     else:
         index = index.to(ids.dtype)
         at = torch.searchsorted(index, ids).clamp(max=k - 1)
-        live = index[at] == ids
-    if padding is not None:
-        live &= ids != padding
-    return torch.where(live, at, k)
+        places = torch.where(index[at] == ids, at, k)
+    return places if padding is None else torch.where(ids == padding, k, places)
 
 
 def _embedding(
