@@ -275,7 +275,9 @@ _LEGEND = {
         "cached: {name} with FeatureCache, which fills its store in the first epoch (on the disk;"
         " in iterations in memory). by hand: the frozen part is run once over all samples, within"
         " the first epoch, and the rest trains on what it gave, in memory. bf16 stored, bf16"
-        " prefix, compiled: the options dtype, frozen_dtype and compile_frozen of FeatureCache.",
+        " prefix, compiled: the options dtype, frozen_dtype and compile_frozen of FeatureCache."
+        " Spot checks are off, since they come at intervals; what is judged includes their share of"
+        " the time.",
         "later ones: the median epoch after the first. gain: {name}'s median over the contestant's,"
         " of the later epochs or of iterations (then 10th and 90th percentile). to accuracy:"
         " training time, with the making of the cache, until 2 points less are right than stock's"
