@@ -144,9 +144,7 @@ c10::ScalarType GroupReader::computes_in_behind(size_t key) const {
     return c10::ScalarType::Undefined;
   }
   const std::string_view name = Py_TYPE(product.ptr())->tp_name;
-  return name == "numpy.float32"   ? c10::kFloat
-         : name == "numpy.float16" ? c10::ScalarType::Undefined
-                                   : c10::kDouble;
+  return name == "numpy.float32" ? c10::kFloat : name == "numpy.float16" ? c10::kHalf : c10::kDouble;
 }
 
 std::array<double, 2> GroupReader::pair_behind(size_t key) const {

@@ -58,8 +58,8 @@ class GroupReader {
   double one_minus(size_t key) const {
     return PyFloat_CheckExact(item(key)) ? 1.0 - PyFloat_AS_DOUBLE(item(key)) : one_minus_behind(key);
   }
-  // The type in which the value computes with a number of Python's, or Undefined if it is one. Narrow types and
-  // tensors on a GPU count as numbers of Python's.
+  // The type in which the value computes with a number of Python's, or Undefined if it is one. Tensors of narrow
+  // types and on a GPU count as numbers of Python's.
   c10::ScalarType computes_in(size_t key) const {
     return PyFloat_CheckExact(item(key)) || PyLong_CheckExact(item(key)) ? c10::ScalarType::Undefined
                                                                          : computes_in_behind(key);

@@ -68,12 +68,13 @@ struct Adam : OptimizerBase<Adam<kDecoupled>> {
     return c10::get_default_dtype() == caffe2::TypeMeta::Make<double>() && !reader.flag(kFused);
   }
 
-  // Stock's own implementation is asked for, or what only its separate operators have: derivatives, and betas with
-  // a precision of their own.
+  // Stock's own implementation is asked for, or what only its separate operators have: derivatives, betas with a
+  // precision of their own, and a rate or decay that NumPy computes in float16.
   static bool wants_stock_form(const GroupReader& reader) {
     const bool kernels = reader.item(kFused) == Py_None ? reader.item(kForeach) == Py_None : reader.flag(kFused);
     return !kernels || !reader.is_plain_pair(kBetas) || reader.flag(kDifferentiable) ||
-           reader.wants_gradient(kLr) || reader.wants_gradient(kWeightDecay);
+           reader.wants_gradient(kLr) || reader.wants_gradient(kWeightDecay) ||
+           reader.computes_in(kLr) == c10::kHalf || reader.computes_in(kWeightDecay) == c10::kHalf;
   }
 
   static const char* difference(const AdamGroup& a, const AdamGroup& b) {

@@ -270,13 +270,6 @@ def test_narrow_error_is_never_above_stocks(
             assert (error <= half_ulp * (1 + 1e-3) + slack).all(), f"{name}: not rounded once"
 
 
-ROUNDED_LESS = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="NumPy computes the rate and the decay in float16, Adam's kernels in double",
-)
-
-
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["python float", "0-dim tensor"])
 @pytest.mark.parametrize("dtype", cases.ids(cases.WIDE_DTYPES))
 @pytest.mark.parametrize(("family", "hyper"), SOME_HYPERS)
@@ -342,12 +335,8 @@ def test_scalars_of_any_numeric_type(
     family: cases.Family,
     key: str,
     value: Any,
-    request: pytest.FixtureRequest,
 ) -> None:
     """Schedulers and user code put numpy and integer numbers into the groups; stock takes them."""
-    rates = () if family is cases.SGD else ("lr", "weight_decay")
-    if key in rates and str(getattr(value, "dtype", "")) == "float16":
-        request.applymarker(ROUNDED_LESS)
     gen = cases.generator(3)
     ours = cases.make_parameters((3, 70), gen, dtype)
     theirs = cases.twin(ours)
