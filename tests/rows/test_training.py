@@ -162,6 +162,26 @@ def test_state_and_gradients_are_of_the_live_rows() -> None:
     assert (flow.kind, flow.crossed) == ("runs through", shown.total.frozen)
 
 
+@pytest.mark.parametrize("body", ["frozen", "trains"])
+def test_a_report_counts_the_products_of_a_head_once(body: str) -> None:
+    """What is saved of a head is its frozen rows' share; nothing of it is computed twice."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, VOCAB))
+    freeze(model, "2", rows=[r for r in range(VOCAB) if r not in APART])
+    if body == "frozen":
+        freeze(model, "0")
+    shown = report(model, example=torch.zeros(8, WIDTH))
+    # Numbers of products with the elements of a sample.
+    first, head, live = WIDTH * WIDTH, VOCAB * WIDTH, len(APART) * WIDTH
+    weights, inputs = (live, 0) if body == "frozen" else (first + live, head)
+    flow = shown.flow
+    assert flow.weight_gradient_saved == pytest.approx(1 - weights / (first + head))
+    assert flow.backward_saved == pytest.approx(1 - (weights + inputs) / (first + 2 * head))
+    skipped = [note for note in shown.notes if "FeatureCache" in note]
+    assert len(skipped) == (body == "frozen")
+    for note in skipped:
+        assert f"would skip {100 * first / (first + head):.1f} % of forward" in note
+
+
 # --- the values that the table shows -------------------------------------------------------------
 
 
