@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from torch_freeze import freeze, freeze_except, guard, unfreeze
-from torch_freeze.rows import _owners
+from torch_freeze.rows import RowFrozenParameter, _owners
 
 from .test_training import APART, VOCAB, WIDTH, Net
 
@@ -652,6 +652,62 @@ def test_the_table_cannot_be_made_trainable_by_its_flag() -> None:
     model.requires_grad_(False)
     model.embed.live_rows.requires_grad_()
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["embed.live_rows.weight"]
+
+
+def _load_assigned(model: Net) -> None:
+    state = model.state_dict()
+    model.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
+
+
+# What assigns a parameter of a layer with frozen rows, and whether that ends the live rows.
+ASSIGNMENTS: dict[str, tuple[Callable[[Net], Any], bool]] = {
+    "another weight": (
+        lambda m: setattr(m.embed, "weight", nn.Parameter(torch.zeros(VOCAB, WIDTH))),
+        True,
+    ),
+    "registered": (
+        lambda m: m.embed.register_parameter("weight", nn.Parameter(torch.zeros(VOCAB, WIDTH))),
+        True,
+    ),
+    "the table of another": (lambda m: setattr(m.embed, "weight", frozen_net().embed.weight), True),
+    "itself": (lambda m: setattr(m.embed, "weight", m.embed.weight), False),
+    "the table under another name": (
+        lambda m: setattr(m.head, "weight", m.embed.weight),
+        False,
+    ),
+    "a bias that is not frozen by rows": (
+        lambda m: setattr(m.embed, "bias", nn.Parameter(torch.zeros(VOCAB))),
+        False,
+    ),
+    "a loaded weight": (_load_assigned, False),
+}
+
+
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_a_replaced_table_is_a_warning(assignment: str) -> None:
+    act, replaces = ASSIGNMENTS[assignment]
+    model = frozen_net()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        act(model)
+    said = [w for w in caught if "with frozen rows (Embedding) was replaced" in str(w.message)]
+    assert len(said) == len(caught) == replaces
+    own = model.embed.weight
+    assert (isinstance(own, RowFrozenParameter) and own._rows is model.embed.live_rows) != replaces
+
+
+def test_other_modules_take_parameters_as_ever() -> None:
+    """All of them are watched for replaced tables, scripted ones too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Linear(1, 1))
+    taken = nn.Linear(1, 1)
+    taken.live_rows = nn.Linear(1, 1)  # a name of the user's own
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for module in (scripted, taken):
+            module.register_parameter("weight", nn.Parameter(torch.full((1, 1), 7.0)))
+            assert module.weight.item() == 7.0
 
 
 # --- what else a guard in the code is for ---------------------------------------------------------
