@@ -544,6 +544,16 @@ def test_a_table_that_is_resized_keeps_its_live_rows() -> None:
         resized(model.embed, 10)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_resized_table_whose_rows_train_again_is_no_warning() -> None:
+    model = trained()
+    resized(model.embed, 20)
+    assert not model.embed.live_rows.weight.requires_grad
+    assert not report(model).tables[0].trains
+    unfreeze(model, "embed", rows=APART)
+    assert model.embed(torch.tensor([2, 19])).requires_grad
+
+
 def test_other_data_for_the_table_counts_after_a_step() -> None:
     model = trained()
     with torch.no_grad():
@@ -600,10 +610,14 @@ def test_freezing_and_unfreezing_around_it() -> None:
 
 
 def test_the_values_stay_when_it_ends() -> None:
-    model = trained()
-    expected = model.embed.weight.detach().clone()
+    model, expected = trained(), Net().embed.weight.detach()
+    table = model.embed.weight
+    # Nothing has read the table since the last step.
+    with torch.no_grad():
+        expected[APART] = model.embed.live_rows.weight
     unfreeze(model, "embed")
-    assert torch.equal(model.embed.weight, expected)
+    assert model.embed.weight is table
+    assert torch.equal(table, expected)
     train(model, FrozenAwareSGD(model.parameters(), lr=0.1), 1)
     assert (model.embed.weight != expected).any(1).all()
 
@@ -639,6 +653,7 @@ def test_the_guard_sees_frozen_rows_alone() -> None:
         with guard(model, content=content):
             model.embed.live_rows.weight.data.add_(1)
             model.state_dict()
+            model.embed.weight.data[2] = 7.0
 
 
 def test_features_before_a_head_of_which_rows_train(tmp_path: Path) -> None:
