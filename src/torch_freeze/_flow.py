@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from ._tree import ParamEntry, Tree, is_lazy, unwrap
+from .rows import RowFrozenParameter, live_parameters
 
 Kind = Literal["nothing frozen", "everything frozen", "stops early", "runs through", "mixed"]
 
@@ -123,13 +124,14 @@ def _owner(name: str) -> str:
 def measure_flow(tree: Tree, example: Any) -> Facts:
     """Measure with forward passes over `example`: one of the model as it is, one all trainable."""
     entries = {id(e.parameter): e for e in tree.params.values()}
-    watch = everything = _Watch(entries)
+    tables = live_parameters(tree)
+    watch = everything = _Watch(entries, tables)
     with left_as_they_were(tree):
         output = _forward(tree, example, watch)
         # Freezing saves the difference to the same pass with everything trainable. Only autograd
         # knows what is tracked in that pass: an input or activation may be, whatever is frozen.
         if any(not entry.parameter.requires_grad for entry in entries.values()):
-            everything = _Watch(entries)
+            everything = _Watch(entries, tables)
             with _all_trainable(entries.values()):
                 _forward(tree, example, everything)
     tally = _Tally()
@@ -297,9 +299,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
     the projection modules, and tied weights are used outside the module that owns them.
     """
 
-    def __init__(self, entries: dict[int, ParamEntry]) -> None:
+    def __init__(
+        self, entries: dict[int, ParamEntry], tables: dict[int, RowFrozenParameter]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call,unused-ignore]
         self.entries = entries
+        self.tables = tables
         self.order: list[ParamEntry] = []
         self.used: set[int] = set()
         #: Parameters whose input takes a gradient, and whether that gradient leads on to a
@@ -401,12 +406,17 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
             return
         # The gradient of each factor of a product costs as much as the product.
         first = 1 if name in ("addmm", "baddbmm") else 0
-        for factor in args[first : first + 2]:
+        factors = args[first : first + 2]
+        # A projection with frozen rows multiplies by the live rows apart only while it is watched.
+        # Otherwise the gradient of the input comes from the product with the table alone, and so
+        # does that of the live rows where the whole table trains.
+        rows = [self.tables[k] for f in factors for k in self.source(f) if k in self.tables]
+        for factor in factors:
             if not factor.requires_grad:
                 continue
             if self.source(factor):
-                self.weight_work += flops
-            else:
+                self.weight_work += flops * (not rows or not rows[0].requires_grad)
+            elif not rows:
                 self.input_work += flops
 
     def _leads_to(self, tensor: torch.Tensor) -> tuple[bool, bool]:

@@ -352,7 +352,8 @@ def _rows(replaced: bool) -> tuple[nn.Module, Any]:
     freeze_except(model, "1", rows={"0": [3, 4]})
     optimizer = FrozenAwareSGD(model.parameters(), lr=0.1)
     if replaced:
-        model[0].weight = nn.Parameter(torch.zeros(5, 2))
+        with pytest.warns(UserWarning, match="its live rows no longer have any effect"):
+            model[0].weight = nn.Parameter(torch.zeros(5, 2))
     return model, optimizer
 
 

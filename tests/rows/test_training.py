@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -160,6 +161,26 @@ def test_state_and_gradients_are_of_the_live_rows() -> None:
     # Backward runs through the frozen rows of the head, too.
     flow = report(model, example=batch(0)[0]).flow
     assert (flow.kind, flow.crossed) == ("runs through", shown.total.frozen)
+
+
+@pytest.mark.parametrize("body", ["frozen", "trains"])
+def test_a_report_counts_the_products_of_a_head_once(body: str) -> None:
+    """What is saved of a head is its frozen rows' share; nothing of it is computed twice."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, VOCAB))
+    freeze(model, "2", rows=[r for r in range(VOCAB) if r not in APART])
+    if body == "frozen":
+        freeze(model, "0")
+    shown = report(model, example=torch.zeros(8, WIDTH))
+    # Numbers of products with the elements of a sample.
+    first, head, live = WIDTH * WIDTH, VOCAB * WIDTH, len(APART) * WIDTH
+    weights, inputs = (live, 0) if body == "frozen" else (first + live, head)
+    flow = shown.flow
+    assert flow.weight_gradient_saved == pytest.approx(1 - weights / (first + head))
+    assert flow.backward_saved == pytest.approx(1 - (weights + inputs) / (first + 2 * head))
+    skipped = [note for note in shown.notes if "FeatureCache" in note]
+    assert len(skipped) == (body == "frozen")
+    for note in skipped:
+        assert f"would skip {100 * first / (first + head):.1f} % of forward" in note
 
 
 # --- the values that the table shows -------------------------------------------------------------
@@ -354,6 +375,107 @@ def test_another_process_goes_on_training() -> None:
     assert changed == APART
 
 
+class Looked(torch.utils.data.Dataset[Tensor]):
+    """Samples that are looked up in a model's table, each with the whole table."""
+
+    def __init__(self, model: Net) -> None:
+        self.model = model
+
+    def __len__(self) -> int:
+        return VOCAB
+
+    def __getitem__(self, row: int) -> Tensor:
+        with torch.no_grad():
+            return self.model.embed(torch.tensor(row))
+
+    def collate(self, samples: list[Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return torch.stack(samples), self.model.head.weight.clone()
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["forked again", "in shared memory"])
+def test_workers_of_a_loader_look_up_current_values(shared: bool) -> None:
+    """Those of the fork, or of the moment in memory that the processes share."""
+    model = trained()
+    if shared:
+        model.share_memory()
+    data, optimizer = Looked(model), FrozenAwareSGD(model.parameters(), lr=0.1)
+    loader = torch.utils.data.DataLoader(
+        data,
+        4,
+        num_workers=2,
+        collate_fn=data.collate,
+        multiprocessing_context="fork",
+        persistent_workers=shared,
+    )
+    epochs = []
+    for _ in range(3):
+        # Nothing has read the table since the last step.
+        train(model, optimizer, 2)
+        batches = list(loader)
+        epochs.append(model.embed.weight.detach().clone())
+        assert torch.equal(torch.cat([looked for looked, _ in batches]), epochs[-1])
+        assert all(torch.equal(table, epochs[-1]) for _, table in batches)
+    changed = (epochs[0] != epochs[-1]).any(1).nonzero().flatten().tolist()
+    assert changed == APART
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_trains_saves_and_resumes(tmp_path: Path) -> None:
+    pl = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+
+    class Lit(pl.LightningModule):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+            freeze_except(self.net, "body", rows={"embed": APART})
+
+        def training_step(self, pair: list[Tensor]) -> Tensor:
+            return functional.cross_entropy(self.net(pair[0]), pair[1])
+
+        def configure_optimizers(self) -> Any:
+            return FrozenAwareAdamW(self.parameters(), lr=0.1)
+
+    def fit(epochs: int, ckpt: Path | None = None) -> Any:
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        data = torch.utils.data.DataLoader([batch(seed) for seed in range(3)], batch_size=None)
+        trainer.fit(Lit(), data, ckpt_path=ckpt, weights_only=False)
+        return trainer
+
+    path = tmp_path / "run.ckpt"
+    first = fit(1)
+    first.save_checkpoint(path)
+    state = torch.load(path, weights_only=True)["state_dict"]
+    plain = Net()
+    assert list(state) == [f"net.{key}" for key in plain.state_dict()]
+    plain.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+    loaded = Lit.load_from_checkpoint(path)
+    assert torch.equal(loaded.net.embed.live_rows.weight, plain.embed.weight[APART])
+    assert torch.equal(first.model.net.embed.weight.detach(), plain.embed.weight)
+    # Another run goes on from there, and ends where one without a break and a plain loop do.
+    resumed, whole = fit(2, path).model.net, fit(2).model.net
+    alone = Net()
+    freeze_except(alone, "body", rows={"embed": APART})
+    optimizer = FrozenAwareAdamW(alone.parameters(), lr=0.1)
+    for _ in range(2):
+        train(alone, optimizer, 3)
+    for model in (resumed, whole):
+        for (name, got), expected in zip(
+            model.state_dict().items(), alone.state_dict().values(), strict=True
+        ):
+            assert torch.equal(got, expected), name
+    changed = (alone.embed.weight.detach() != Net().embed.weight).any(1).nonzero().flatten()
+    assert changed.tolist() == APART
+
+
 # --- moving, casting and resizing ----------------------------------------------------------------
 
 
@@ -422,6 +544,16 @@ def test_a_table_that_is_resized_keeps_its_live_rows() -> None:
         resized(model.embed, 10)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_resized_table_whose_rows_train_again_is_no_warning() -> None:
+    model = trained()
+    resized(model.embed, 20)
+    assert not model.embed.live_rows.weight.requires_grad
+    assert not report(model).tables[0].trains
+    unfreeze(model, "embed", rows=APART)
+    assert model.embed(torch.tensor([2, 19])).requires_grad
+
+
 def test_other_data_for_the_table_counts_after_a_step() -> None:
     model = trained()
     with torch.no_grad():
@@ -478,10 +610,14 @@ def test_freezing_and_unfreezing_around_it() -> None:
 
 
 def test_the_values_stay_when_it_ends() -> None:
-    model = trained()
-    expected = model.embed.weight.detach().clone()
+    model, expected = trained(), Net().embed.weight.detach()
+    table = model.embed.weight
+    # Nothing has read the table since the last step.
+    with torch.no_grad():
+        expected[APART] = model.embed.live_rows.weight
     unfreeze(model, "embed")
-    assert torch.equal(model.embed.weight, expected)
+    assert model.embed.weight is table
+    assert torch.equal(table, expected)
     train(model, FrozenAwareSGD(model.parameters(), lr=0.1), 1)
     assert (model.embed.weight != expected).any(1).all()
 
@@ -517,6 +653,7 @@ def test_the_guard_sees_frozen_rows_alone() -> None:
         with guard(model, content=content):
             model.embed.live_rows.weight.data.add_(1)
             model.state_dict()
+            model.embed.weight.data[2] = 7.0
 
 
 def test_features_before_a_head_of_which_rows_train(tmp_path: Path) -> None:
@@ -634,6 +771,33 @@ def test_ddp(world: World) -> None:
     torch.testing.assert_close(a, alone.embed.weight.detach())
     # Wrapped before: DDP does not know the live rows.
     assert any("embed.live_rows.weight" in text for text in said)
+
+
+def _ddp_accumulates(device: str) -> list[Tensor]:
+    """The live rows' gradients after the first of two backward passes, and after both."""
+    model = Net()
+    freeze_except(model, "embed", rows=APART)  # holds the norm, too
+    wrapped = DistributedDataParallel(model)
+    rank = torch.distributed.get_rank()
+    mine = slice(4 * rank, 4 * rank + 4)
+    grads = []
+    for seed in range(2):
+        ids, targets = batch(seed)
+        with wrapped.no_sync() if seed == 0 else contextlib.nullcontext():
+            (functional.cross_entropy(wrapped(ids[mine]), targets[mine]) / 2).backward()
+        grads.append(model.embed.live_rows.weight.grad.clone())
+    return grads
+
+
+def test_ddp_accumulates_gradients_without_sync(world: World) -> None:
+    (first, both), (other, same) = world.run(_ddp_accumulates)
+    assert not torch.equal(first, other)
+    assert torch.equal(both, same)
+    alone = Net()
+    freeze_except(alone, "embed", rows=APART)
+    ids, targets = (torch.cat(pair) for pair in zip(batch(0), batch(1), strict=True))
+    functional.cross_entropy(alone(ids), targets).backward()
+    torch.testing.assert_close(both, alone.embed.live_rows.weight.grad)
 
 
 def _fsdp(device: str) -> Any:

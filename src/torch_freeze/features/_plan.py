@@ -36,6 +36,7 @@ from torch_freeze import _format
 from torch_freeze._flow import _storage, flop_formula, no_fast_attention
 from torch_freeze._hold import is_norm
 from torch_freeze._tree import Tree, is_lazy
+from torch_freeze.rows import live_of, live_parameters
 
 from ._calls import taken_over
 from ._stand_in import StandIn, StandInError
@@ -293,6 +294,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         #: The trainable parameter that is used first.
         self.first: str | None = None
         self.frozen_flops = self.flops = 0.0
+        #: Storages of live rows. A projection multiplies by them apart only while it is watched.
+        self.live = {_storage(live_of(table)) for table in live_parameters(tree).values()}
         #: Whether backward runs something of the pass again.
         self.recomputes = False
         self._kept: list[Any] = []  # keeps the addresses of storages from being used again
@@ -325,7 +328,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         made = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
         self._kept.append(made)
         results = {_storage(t) for t in made} | set(_written(func, args))
-        flops = flop_formula(func)
+        flops = flop_formula(func) if self.live.isdisjoint(used) else None
         work = float(flops(*args, **kwargs, out_val=out)) if flops is not None else 0.0
         self.flops += work
         taints = [self.tainted[key] for key in used if key in self.tainted]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import sys
+import traceback
+import warnings
 import weakref
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ._table import RowFrozenParameter, bind, take_over, use
 
@@ -156,6 +159,28 @@ def _table_in_process(data: Tensor, rows: LiveRows, key: str) -> nn.Parameter:
     bind(table, rows, key)
     return table
 
+
+def _registered(module: nn.Module, key: str, parameter: nn.Parameter) -> None:
+    """Warn if a layer's parameter with frozen rows is replaced by another one."""
+    if NAME not in module._modules:  # which has no get() in a scripted module
+        return
+    rows = module._modules[NAME]
+    if not isinstance(rows, LiveRows) or rows._parameters.get(key) is None:
+        return
+    callers = [frame.f_code for frame, _ in traceback.walk_stack(None)]
+    # load_state_dict(assign=True) makes the new parameter the table.
+    if getattr(parameter, "_rows", None) is rows or nn.Module.load_state_dict.__code__ in callers:
+        return
+    warnings.warn(
+        f"The {key} of a layer with frozen rows ({type(module).__name__}) was replaced, so its "
+        f"live rows no longer have any effect. To change its values, write into it ({key}.data = "
+        "...); to replace it, call torch_freeze.unfreeze on the layer first.",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+register_module_parameter_registration_hook(_registered)
 
 # A model that is handed to another process (torch.multiprocessing.spawn) goes on training there.
 ForkingPickler.register(LiveRows, _to_process)

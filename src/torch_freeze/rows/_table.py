@@ -33,6 +33,7 @@ _READING = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
 # begin with "is_", "_is_" or "_make_".
 _DESCRIBING = frozenset(
     {
+        "__len__",
         "size",
         "stride",
         "dim",
