@@ -352,7 +352,7 @@ def _rows(replaced: bool) -> tuple[nn.Module, Any]:
     freeze_except(model, "1", rows={"0": [3, 4]})
     optimizer = FrozenAwareSGD(model.parameters(), lr=0.1)
     if replaced:
-        with pytest.warns(UserWarning, match="its live rows no longer have any effect"):
+        with pytest.warns(UserWarning, match="its live rows have no effect any more"):
             model[0].weight = nn.Parameter(torch.zeros(5, 2))
     return model, optimizer
 

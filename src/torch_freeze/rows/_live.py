@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import traceback
 import warnings
@@ -33,6 +34,7 @@ class LiveRows(nn.Module):
 
     def __init__(self, owner: nn.Module, index: Tensor, rows: int) -> None:
         super().__init__()
+        _watch_registrations()
         self.register_buffer("index", index, persistent=False)
         # The same where no move, cast or to_empty() reaches it.
         self._numbers = index.cpu()
@@ -144,6 +146,7 @@ def _to_process(rows: LiveRows) -> Any:
 
 
 def _in_process(state: dict[str, Any]) -> LiveRows:
+    _watch_registrations()
     rows: LiveRows = object.__new__(LiveRows)
     vars(rows).update(state, _owner=lambda: None)
     return rows
@@ -173,14 +176,18 @@ def _registered(module: nn.Module, key: str, parameter: nn.Parameter) -> None:
         return
     warnings.warn(
         f"The {key} of a layer with frozen rows ({type(module).__name__}) was replaced, so its "
-        f"live rows no longer have any effect. To change its values, write into it ({key}.data = "
+        f"live rows have no effect any more. To change its values, write into it ({key}.data = "
         "...); to replace it, call torch_freeze.unfreeze on the layer first.",
         UserWarning,
         stacklevel=4,
     )
 
 
-register_module_parameter_registration_hook(_registered)
+@functools.cache
+def _watch_registrations() -> None:
+    """Have torch call `_registered`, for all modules, once there are layers with frozen rows."""
+    register_module_parameter_registration_hook(_registered)
+
 
 # A model that is handed to another process (torch.multiprocessing.spawn) goes on training there.
 ForkingPickler.register(LiveRows, _to_process)
