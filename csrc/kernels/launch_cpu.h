@@ -430,8 +430,10 @@ void step(const UpdateBatch<Formula>& batch) {
   for_each_span(batch.updates, batch.count, batch.numel, [&batch] {
     // What the last span used. Most spans use the same, because neighbours share their group.
     using Run = void (*)(const Span<Formula, Types>&, Rounding);
-    return [&batch, run = Run{}, scalars = AllScalars<Formula, typename Types::Value>{}, group = int32_t{-1},
-            fresh = false, count = 0.0,
+    struct NoRoots {};
+    using Roots = std::conditional_t<Formula::kRoots, TorchSqrtThread, NoRoots>;
+    return [roots = Roots{}, &batch, run = Run{}, scalars = AllScalars<Formula, typename Types::Value>{},
+            group = int32_t{-1}, fresh = false, count = 0.0,
             last = LastCounted<Formula>{}](const auto& update, int64_t begin, int64_t end) mutable {
       const auto& hyper = batch.groups[update.group];
       if (update.group != group || update.fresh != fresh) {

@@ -18,13 +18,7 @@ constexpr int64_t kMode = 0x2 | 0x140000 | 0x100;
 template <class T, class Function>
 void apply(Function* function, T* values, int64_t n) {
   if (function != nullptr) {
-    // Since torch sets MKL's number of threads, each call would begin a parallel region within ours, of one thread
-    // that waits for itself: three times the whole step.
-    const int threads = MKL_Set_Num_Threads_Local == nullptr ? 0 : MKL_Set_Num_Threads_Local(1);
     function(static_cast<int>(n), values, values, kMode);
-    if (MKL_Set_Num_Threads_Local != nullptr) {
-      MKL_Set_Num_Threads_Local(threads);
-    }
     return;
   }
   for (int64_t i = 0; i < n; ++i) {
@@ -33,6 +27,15 @@ void apply(Function* function, T* values, int64_t n) {
 }
 
 }  // namespace
+
+TorchSqrtThread::TorchSqrtThread()
+    : threads_(MKL_Set_Num_Threads_Local == nullptr ? 0 : MKL_Set_Num_Threads_Local(1)) {}
+
+TorchSqrtThread::~TorchSqrtThread() {
+  if (MKL_Set_Num_Threads_Local != nullptr) {
+    MKL_Set_Num_Threads_Local(threads_);
+  }
+}
 
 void torch_sqrt(float* values, int64_t n) { apply(vmsSqrt, values, n); }
 
