@@ -39,6 +39,7 @@ from torch_freeze._tree import Tree, is_lazy
 from torch_freeze.rows import live_of, live_parameters
 
 from ._calls import taken_over
+from ._sharded import has_shards, why_refused
 from ._stand_in import StandIn, StandInError
 
 #: Arguments of the model, by position and by name.
@@ -214,6 +215,12 @@ class Plan:
         """The modules with a call that is skipped, each once."""
         return list({id(call.module): call.module for call in self.calls.values()}.values())
 
+    def why_refused(self, tree: Tree) -> str:
+        """Why shards forbid this plan; "" if they do not."""
+        modules = {entry.name: entry.module for entry in tree.order}
+        boundary = [*self.skipped_modules, *(given.module for given in self.given.values())]
+        return why_refused(modules, self.modules, boundary, self.tensors)
+
     def placed(self, slots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The slots of a batch, as `rows` gives them, with the dimension of the batch in place."""
         return [
@@ -328,6 +335,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         made = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
         self._kept.append(made)
         results = {_storage(t) for t in made} | set(_written(func, args))
+        self._taint_unknown((args, kwargs))
         flops = flop_formula(func) if self.live.isdisjoint(used) else None
         work = float(flops(*args, **kwargs, out_val=out)) if flops is not None else 0.0
         self.flops += work
@@ -358,6 +366,16 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
                     self.origins.get(key, frozenset()) if key in used else frozenset()
                 )
         return out
+
+    def _taint_unknown(self, arguments: Any) -> None:
+        """Mark parameters that the tree does not have, such as those that FSDP has gathered."""
+        for t in tree_iter(arguments):
+            if isinstance(t, nn.Parameter) and t.requires_grad:
+                key = _storage(t)
+                if key not in self.tainted:
+                    names = {id(p): name for name, p in self.tree.root.module.named_parameters()}
+                    self.tainted[key] = names.get(id(t), "a parameter of no module")
+                    self._kept.append(t)
 
     @staticmethod
     def _mark(call: _Call, taint: str | _Call) -> None:
@@ -577,11 +595,19 @@ def make_plan(
     )
     if not plan.of_calls:
         raise ValueError(_nothing_to_store(trace))
+    if refusal := plan.why_refused(tree):
+        raise ValueError(refusal)
     captured = _captured(plan, run, inputs, targets, seed=0)
     _check_samples(plan, run, captured, batches, pairs)
     plan.example = [value.clone() for value in captured]
     _check_output(plan, run, captured, inputs, output)
     if trace.recomputes:
+        if has_shards(tree.root.module):  # and puts parameters of its own where the copies are
+            raise ValueError(
+                "FeatureCache: a model with checkpointed regions (torch.utils.checkpoint) cannot "
+                "be checked once parts of it are sharded. Make the FeatureCache before "
+                "fully_shard, or checkpoint nothing."
+            )
         _check_backward(tree.root.module, plan, captured, inputs)
     return plan
 

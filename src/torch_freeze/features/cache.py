@@ -43,6 +43,7 @@ from ._plan import (
     near,
     skipping,
 )
+from ._sharded import check_wrappers, resharded
 from ._store import Column, Store, open_store
 
 
@@ -580,6 +581,11 @@ samples, 26.5 kB in memory; 0 stored.
             gone = gone or [name for name in plan.tensors if name not in tensors]
             if not gone:
                 plan.tensors.update({name: tensors[name] for name in plan.tensors})
+                refusal = plan.why_refused(self._tree)
+                if refusal and source is self._now:
+                    raise RuntimeError(refusal)
+                if refusal:
+                    self._drop(key)
             elif source is self._now:
                 changed = f"{_format.listed(gone)} was replaced"
             else:
@@ -624,6 +630,7 @@ samples, 26.5 kB in memory; 0 stored.
 
     def _plan(self) -> Plan:
         """Find the boundary as things are."""
+        check_wrappers(self.model)
         length = len(self.dataset)
         picked = [0, length // 2, length - 1]
         views = self.dataset.views or 1
@@ -641,7 +648,7 @@ samples, 26.5 kB in memory; 0 stored.
 
         batches = [(self._moved(inputs), targets) for inputs, targets in (first, second)]
         at = None if self._at is None else _one_module(self._tree, self._at)
-        with kept_buffers(self._bare):
+        with kept_buffers(self._bare), resharded(self._bare):
             return make_plan(self._tree, run, batches, pairs, at, self._eval_frozen)
 
     def _check_redrawn(self) -> None:
