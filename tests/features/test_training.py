@@ -529,6 +529,7 @@ SHARDED = {
     "whole": ("block0", "block1", "block2"),
     "prefix": ("block1",),
     "around": (),
+    "tensors": (),
     "checkpointed": ("block2",),
 }
 
@@ -536,11 +537,20 @@ SHARDED = {
 def refused_with_fsdp(device: str, path: str, what: str, when: str) -> str:
     """What a cache says of a model whose prefix is sharded, or that is sharded around it."""
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, distribute_module
 
     model = Checkpointed() if what == "checkpointed" else Net()
     freeze(model, "block0", "block1")
 
     def shard() -> None:
+        if what == "tensors":
+            mesh = torch.distributed.init_device_mesh("cpu", (2,))
+            distribute_module(
+                model.block1.conv,
+                mesh,
+                input_fn=lambda _, args, mesh: DTensor.from_local(*args, mesh),
+                output_fn=lambda _, out, mesh: out.to_local(),
+            )
         for name in SHARDED[what]:
             fully_shard(model.get_submodule(name))
         frozen = {p for p in model.parameters() if not p.requires_grad}
@@ -572,6 +582,7 @@ def refused_with_fsdp(device: str, path: str, what: str, when: str) -> str:
                 ("whole", "the model, block0, block1"),
                 ("prefix", "block1"),
                 ("around", "the model"),
+                ("tensors", r"block1\.conv\.bias, block1\.conv\.weight"),
             )
         ),
         ("checkpointed", "before", "Make the FeatureCache before fully_shard"),
