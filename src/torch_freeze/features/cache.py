@@ -393,16 +393,17 @@ samples, 26.5 kB in memory; 0 stored.
             for value, slot in zip(slots, plan.slots, strict=True)
         ]
         count = len(rows)
-        args, kwargs = plan.inputs.build(plan.placed(moved), count, device)
+        placed = plan.placed(moved)
+        args, kwargs = plan.inputs.build(placed, count, device)
         complete = now is None or now.store.has_all(rows)
         if now is source and not complete:  # a worker had the store open when it was deleted
             now.store.write(rows, slots)
         if now is None or now is source or complete:
-            with skipping(plan, moved, count, device):
+            with skipping(plan, placed, count, device):
                 return self.model(*args, **kwargs)
         found: dict[int, torch.Tensor] = {}
         args, kwargs = _copied((args, kwargs))
-        with skipping(plan, moved, count, device, now.plan, found):
+        with skipping(plan, placed, count, device, now.plan, found):
             output = self.model(*args, **kwargs)
         self._check_found(now.plan, found)
         for deep, shallow in (
