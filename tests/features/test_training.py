@@ -241,6 +241,48 @@ def test_what_is_stored_is_what_meets_the_part_that_trains(
     assert torch.equal(features(batch.inputs), model(Images().tensors[0]))
 
 
+class Scaled(nn.Linear):
+    """A linear layer whose input may come in a list, and be scaled."""
+
+    def forward(self, input: Any, scale: Any = 1) -> Tensor:
+        return super().forward(input[0] if isinstance(input, list) else input) * scale
+
+
+CALLS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "a tensor": lambda head, x: head(x),
+    "by name": lambda head, x: head(input=x),
+    "in a list": lambda head, x: head([x]),
+    "two tensors": lambda head, x: head(x, x.new_ones(5)),
+    "a tensor and one by name": lambda head, x: head(x, scale=x.new_ones(5)),
+}
+
+
+@pytest.mark.parametrize("later", CALLS)
+@pytest.mark.parametrize("first", CALLS)
+def test_a_module_may_take_what_is_stored_in_one_way(first: str, later: str) -> None:
+    class Calling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head, self.way = nn.Conv2d(3, 4, 3), Scaled(4, 5), first
+
+        def forward(self, x: Tensor) -> Any:
+            return CALLS[self.way](self.head, self.conv(x).mean((2, 3)))
+
+    model = Calling()
+    freeze(model, "conv")
+    features = FeatureCache(model, Images(), spot_check=0)
+    features.fill(SAMPLES, progress=False)
+    (batch,) = DataLoader(features.dataset, SAMPLES)
+    assert features.boundary == ("the input of head",)
+    assert torch.equal(features(batch.inputs), model(Images().tensors[0]))
+    model.way = later
+    if later == first:
+        features(batch.inputs)
+    else:
+        with pytest.raises(RuntimeError, match="head was called with other arguments"):
+            features(batch.inputs)
+
+
 def test_a_deeper_boundary_is_filled_from_the_shallower_one(tmp_path: Path) -> None:
     model, images = Net(), Images()
     freeze(model, "block0")

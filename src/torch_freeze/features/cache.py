@@ -109,7 +109,8 @@ class FeatureCache:
     the old ones. When something before the boundary is unfrozen, forward is whole again.
 
     Args:
-        model: the model, also wrapped by DistributedDataParallel. Parts that train may be compiled.
+        model: the model, also wrapped by DistributedDataParallel. Parts that train may be compiled,
+            or sharded with fully_shard.
         dataset: a map-style dataset whose samples are always the same. A sample is (input, ...,
             targets), a mapping of the model's keyword arguments, or the only argument.
         path: the folder of the features; several processes may share it. None keeps them in memory.
@@ -240,8 +241,8 @@ samples, 26.5 kB in memory; 0 stored.
 
         Raises:
             TypeError: `inputs` is something else.
-            RuntimeError: the frozen prefix has changed and `on_change` is "raise", or the dataset
-                gives another sample than before.
+            RuntimeError: the frozen prefix has changed and `on_change` is "raise" or was sharded,
+                or the dataset gives another sample than before.
         """
         if not isinstance(inputs, CachedInputs):
             raise TypeError(
