@@ -241,7 +241,7 @@ samples, 26.5 kB in memory; 0 stored.
 
         Raises:
             TypeError: `inputs` is something else.
-            RuntimeError: the frozen prefix has changed and `on_change` is "raise" or was sharded,
+            RuntimeError: the frozen prefix was sharded, or has changed and `on_change` is "raise";
                 or the dataset gives another sample than before.
         """
         if not isinstance(inputs, CachedInputs):
