@@ -306,6 +306,7 @@ def test_autocast_may_be_entered_and_left(in_memory: bool, tmp_path: Path) -> No
                     assert torch.equal(features(batch.inputs), model(X))
                     batch = first_batch(features)
                     assert epoch == 0 or batch.inputs.slots is not None
+                assert epoch == 0 or features.stored == N
             assert epoch == 0 or len(features._sources) == 2  # neither took the other's place
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from tests.helpers import optim_cases as cases
 from tests.helpers.models import assert_same_weights, weights
-from tests.helpers.processes import world_of
+from tests.helpers.processes import World, world_of
 from torch_freeze import (
     FeatureCache,
     FreezeSchedule,
@@ -59,6 +59,15 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.block1(self.block0(x))
         x = self.block2(nn.functional.pad(x, (1, 1, 1, 1))) + x
+        out: Tensor = self.head(self.drop(x.mean((2, 3))))
+        return out
+
+
+class Checkpointed(Net):
+    """The same, with the last block in a checkpointed region."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.block2, self.block1(self.block0(x)), use_reentrant=False)
         out: Tensor = self.head(self.drop(x.mean((2, 3))))
         return out
 
@@ -230,6 +239,48 @@ def test_what_is_stored_is_what_meets_the_part_that_trains(
     # When the head is another, so is the plan.
     model.head = nn.Linear(4, 5)
     assert torch.equal(features(batch.inputs), model(Images().tensors[0]))
+
+
+class Scaled(nn.Linear):
+    """A linear layer whose input may come in a list, and be scaled."""
+
+    def forward(self, input: Any, scale: Any = 1) -> Tensor:
+        return super().forward(input[0] if isinstance(input, list) else input) * scale
+
+
+CALLS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "a tensor": lambda head, x: head(x),
+    "by name": lambda head, x: head(input=x),
+    "in a list": lambda head, x: head([x]),
+    "two tensors": lambda head, x: head(x, x.new_ones(5)),
+    "a tensor and one by name": lambda head, x: head(x, scale=x.new_ones(5)),
+}
+
+
+@pytest.mark.parametrize("later", CALLS)
+@pytest.mark.parametrize("first", CALLS)
+def test_a_module_may_take_what_is_stored_in_one_way(first: str, later: str) -> None:
+    class Calling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head, self.way = nn.Conv2d(3, 4, 3), Scaled(4, 5), first
+
+        def forward(self, x: Tensor) -> Any:
+            return CALLS[self.way](self.head, self.conv(x).mean((2, 3)))
+
+    model = Calling()
+    freeze(model, "conv")
+    features = FeatureCache(model, Images(), spot_check=0)
+    features.fill(SAMPLES, progress=False)
+    (batch,) = DataLoader(features.dataset, SAMPLES)
+    assert features.boundary == ("the input of head",)
+    assert torch.equal(features(batch.inputs), model(Images().tensors[0]))
+    model.way = later
+    if later == first:
+        features(batch.inputs)
+    else:
+        with pytest.raises(RuntimeError, match="head was called with other arguments"):
+            features(batch.inputs)
 
 
 def test_a_deeper_boundary_is_filled_from_the_shallower_one(tmp_path: Path) -> None:
@@ -410,6 +461,12 @@ def test_report_says_what_a_cache_would_save() -> None:
 # ------------------------------------------------------------------------------ several processes
 
 
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with world_of("cpu", 2) as world:
+        yield world
+
+
 def on_ddp(device: str, path: str | None) -> dict[str, Any]:
     """Train one epoch to fill and two more, by hand-over of the same batches."""
     model = Net()
@@ -431,12 +488,165 @@ def on_ddp(device: str, path: str | None) -> dict[str, Any]:
     return {"weights": weights(model), "read": read, "stored": features.stored if features else 0}
 
 
-def test_ddp_ranks_share_one_folder(tmp_path: Path) -> None:
-    with world_of("cpu", 2) as world:
-        plain = world.run(on_ddp, None)
-        cached = world.run(on_ddp, str(tmp_path))
+def test_ddp_ranks_share_one_folder(world: World, tmp_path: Path) -> None:
+    plain = world.run(on_ddp, None)
+    cached = world.run(on_ddp, str(tmp_path))
     for one, two in zip(plain, cached, strict=True):
         assert_same_weights(two["weights"], one["weights"])
     assert [rank["stored"] for rank in cached] == [SAMPLES, SAMPLES]
     # To see whether samples are random 3 + 8 * 2, to find the boundary 5, and its half once.
     assert all(rank["read"] <= 24 + SAMPLES // 2 for rank in cached)
+
+
+def on_fsdp(
+    device: str, path: str | None, when: str, kind: type[Net], deeper: str
+) -> dict[str, Any]:
+    """Train blocks that are sharded before or after the cache is made, and evaluate between."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, images = kind(), Images()
+    model.drop.p = 0.0
+    freeze(model, "block0", "block1")
+
+    def shard() -> None:
+        fully_shard(model.block2)
+        fully_shard(model.head)
+
+    if when == "before":
+        shard()
+    features = None if path is None else FeatureCache(model, images, path, spot_check=0)
+    if when == "after":
+        shard()
+    data: Any = images if features is None else features.dataset
+    optimizer = FrozenAwareSGD(model.parameters(), lr=0.05, momentum=0.9)
+    sampler: Any = DistributedSampler(images)
+    losses, hits = [], []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        for inputs, targets in DataLoader(data, 3, sampler=sampler):
+            loss = nn.functional.cross_entropy((features or model)(inputs), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+            hits.append(features is not None and inputs.slots is not None)
+        with torch.no_grad():  # which leaves the parameters gathered
+            model(images.tensors[0])
+        if features is not None and torch.distributed.get_rank() == epoch % 2:
+            features.fill(progress=False)
+            features.check()  # the other process does neither, and nothing waits for it
+    said = ""
+    if features is not None:
+        freeze(model, deeper)
+        (batch,) = DataLoader(features.dataset, SAMPLES)
+        with pytest.warns(UserWarning, match="FeatureCache") as warned:
+            features(batch.inputs)
+        said = str(warned[0].message)
+        assert features.boundary == ("block1",) and batch.inputs.slots is not None
+    return {"losses": losses, "hits": hits, "said": said}
+
+
+@pytest.mark.parametrize(
+    ("when", "kind", "deeper", "refusal"),
+    [
+        ("before", Net, "block2", "block2 is sharded"),
+        ("after", Net, "block2", "block2 is sharded"),
+        ("after", Checkpointed, "head.bias", "Make the FeatureCache before fully_shard"),
+    ],
+)
+def test_with_fsdp2_on_the_part_that_trains_losses_are_the_same(
+    when: str, kind: type[Net], deeper: str, refusal: str, world: World, tmp_path: Path
+) -> None:
+    plain = world.run(on_fsdp, None, when, kind, deeper)
+    cached = world.run(on_fsdp, str(tmp_path), when, kind, deeper)
+    for one, two in zip(plain, cached, strict=True):
+        torch.testing.assert_close(two["losses"], one["losses"])
+        assert two["losses"][-1] < one["losses"][0]
+        assert two["hits"][2:] == [True] * 6
+        assert re.search(rf"{refusal}.* the boundary stays", two["said"])
+
+
+#: The blocks that are sharded by themselves.
+SHARDED = {
+    "whole": ("block0", "block1", "block2"),
+    "prefix": ("block1",),
+    "around": (),
+    "tensors": (),
+    "checkpointed": ("block2",),
+}
+
+
+def refused_with_fsdp(device: str, path: str, what: str, when: str) -> str:
+    """What a cache says of a model whose prefix is sharded, or that is sharded around it."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, distribute_module
+
+    model = Checkpointed() if what == "checkpointed" else Net()
+    freeze(model, "block0", "block1")
+
+    def shard() -> None:
+        if what == "tensors":
+            mesh = torch.distributed.init_device_mesh("cpu", (2,))
+            distribute_module(
+                model.block1.conv,
+                mesh,
+                input_fn=lambda _, args, mesh: DTensor.from_local(*args, mesh),
+                output_fn=lambda _, out, mesh: out.to_local(),
+            )
+        for name in SHARDED[what]:
+            fully_shard(model.get_submodule(name))
+        frozen = {p for p in model.parameters() if not p.requires_grad}
+        if what in ("whole", "around"):
+            fully_shard(model, ignored_params=frozen if what == "around" else None)
+
+    if when == "before":
+        shard()
+        with pytest.raises(ValueError, match="FeatureCache") as raised:
+            FeatureCache(model, Images(), path)
+        return str(raised.value)
+    features = FeatureCache(model, Images(), path, spot_check=0, on_change="refill")
+    batch = next(iter(DataLoader(features.dataset, BATCH)))
+    features(batch.inputs)
+    shard()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="FeatureCache") as raised:  # type: ignore[assignment]
+            features(batch.inputs)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "when", "says"),
+    [
+        *(
+            (what, when, rf"FeatureCache: {names} is sharded .* not fully_shard\(model\)\.")
+            for when in ("before", "after")
+            for what, names in (
+                ("whole", "the model, block0, block1"),
+                ("prefix", "block1"),
+                ("around", "the model"),
+                ("tensors", r"block1\.conv\.bias, block1\.conv\.weight"),
+            )
+        ),
+        ("checkpointed", "before", "Make the FeatureCache before fully_shard"),
+    ],
+)
+def test_what_fsdp2_shards_before_the_boundary_is_refused(
+    what: str, when: str, says: str, world: World, tmp_path: Path
+) -> None:
+    for said in world.run(refused_with_fsdp, str(tmp_path), what, when):
+        assert re.search(says, said)
+
+
+def test_fsdp1_is_refused() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    class OnAnyDevice(FullyShardedDataParallel):
+        def __init__(self, module: nn.Module) -> None:  # FSDP1's own needs a GPU
+            nn.Module.__init__(self)
+            self._fsdp_wrapped_module = module
+
+    model: Any = Net()
+    freeze(model, "block0", "block1")
+    model.head = OnAnyDevice(model.head)
+    with pytest.raises(ValueError, match=r"FSDP1\)\. Use torch\.distributed\.fsdp\.fully_shard"):
+        FeatureCache(model, Images())

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, default_collate, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from ._plan import Inputs, Structure, kept_random_state
+from ._plan import Inputs, Structure, kept_random_state, placed
 from ._store import Store, find_store, in_memory, locked
 
 _KEY_LENGTH = 32
@@ -246,15 +246,12 @@ class CachedDataset(Dataset[Samples]):
         keys = {some.store for some in samples}
         if None not in keys and len(keys) == 1 and self.targets is not None:
             (key,) = keys
-            slots = [some.slots for some in samples if some.slots is not None]
+            parts = [some.slots for some in samples if some.slots is not None]
             joined = (
-                slots[0] if len(slots) == 1 else [torch.cat(s) for s in zip(*slots, strict=True)]
+                parts[0] if len(parts) == 1 else [torch.cat(s) for s in zip(*parts, strict=True)]
             )
-            placed = [
-                s.movedim(0, dim) if dim else s
-                for s, dim in zip(joined, self.target_dims, strict=False)
-            ]
-            targets = self.targets.build(placed, len(rows), torch.device("cpu"))
+            slots = placed(joined, self.target_dims)
+            targets = self.targets.build(slots, len(rows), torch.device("cpu"))
             return Batch(CachedInputs(rows, key, joined, owner=self.owner), targets)
         # Where only some are stored, all are loaded: the batch then goes through the whole model.
         loaded: list[Any] = []

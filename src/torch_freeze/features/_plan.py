@@ -39,6 +39,7 @@ from torch_freeze._tree import Tree, is_lazy
 from torch_freeze.rows import live_of, live_parameters
 
 from ._calls import taken_over
+from ._sharded import has_shards, why_refused
 from ._stand_in import StandIn, StandInError
 
 #: Arguments of the model, by position and by name.
@@ -90,6 +91,15 @@ def _same_constant(a: Any, b: Any) -> bool:
     return type(a) is type(b) and (not isinstance(a, plain) or bool(a == b))
 
 
+#: The arguments of a call with nothing but one tensor, by position, which most modules take.
+_ONE_TENSOR = tree_flatten(((0,), {}))[1]
+
+
+def _shared(spec: TreeSpec) -> TreeSpec:
+    """The same, to be compared with `is` if it is that of one tensor."""
+    return _ONE_TENSOR if spec == _ONE_TENSOR else spec
+
+
 @dataclass(frozen=True, slots=True)
 class Structure:
     """How to make what a module returned, or the arguments of the model, from the slots."""
@@ -104,6 +114,8 @@ class Structure:
         if (made := self.made.get((count, device))) is not None:
             return made
         values = [self._value(leaf, slots, count, device) for leaf in self.leaves]
+        if self.spec is _ONE_TENSOR:
+            return (values[0],), {}
         one = self.spec.num_nodes == 1
         built = values[0] if one else tree_unflatten(values, self.spec)
         if one and type(built) is StandIn:
@@ -151,6 +163,10 @@ class Given:
 
     def put(self, args: Any, kwargs: Any, slots: Sequence[Any], device: torch.device) -> Any:
         """The arguments with the stored ones in place."""
+        (_, leaf), *_ = self.leaves
+        alone = self.spec is _ONE_TENSOR and len(args) == 1 and not kwargs
+        if alone and leaf.slot is not None and isinstance(args[0], torch.Tensor):
+            return (slots[leaf.slot],), kwargs
         values, spec = tree_flatten((args, kwargs))
         if spec != self.spec:
             raise RuntimeError(
@@ -194,6 +210,13 @@ class Plan:
     of_inputs: tuple[tuple[int, int], ...] = ()
     of_targets: tuple[tuple[int, int], ...] = ()
     example: list[torch.Tensor] = field(default_factory=list)
+    #: Modules with a call that is not run as usual in a pass from stored features.
+    handled: tuple[nn.Module, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        given = [given.module for given in self.given.values()]
+        modules = [*self.skipped_modules, *self.in_eval.values(), *given]
+        self.handled = tuple({id(m): m for m in modules}.values())
 
     @property
     def boundary(self) -> tuple[str, ...]:
@@ -214,12 +237,15 @@ class Plan:
         """The modules with a call that is skipped, each once."""
         return list({id(call.module): call.module for call in self.calls.values()}.values())
 
+    def why_refused(self, tree: Tree) -> str:
+        """Why shards forbid this plan; "" if they do not."""
+        modules = {entry.name: entry.module for entry in tree.order}
+        boundary = [*self.skipped_modules, *(given.module for given in self.given.values())]
+        return why_refused(modules, self.modules, boundary, self.tensors)
+
     def placed(self, slots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The slots of a batch, as `rows` gives them, with the dimension of the batch in place."""
-        return [
-            v.movedim(0, slot.dim) if slot.dim else v
-            for v, slot in zip(slots, self.slots, strict=True)
-        ]
+        return placed(slots, [slot.dim for slot in self.slots])
 
     def rows(
         self, inputs: Inputs, targets: Any, calls: dict[int, torch.Tensor]
@@ -243,6 +269,14 @@ class Plan:
                 value = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
                 rows[slot] = value.movedim(self.slots[slot].dim, 0)
         return rows
+
+
+def placed(rows: Sequence[torch.Tensor], dims: Sequence[int]) -> list[torch.Tensor]:
+    """The first dimension of each tensor, which is the batch's, where `dims` has it.
+
+    Tensors beyond the length of `dims` are left out.
+    """
+    return [v.movedim(0, dim) if dim else v for v, dim in zip(rows, dims, strict=False)]
 
 
 class EnoughError(BaseException):
@@ -328,6 +362,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
         made = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
         self._kept.append(made)
         results = {_storage(t) for t in made} | set(_written(func, args))
+        self._taint_unknown((args, kwargs))
         flops = flop_formula(func) if self.live.isdisjoint(used) else None
         work = float(flops(*args, **kwargs, out_val=out)) if flops is not None else 0.0
         self.flops += work
@@ -358,6 +393,16 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
                     self.origins.get(key, frozenset()) if key in used else frozenset()
                 )
         return out
+
+    def _taint_unknown(self, arguments: Any) -> None:
+        """Mark parameters that the tree does not have, such as those that FSDP has gathered."""
+        for t in tree_iter(arguments):
+            if isinstance(t, nn.Parameter) and t.requires_grad:
+                key = _storage(t)
+                if key not in self.tainted:
+                    names = {id(p): name for name, p in self.tree.root.module.named_parameters()}
+                    self.tainted[key] = names.get(id(t), "a parameter of no module")
+                    self._kept.append(t)
 
     @staticmethod
     def _mark(call: _Call, taint: str | _Call) -> None:
@@ -577,11 +622,19 @@ def make_plan(
     )
     if not plan.of_calls:
         raise ValueError(_nothing_to_store(trace))
+    if refusal := plan.why_refused(tree):
+        raise ValueError(refusal)
     captured = _captured(plan, run, inputs, targets, seed=0)
     _check_samples(plan, run, captured, batches, pairs)
     plan.example = [value.clone() for value in captured]
     _check_output(plan, run, captured, inputs, output)
     if trace.recomputes:
+        if has_shards(tree.root.module):  # and puts parameters of its own where the copies are
+            raise ValueError(
+                "FeatureCache: a model with checkpointed regions (torch.utils.checkpoint) cannot "
+                "be checked once parts of it are sharded. Make the FeatureCache before "
+                "fully_shard, or checkpoint nothing."
+            )
         _check_backward(tree.root.module, plan, captured, inputs)
     return plan
 
@@ -613,7 +666,7 @@ class _Layout:
             name = what + keystr(path[path_from:])
             leaves.append(self.leaf(name, a, b, stored is None or j in stored))
         places = [(leaf.slot, j) for j, leaf in enumerate(leaves) if leaf.slot is not None]
-        return Structure(spec, tuple(leaves)), tuple(places)
+        return Structure(_shared(spec), tuple(leaves)), tuple(places)
 
     def returns(self, name: str, one: Any, two: Any, stored: set[int]) -> Any:
         """The same of what a call returned."""
@@ -635,7 +688,7 @@ class _Layout:
         (values, spec), (others, _) = one, two
         what = f"the input of {name}"
         leaves = tuple((j, self.leaf(what, values[j], others[j], True)) for j in wanted)
-        return Given(call.module, name, call.ordinal, spec, leaves)
+        return Given(call.module, name, call.ordinal, _shared(spec), leaves)
 
     def leaf(self, what: str, a: Any, b: Any, stored: bool) -> Leaf:
         """One value."""
@@ -977,28 +1030,30 @@ def skipping(
 
     Args:
         plan: what to leave out.
-        slots: what the store has, with the batch's dimension first.
+        slots: what the store has, as `Plan.placed` gives it.
         count: how many samples there are.
         device: of stand-ins.
         deeper: a plan whose stored calls are kept in `found`.
         found: gets them, by slot.
     """
-    placed = plan.placed(slots)
-    in_eval = plan.in_eval if deeper is None else {**plan.in_eval, **deeper.in_eval}
-    given = [g.module for p in (plan, deeper) if p is not None for g in p.given.values()]
-    modules = {id(m): m for m in [*plan.skipped_modules, *in_eval.values(), *given]}
+    modules, in_eval = plan.handled, plan.in_eval
     if deeper is not None:
-        modules |= {key[0]: deeper.calls[key].module for key in deeper.stored}
+        in_eval = {**in_eval, **deeper.in_eval}
+        below = [*modules, *(g.module for g in deeper.given.values()), *deeper.in_eval.values()]
+        below += [deeper.calls[key].module for key in deeper.stored]
+        modules = tuple({id(m): m for m in below}.values())
 
     def handler(module: nn.Module, ordinal: int, args: Any, kwargs: Any, usual: Any) -> Any:
         key = (id(module), ordinal)
         call = plan.calls.get(key)
+        if call is not None and deeper is None:
+            return call.returns.build(slots, count, device)
         if key in plan.given:
-            args, kwargs = plan.given[key].put(args, kwargs, placed, device)
+            args, kwargs = plan.given[key].put(args, kwargs, slots, device)
         if deeper is not None and found is not None and key in deeper.given:
             take(deeper, key, args, kwargs, found)
         if call is not None:
-            out = call.returns.build(placed, count, device)
+            out = call.returns.build(slots, count, device)
         else:
             with eval_mode(module) if key in in_eval else nullcontext():
                 out = usual(*args, **kwargs)
@@ -1006,7 +1061,7 @@ def skipping(
             keep(deeper, key, out, found)
         return out
 
-    return taken_over(modules.values(), handler)
+    return taken_over(modules, handler)
 
 
 def _captured(
@@ -1061,13 +1116,14 @@ def _check_output(
 ) -> None:
     """Raise unless the pass from stored features gives the output of the whole pass."""
     count, device = captured[0].shape[0], _device_of(plan)
+    slots = plan.placed(captured)
     try:
         with (
             kept_random_state(seed=0),
             torch.enable_grad(),
-            skipping(plan, captured, count, device),
+            skipping(plan, slots, count, device),
         ):
-            got = run(plan.inputs.build(plan.placed(captured), count, device))
+            got = run(plan.inputs.build(slots, count, device))
         pairs = zip(tree_iter(got), tree_iter(output), strict=True)
         compared = [
             (a, b) for a, b in pairs if isinstance(b, torch.Tensor) and not isinstance(a, StandIn)
@@ -1128,8 +1184,9 @@ def _check_backward(
             torch.func.functional_call(_Iteration(model, forward, backward), copies, *given)
         return [copy.grad for copy in copies.values()]
 
-    stored = plan.inputs.build(plan.placed(captured), count, device)
-    cached = gradients(skipping(plan, captured, count, device), taken_over(modules, refuse), stored)
+    slots = plan.placed(captured)
+    stored = plan.inputs.build(slots, count, device)
+    cached = gradients(skipping(plan, slots, count, device), taken_over(modules, refuse), stored)
     copied = tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, inputs)
     whole = gradients(capturing(plan, {}), nullcontext(), copied)
     for name, a, b in zip(trained, cached, whole, strict=True):

@@ -43,6 +43,7 @@ from ._plan import (
     near,
     skipping,
 )
+from ._sharded import check_wrappers, resharded
 from ._store import Column, Store, open_store
 
 
@@ -108,7 +109,8 @@ class FeatureCache:
     the old ones. When something before the boundary is unfrozen, forward is whole again.
 
     Args:
-        model: the model, also wrapped by DistributedDataParallel. Parts that train may be compiled.
+        model: the model, also wrapped by DistributedDataParallel. Parts that train may be compiled,
+            or sharded with fully_shard.
         dataset: a map-style dataset whose samples are always the same. A sample is (input, ...,
             targets), a mapping of the model's keyword arguments, or the only argument.
         path: the folder of the features; several processes may share it. None keeps them in memory.
@@ -239,8 +241,8 @@ samples, 26.5 kB in memory; 0 stored.
 
         Raises:
             TypeError: `inputs` is something else.
-            RuntimeError: the frozen prefix has changed and `on_change` is "raise", or the dataset
-                gives another sample than before.
+            RuntimeError: the frozen prefix was sharded, or has changed and `on_change` is "raise";
+                or the dataset gives another sample than before.
         """
         if not isinstance(inputs, CachedInputs):
             raise TypeError(
@@ -392,16 +394,17 @@ samples, 26.5 kB in memory; 0 stored.
             for value, slot in zip(slots, plan.slots, strict=True)
         ]
         count = len(rows)
-        args, kwargs = plan.inputs.build(plan.placed(moved), count, device)
+        placed = plan.placed(moved)
+        args, kwargs = plan.inputs.build(placed, count, device)
         complete = now is None or now.store.has_all(rows)
         if now is source and not complete:  # a worker had the store open when it was deleted
             now.store.write(rows, slots)
         if now is None or now is source or complete:
-            with skipping(plan, moved, count, device):
+            with skipping(plan, placed, count, device):
                 return self.model(*args, **kwargs)
         found: dict[int, torch.Tensor] = {}
         args, kwargs = _copied((args, kwargs))
-        with skipping(plan, moved, count, device, now.plan, found):
+        with skipping(plan, placed, count, device, now.plan, found):
             output = self.model(*args, **kwargs)
         self._check_found(now.plan, found)
         for deep, shallow in (
@@ -580,6 +583,11 @@ samples, 26.5 kB in memory; 0 stored.
             gone = gone or [name for name in plan.tensors if name not in tensors]
             if not gone:
                 plan.tensors.update({name: tensors[name] for name in plan.tensors})
+                refusal = plan.why_refused(self._tree)
+                if refusal and source is self._now:
+                    raise RuntimeError(refusal)
+                if refusal:
+                    self._drop(key)
             elif source is self._now:
                 changed = f"{_format.listed(gone)} was replaced"
             else:
@@ -624,6 +632,7 @@ samples, 26.5 kB in memory; 0 stored.
 
     def _plan(self) -> Plan:
         """Find the boundary as things are."""
+        check_wrappers(self.model)
         length = len(self.dataset)
         picked = [0, length // 2, length - 1]
         views = self.dataset.views or 1
@@ -641,7 +650,7 @@ samples, 26.5 kB in memory; 0 stored.
 
         batches = [(self._moved(inputs), targets) for inputs, targets in (first, second)]
         at = None if self._at is None else _one_module(self._tree, self._at)
-        with kept_buffers(self._bare):
+        with kept_buffers(self._bare), resharded(self._bare):
             return make_plan(self._tree, run, batches, pairs, at, self._eval_frozen)
 
     def _check_redrawn(self) -> None:
