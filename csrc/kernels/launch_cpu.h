@@ -34,9 +34,13 @@ struct FusedArith {
   static constexpr bool kDividesTwice = true;
   static TORCH_FREEZE_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
   static TORCH_FREEZE_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+  static TORCH_FREEZE_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
+  static TORCH_FREEZE_INLINE double sqrt(double x) { return __builtin_sqrt(x); }
 };
 struct SeparateArith {
   static constexpr bool kDividesTwice = true;
+  static TORCH_FREEZE_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
+  static TORCH_FREEZE_INLINE double sqrt(double x) { return __builtin_sqrt(x); }
   template <class T>
   static TORCH_FREEZE_INLINE T fma(T a, T b, T c) {
     return a * b + c;
@@ -177,58 +181,31 @@ TORCH_FREEZE_INLINE void update_block(
   update_run<Variant, Arith, Formula>(arrays, n, s, rounding);
 }
 
-// What a formula with a square root does before it. `first` takes the first buffer before it is rounded, unless
-// null.
-template <class Variant, class Arith, class Formula, class T, class Buffer, class Rounding>
-TORCH_FREEZE_INLINE void run_before_root(
-    const Arrays<T, const T, Buffer, Formula::kBuffers>& arrays, int64_t n, const AllScalars<Formula, T>& s,
-    Rounding rounding, T* roots, [[maybe_unused]] T* first) {
+// A block of at most kBlockNumel elements with torch's square roots: what comes before the roots, all of these at
+// once, and what comes after. Prefetching gains nothing here, since that takes longer than the memory.
+template <class Variant, class Arith, class Formula, class T>
+TORCH_FREEZE_INLINE void update_block_with_torch_roots(
+    const Arrays<T, const T, T, Formula::kBuffers>& block, int64_t n, const AllScalars<Formula, T>& scalars) {
   constexpr int kBuffers = Formula::kBuffers;
   constexpr int kUsed = Formula::buffers_used(Variant::kBits);
-  const T* const param = arrays.param;
-  const T* const grad = arrays.grad;
-  const std::array<Buffer*, kBuffers> buffers = arrays.buffers;
+  const AllScalars<Formula, T> s = scalars;
+  alignas(64) T roots[kBlockNumel];
+  T* const param = block.param;
+  const T* const grad = block.grad;
+  const std::array<T*, kBuffers> buffers = block.buffers;
   TORCH_FREEZE_NO_OVERLAP
   for (int64_t i = 0; i < n; ++i) {
     T values[kBuffers];
     for (int k = 0; k < kBuffers; ++k) {
-      values[k] = k < kUsed ? rounding.load(buffers[k][i]) : T(0);
+      values[k] = k < kUsed ? buffers[k][i] : T(0);
     }
     roots[i] = Formula::template before_root<Variant, Arith>(param[i], grad[i], values, s.group, s.tensor);
     for (int k = 0; k < kUsed; ++k) {
-      buffers[k][i] = rounding.store(values[k], k, i);
-    }
-    if constexpr (!std::is_same_v<Rounding, NearestRounding>) {
-      first[i] = values[0];
+      buffers[k][i] = values[k];
     }
   }
-}
-
-// A block of at most kBlockNumel elements: what comes before the roots, all of these at once, and what comes
-// after. Prefetching gains nothing here, since the roots and two divisions take longer than the memory.
-template <class Variant, class Arith, class Formula, class T, class Buffer, class Rounding>
-TORCH_FREEZE_INLINE void update_block_with_roots(
-    const Arrays<T, const T, Buffer, Formula::kBuffers>& block, int64_t n, const AllScalars<Formula, T>& scalars,
-    Rounding rounding) {
-  constexpr bool kNearest = std::is_same_v<Rounding, NearestRounding>;
-  const AllScalars<Formula, T> s = scalars;
-  alignas(64) T roots[kBlockNumel];
-  alignas(64) T unrounded[kNearest ? 1 : kBlockNumel];
-  int64_t done = 0;
-  if constexpr (!kNearest) {
-    for (; done + kRunNumel <= n; done += kRunNumel) {
-      run_before_root<Variant, Arith, Formula>(
-          block.at(done), kRunNumel, s, rounding.at(done), roots + done, unrounded + done);
-    }
-  }
-  run_before_root<Variant, Arith, Formula>(
-      block.at(done), n - done, s, rounding.at(done), roots + done, unrounded + done);
   torch_sqrt(roots, n);
-  T* const param = block.param;
-  const T* first = unrounded;
-  if constexpr (kNearest) {
-    first = block.buffers[0];
-  }
+  const T* const first = buffers[0];
   TORCH_FREEZE_NO_OVERLAP
   for (int64_t i = 0; i < n; ++i) {
     T p = param[i];
@@ -237,12 +214,12 @@ TORCH_FREEZE_INLINE void update_block_with_roots(
   }
 }
 
-template <class Variant, class Arith, class Formula, class T, class Buffer, class Rounding>
+template <bool kTorchRoots, class Variant, class Arith, class Formula, class T, class Buffer, class Rounding>
 TORCH_FREEZE_INLINE void update_part(
     const Arrays<T, const T, Buffer, Formula::kBuffers>& arrays, int64_t n, const AllScalars<Formula, T>& scalars,
     Rounding rounding) {
-  if constexpr (Formula::kRoots) {
-    update_block_with_roots<Variant, Arith, Formula>(arrays, n, scalars, rounding);
+  if constexpr (kTorchRoots) {
+    update_block_with_torch_roots<Variant, Arith, Formula>(arrays, n, scalars);
   } else {
     update_block<Variant, Arith, Formula>(arrays, n, scalars, rounding);
   }
@@ -331,7 +308,7 @@ struct Span {
   const float* grad_scale;
 };
 
-template <class Variant, class Arith, class Convert, class Formula, class Types, class Rounding>
+template <class Variant, class Arith, class Convert, bool kTorchRoots, class Formula, class Types, class Rounding>
 TORCH_FREEZE_INLINE void update_span(const Span<Formula, Types>& span, Rounding rounding) {
   const auto& [arrays, n, scalars, grad_scale] = span;
   using T = typename Types::Param;
@@ -340,7 +317,7 @@ TORCH_FREEZE_INLINE void update_span(const Span<Formula, Types>& span, Rounding 
   constexpr int kUsed = Formula::buffers_used(Variant::kBits);
   constexpr bool kNarrow = !std::is_same_v<T, Value>;
   constexpr bool kNarrowBuffers = kNarrow && !Types::kStochastic;
-  if constexpr (!kNarrow && !Formula::kRoots) {
+  if constexpr (!kNarrow && !kTorchRoots) {
     if (grad_scale == nullptr) {
       update_block<Variant, Arith, Formula>(
           Arrays<T, const T, typename Types::Buffer, kBuffers>{arrays.param, arrays.grad, arrays.buffers}, n,
@@ -372,9 +349,9 @@ TORCH_FREEZE_INLINE void update_span(const Span<Formula, Types>& span, Rounding 
         for (int k = 0; k < kBuffers; ++k) {
           wide.buffers[k] = b[k];
         }
-        update_part<Variant, Arith, Formula>(wide, size, scalars, rounding);
+        update_part<kTorchRoots, Variant, Arith, Formula>(wide, size, scalars, rounding);
       } else {
-        update_part<Variant, Arith, Formula>(
+        update_part<kTorchRoots, Variant, Arith, Formula>(
             Arrays<Value, const Value, typename Types::Buffer, kBuffers>{p, g, part.buffers}, size, scalars,
             rounding.at(i));
       }
@@ -386,7 +363,7 @@ TORCH_FREEZE_INLINE void update_span(const Span<Formula, Types>& span, Rounding 
       for (int64_t j = 0; grad_scale != nullptr && j < size; ++j) {
         part.grad[j] = part.grad[j] / scale;
       }
-      update_part<Variant, Arith, Formula>(
+      update_part<kTorchRoots, Variant, Arith, Formula>(
           Arrays<T, const T, typename Types::Buffer, kBuffers>{part.param, part.grad, part.buffers}, size, scalars,
           rounding.at(i));
     }
@@ -400,24 +377,24 @@ struct BaselineTarget {
 #else
   using Arith = FusedArith;
 #endif
-  template <class Variant, class Formula, class Types, class Rounding>
+  template <class Variant, bool kTorchRoots, class Formula, class Types, class Rounding>
   static void run(const Span<Formula, Types>& span, Rounding rounding) {
-    update_span<Variant, Arith, Baseline>(span, rounding);
+    update_span<Variant, Arith, Baseline, kTorchRoots>(span, rounding);
   }
 };
 
 #ifdef TORCH_FREEZE_X86
 struct Avx2Target {
-  template <class Variant, class Formula, class Types, class Rounding>
+  template <class Variant, bool kTorchRoots, class Formula, class Types, class Rounding>
   __attribute__((target("avx2,fma,f16c"))) static void run(const Span<Formula, Types>& span, Rounding rounding) {
-    update_span<Variant, FusedArith, F16c>(span, rounding);
+    update_span<Variant, FusedArith, F16c, kTorchRoots>(span, rounding);
   }
 };
 struct Avx512Target {
-  template <class Variant, class Formula, class Types, class Rounding>
+  template <class Variant, bool kTorchRoots, class Formula, class Types, class Rounding>
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"))) static void
   run(const Span<Formula, Types>& span, Rounding rounding) {
-    update_span<Variant, FusedArith, F16c>(span, rounding);
+    update_span<Variant, FusedArith, F16c, kTorchRoots>(span, rounding);
   }
 };
 #endif
@@ -427,11 +404,12 @@ void step(const UpdateBatch<Formula>& batch) {
   using T = typename Types::Param;
   using Buffer = typename Types::Buffer;
   using Rounding = std::conditional_t<Types::kStochastic, StochasticRounding, NearestRounding>;
+  constexpr bool kTorchRoots = Formula::kRoots && !Types::kStochastic;
   for_each_span(batch.updates, batch.count, batch.numel, [&batch] {
     // What the last span used. Most spans use the same, because neighbours share their group.
     using Run = void (*)(const Span<Formula, Types>&, Rounding);
     struct NoRoots {};
-    using Roots = std::conditional_t<Formula::kRoots, TorchSqrtThread, NoRoots>;
+    using Roots = std::conditional_t<kTorchRoots, TorchSqrtThread, NoRoots>;
     return [roots = Roots{}, &batch, run = Run{}, scalars = AllScalars<Formula, typename Types::Value>{},
             group = int32_t{-1}, fresh = false, count = 0.0,
             last = LastCounted<Formula>{}](const auto& update, int64_t begin, int64_t end) mutable {
@@ -445,7 +423,13 @@ void step(const UpdateBatch<Formula>& batch) {
         }
         count = 0;
         Formula::with_variant(Formula::variant_bits(hyper), [&](auto variant) {
-          run = &Target::template run<decltype(variant), Formula, Types, Rounding>;
+          using Variant = decltype(variant);
+          run = &Target::template run<Variant, false, Formula, Types, Rounding>;
+          if constexpr (kTorchRoots) {
+            if (Formula::takes_torch_roots(hyper)) {
+              run = &Target::template run<Variant, true, Formula, Types, Rounding>;
+            }
+          }
         });
       }
       if constexpr (Formula::State::kCounts) {

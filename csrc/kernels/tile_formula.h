@@ -10,8 +10,9 @@
 //                              Where updates are counted, their last argument is instead a
 //   Counted, counted(counting, count)       what the number of updates gives, from the group's
 //   Counting, counting(group)               comparable by ==
-//   kRoots                     whether element() has a square root. The CPU forms those of a whole block at once
-//                              and calls before_root(), which returns what to take it of, and after_root()
+//   kRoots                     whether element() has a square root. Where takes_torch_roots(group), the CPU lets
+//                              torch's library take those of a whole block and calls before_root(), which
+//                              returns what to take it of, and after_root()
 //   variant_bits(group), buffers_used(bits), with_variant(bits, run)
 //                              its branches, the same for a whole tensor
 //   element<Variant, Arith>(param, grad, buffers, scalars, tensor_scalars)

@@ -53,6 +53,7 @@ struct Adam : OptimizerBase<Adam<kDecoupled>> {
     group.amsgrad = reader.flag(kAmsgrad);
     group.maximize = reader.flag(kMaximize);
     group.decoupled = reader.flag(kDecoupledDecay);
+    group.fused = reader.flag(kFused);
     const auto step_type = reader.computes_in(kLr);
     const auto decay_type = reader.computes_in(kWeightDecay);
     group.step_in_float = step_type == c10::kFloat;

@@ -19,6 +19,7 @@ struct AdamGroup : GroupOptions {
   bool amsgrad = false;
   bool maximize = false;
   bool decoupled = false;  // AdamW's weight decay
+  bool fused = false;      // as torch's fused implementation, with the processor's own square roots
   // A tensor or a NumPy scalar of this type computes in it, also with numbers of Python's.
   bool step_in_float = false;   // the learning rate by the correction of exp_avg
   bool decay_in_float = false;  // the learning rate by a decoupled weight decay
@@ -106,6 +107,7 @@ struct AdamFormula : FormulaBase<StateLayout<3, true>> {
         static_cast<T>(rounded(s.decay_in_float, 1 - decay))};
   }
 
+  static bool takes_torch_roots(const Group& group) { return !group.fused; }
   static uint8_t variant_bits(const Group& group) {
     const bool decay = group.weight_decay != 0;
     return static_cast<uint8_t>((decay ? 1 : 0) | (decay && group.decoupled ? 2 : 0) | (group.amsgrad ? 4 : 0));

@@ -507,7 +507,8 @@ def trained_moments(amsgrad: bool, threads: int = 1) -> list[tuple[Tensor, Tenso
     how = {"amsgrad": amsgrad, "betas": (0.8, 0.9)}
     narrow = {"moment_dtype": BF16, "moment_seed": 41}
     optimizer = FrozenAwareAdamW([{"params": params[:3]}, {"params": params[3:]}], **how, **narrow)
-    exact = FrozenAwareAdamW([{"params": wide[:3]}, {"params": wide[3:]}], **how)
+    # Its square roots are the processor's, too.
+    exact = FrozenAwareAdamW([{"params": wide[:3]}, {"params": wide[3:]}], fused=True, **how)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     pairs = []

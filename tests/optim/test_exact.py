@@ -51,6 +51,30 @@ def test_equals_fp32_arithmetic_rounded_once(
 
 
 @pytest.mark.parametrize("dtype", cases.ids(cases.DTYPES))
+@pytest.mark.parametrize(("family", "hyper"), DISTINCT_HYPERS)
+def test_fused_on_the_cpu(family: cases.Family, hyper: Hyper, dtype: torch.dtype) -> None:
+    """SGD's results are the same; Adam's square roots are the processor's, as in torch's form."""
+    stock = dtype in cases.WIDE_DTYPES.values()
+    cases.check_hyper(hyper, dtype, steps=10, stock=stock, family=family, fused=True)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("fused", [None, True], ids=["fused unset", "fused=True"])
+@pytest.mark.parametrize("dtype", cases.ids(cases.WIDE_DTYPES))
+def test_whose_square_roots_they_are(dtype: torch.dtype, fused: bool | None) -> None:
+    """A step by -g / sqrt(g * g) shows them: torch's, or the numbers closest to the root."""
+    p = torch.nn.Parameter(torch.zeros(10_000, dtype=dtype))
+    p.grad = cases.randn(10_000, cases.generator(0)).to(dtype)
+    squares = p.grad * p.grad
+    if fused:
+        roots = torch.tensor([math.sqrt(x) for x in squares.tolist()], dtype=torch.float64)
+    else:
+        roots = squares.sqrt()
+    cases.ADAM.ours([p], lr=1.0, betas=(0.0, 0.0), eps=0.0, fused=fused).step()
+    cases.assert_same_bits(p, -p.grad / roots.to(dtype), "after a step")
+
+
+@pytest.mark.parametrize("dtype", cases.ids(cases.DTYPES))
 @pytest.mark.parametrize("threads", [1, 2, 4], ids="{} threads".format)
 @pytest.mark.parametrize(("family", "hyper"), SOME_HYPERS)
 def test_any_thread_count_gives_the_same_bits(

@@ -204,7 +204,8 @@ class FrozenAwareAdamW(_Adam, torch.optim.AdamW):
     ``differentiable=True`` always use torch's own operators.
 
     Results are bit-identical to ``torch.optim.AdamW(foreach=False)`` on the CPU for float32 and
-    float64. bfloat16 and float16 are computed in float32 and rounded once, when stored.
+    float64. bfloat16 and float16 are computed in float32 and rounded once, when stored. With
+    ``fused=True``, as in torch, square roots on the CPU may differ in the last bit.
 
     Args:
         params: all parameters, frozen or not; also param groups or (name, parameter) pairs, as
@@ -220,9 +221,9 @@ class FrozenAwareAdamW(_Adam, torch.optim.AdamW):
         capturable: keep the counts of updates on the parameters' device, so that a step can be
             captured in a CUDA graph.
         differentiable: let autograd differentiate through the step (torch's implementation).
-        fused: None or True for the fused kernels; False for torch's other implementations. True
-            keeps the counts of updates on the parameters' device: a GradScaler's step then needs
-            no synchronization.
+        fused: None or True for the fused kernels; False for torch's other implementations. On
+            the CPU, True takes the processor's square roots, which is faster. On CUDA it keeps the
+            counts of updates on the device: a GradScaler's step then needs no synchronization.
         step_in_backward: apply gradients while backward runs, and free them at once. One
             ``backward()`` then makes one step. Whatever needs more than that raises an error; the
             documentation's page on memory lists it.
