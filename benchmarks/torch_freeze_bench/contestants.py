@@ -39,6 +39,8 @@ class Family:
     """The keys of the tensors in a parameter's state that are as large as the parameter."""
     keywords: Mapping[str, str] = field(default_factory=dict)
     """What ours calls ``frozen_state`` and ``state_dtype``, if something else."""
+    forms: tuple[str, ...] = ()
+    """Forms of stock's that ours computes as such, and so is compared in, too."""
     packages: Mapping[str, Make] = field(default_factory=dict)
     """Other packages that compute the same; those that are installed join the speed suites."""
     in_memory: tuple[Contestant, ...] = ()
@@ -381,7 +383,9 @@ REFERENCE = Contestant("filter/for-loop", stock(foreach=False), scope="filter")
 
 
 def select(
-    any_frozen: bool = False, packages: Mapping[str, Make] | None = None
+    any_frozen: bool = False,
+    packages: Mapping[str, Make] | None = None,
+    forms: Sequence[str] = (),
 ) -> list[Contestant]:
     """The contestants for one workload: ours first, then stock, then other packages.
 
@@ -390,7 +394,8 @@ def select(
     scopes: list[Scope] = ["all", "filter"] if any_frozen else ["all"]
     found = [Contestant(f"{s}/{f}", FORMS[f], scope=s) for s in scopes for f in FORMS]
     others = [Contestant(k, make, scope=scopes[-1]) for k, make in (packages or {}).items()]
-    return [FROZEN_AWARE, *found, *others]
+    mine = [Contestant(f"{OURS}/{form}", ours(**{form: True})) for form in forms]
+    return [FROZEN_AWARE, *mine, *found, *others]
 
 
 def installed(family: Family, device: torch.device) -> tuple[dict[str, Make], dict[str, str]]:
@@ -489,6 +494,7 @@ ADAMW = Family(
     },
     buffers=lambda hyper: ("exp_avg", "exp_avg_sq"),
     keywords={"state_dtype": "moment_dtype"},
+    forms=("fused",),
     packages={
         "flashoptim": package(
             "flashoptim",

@@ -102,9 +102,14 @@ class Measured:
         taken, reference = self.of(contestant, measure), self.of(to, measure)
         return ratio(taken, reference) if taken and reference else None
 
+    def ours_as(self, contestant: str) -> str:
+        """The form of ours that is to be compared with a contestant: its own, if there is one."""
+        same = f"{OURS}/{contestant.rpartition('/')[2]}"
+        return same if same in self.samples else OURS
+
     def fastest_other(self, measure: str) -> tuple[str, Summary] | None:
         """Which other contestant has the least median, and its ratio to ours."""
-        others = [c for c in self.contestants if c != OURS]
+        others = [c for c in self.contestants if not c.startswith(OURS)]
         compared = [(c, times) for c in others if (times := self.ratio(c, measure)) is not None]
         return min(compared, key=lambda pair: pair[1].median, default=None)
 

@@ -43,7 +43,7 @@ def outcome(
     details = " (92.0 % of the elements); 161 tensors; 109,483,778 elements; momentum 0.9"
     found = Measured(suite, "made-up", title, details)
     found.add(FACTS, frozen_tensors=159, step_bytes=20_000)
-    for contestant in select(any_frozen=True):
+    for contestant in select(any_frozen=True, forms=("fused",)):
         if contestant.key in samples:
             found.add(contestant.key, **samples[contestant.key])
             if gap is not None:

@@ -398,7 +398,8 @@ class TestWorkloads:
     def test_everyone_of_a_family_computes_the_same(self, family: Family) -> None:
         chosen = dataclasses.replace(setting(1), family=family)
         found = speed.run_workload("speed", TINY.build(CPU, family), chosen, ["warm"])
-        assert "ours" in found.contestants and len(found.contestants) == 4
+        expected = ["ours", *(f"ours/{form}" for form in family.forms)]
+        assert found.contestants == [*expected, "all/default", "all/foreach", "all/fused"]
         assert not any(found.unequal(key) for key in found.contestants)
 
     def test_the_synthetic_sets_are_what_their_names_say(self) -> None:
@@ -524,7 +525,7 @@ class TestVerdict:
         ],
     )
     def test_it_compares_with_the_fastest_other(self, fused: float, words: str) -> None:
-        times = measured(10, all_default=40, all_fused=30, filter_fused=fused)
+        times = measured(10, all_default=40, all_fused=30, filter_fused=fused, ours_fused=5)
         text = flat(verdict([outcome(times)]))
         assert words in text
         assert "stock's default takes 4.00 times that" in text
@@ -583,8 +584,20 @@ class TestTargets:
             (("<= 4.5 ns",), 1100 + 159 * 4.5, 1100 + 159 * 4.6, "4.50 ns"),
             ((">= 100 %",), 1000, 1250, "100 %"),
             (("<= 6 us",), 6000, 6001, "6 us"),
+            (
+                (">= 2x", "all/fused"),
+                {"all_fused": 10, "ours_fused": 5},
+                {"all_fused": 10, "ours_fused": 6},
+                "2.00x",
+            ),
         ],
-        ids=["stock's time", "what frozen parameters add", "bandwidth", "host time"],
+        ids=[
+            "stock's time",
+            "what frozen parameters add",
+            "bandwidth",
+            "host time",
+            "the same form of ours",
+        ],
     )
     def test_a_figure_is_compared_with_its_target(
         self, target: tuple[str, ...], at: Any, beyond: Any, figure: str

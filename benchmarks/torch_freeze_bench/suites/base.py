@@ -37,7 +37,7 @@ class Setting:
 
     def select(self, *, any_frozen: bool) -> list[Contestant]:
         """The contestants for one workload."""
-        return select(any_frozen, self.packages)
+        return select(any_frozen, self.packages, self.family.forms)
 
     def usable_models(
         self, usual: Sequence[str], needs: Callable[[str], object] = needs_of

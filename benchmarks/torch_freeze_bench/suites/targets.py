@@ -59,8 +59,9 @@ class Target:
             ratio = of.ratio(OURS, self.measure, to=BESIDE)
             return ratio and (ratio.median, _x(ratio))
         if self.against:
-            ratio = of.ratio(self.against, self.measure)
-            return ratio and (ratio.median, f"{_x(ratio)}, {duration(ours.median)}")
+            mine = of.ours_as(self.against)
+            ratio, time = of.ratio(self.against, self.measure, to=mine), of.time(mine, self.measure)
+            return ratio and time and (ratio.median, f"{_x(ratio)}, {duration(time.median)}")
         if self.bound.endswith("%") and (share := share_of_pass(of)):
             median, low, high = (100 * value for value in share)
             return median, f"{median:.0f} % [{low:.0f}-{high:.0f}]"
