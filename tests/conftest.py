@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import torch_freeze
-from tests.helpers import apart
+from tests.helpers import apart, optim_cases
 
 # Shared machines pause for seconds, so no example has a deadline.
 hypothesis.settings.register_profile("torch_freeze", deadline=None, print_blob=True)
@@ -30,7 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--pairwise",
         action="store_true",
-        help="run only so many cases of each test that all pairs of values of its parameters occur",
+        help="repeat in short what has been run: of each test only so many cases that all pairs of "
+        "values of its parameters occur, and with each set of hyper-parameters few steps",
     )
 
 
@@ -45,7 +46,9 @@ def _why_no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--pairwise"):
+        optim_cases.most_steps = optim_cases.FEW_STEPS
     apart.put_aside()
 
 

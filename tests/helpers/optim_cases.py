@@ -654,6 +654,12 @@ def in_groups(params: Sequence[Tensor], count: int) -> list[dict[str, Any]]:
     return [{"params": list(params[i::count]), "lr": 0.1 / (i + 1)} for i in range(count)]
 
 
+# The most steps that check_hyper() makes: fewer under --pairwise.
+most_steps = 20
+# In so many, each tensor begins, is without a gradient in one of five steps, and goes on.
+FEW_STEPS = 6
+
+
 def check_hyper(
     hyper: Hyper,
     dtype: torch.dtype,
@@ -681,7 +687,7 @@ def check_hyper(
     make = family.stock if stock else family.reference
     kwargs = {"foreach": device == "cuda"} if stock else {}
     reference = make([{"params": part} for part in split[1]], **hyper, **kwargs)
-    for step in range(steps):
+    for step in range(min(steps, most_steps)):
         set_grads(ours, theirs, gen, skip=lambda i, step=step: (i + step) % 5 == 0)
         optimizer.step()
         reference.step()

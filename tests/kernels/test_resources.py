@@ -1,20 +1,18 @@
-"""What nvcc makes of the CUDA kernel: results, registers, spills, access widths. No GPU needed.
+"""What nvcc made of the CUDA kernel: results, registers, spills, access widths. No GPU needed.
 
-The PTX runs on the CPU (see helpers/ptx.py), and what ptxas makes of it is looked at in the
-disassembly.
+What is looked at lies in the compiled module: the PTX, which runs on the CPU (see helpers/ptx.py),
+and the machine code of each architecture.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.util
 import os
 import random
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +21,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+import torch_freeze
 from tests.helpers import kernels as body
 from tests.helpers import ptx as ptx_to_cpp
 
 ROOT = Path(__file__).resolve().parents[2]
-# By torch's own packages: the toolkit's headers of another minor version come with the wheels.
-NVIDIA = Path(torch.__file__).parent.parent / "nvidia"
 HEADER = (ROOT / "csrc" / "kernels" / "tiles.h").read_text()
 WARPS = int(re.search(r"kWarps = (\d+);", HEADER)[1])  # type: ignore[index]
 
@@ -45,7 +42,6 @@ TRIPLES = {
     "bf16 with stochastic momentum": (r"N3c108BFloat16E\w{1,8}Lb1E", (16, 16, 16)),
 }
 TABLES = (1024, 8192, 32760)
-ENTRY = (".entry ", ".entry ")  # what a kernel begins with in PTX, and where it ends
 every_kernel = pytest.mark.parametrize(
     ("triple", "table"),
     [
@@ -54,124 +50,126 @@ every_kernel = pytest.mark.parametrize(
         for size in TABLES
     ],
 )
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
-
-
-class Compiled(NamedTuple):
-    """An optimizer's kernels as PTX, and the tools that go on from there."""
-
-    optimizer: str
-    ptx: Path
-    ptxas: Path
-    known: list[int]
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_110", "sm_120")
 
 
 # The buffers of the optimizers whose kernels are looked at.
-BUFFERS = {"sgd": 1, "adam": 3}
+BUFFERS = {"Sgd": 1, "Adam": 3}
 
 
-@functools.cache
-def compile_kernels(optimizer: str, folder: Path) -> Compiled:
-    spec = importlib.util.spec_from_file_location("torch_freeze_setup", ROOT / "setup.py")
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{ROOT / 'setup.py'} cannot be loaded")
-    setup_py = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = setup_py
-    spec.loader.exec_module(setup_py)
-    toolkit = setup_py.find_toolkit(torch, NVIDIA)
-    if isinstance(toolkit, str):
-        pytest.skip(f"no CUDA compiler for this torch: {toolkit}")
-    from torch.utils import cpp_extension
+class Ptx(NamedTuple):
+    """The PTX of an optimizer's kernels."""
 
-    wheels = [str(path.parent) for path in NVIDIA.glob("*/include/cuda_runtime_api.h")]
-    includes = [
-        word
-        for path in (*cpp_extension.include_paths(), *toolkit.includes, *wheels)
-        if path != "/usr/include"
-        for word in ("-isystem", path)
-    ]
-    ptx = folder / f"{optimizer}_cuda.ptx"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_HOME", str(toolkit.home))  # the build sets it
-        patch.setenv("DEBUG", "0")
-        built = setup_py.configure(torch)[0].extra_compile_args["nvcc"]
-    # All but what is for architectures, processes and the host's compiler.
-    flags = [word for word in built if re.match(r"--?(O\d|fmad|use_fast_math|ftz|prec)", word)]
-    flags += ["-ptx", "-arch=compute_80", "-std=c++20", f"-I{ROOT / 'csrc'}"]
-    flags += ["--expt-relaxed-constexpr", "-DWITH_CUDA", "-o", str(ptx)]
-    nvcc = str(toolkit.home / "bin" / "nvcc")
-    source = str(ROOT / "csrc" / "optim" / f"{optimizer}_cuda.cu")
-    done = subprocess.run([nvcc, *flags, *includes, source], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return Compiled(optimizer, ptx, toolkit.home / "bin" / "ptxas", toolkit.known)
+    optimizer: str
+    kernels: list[str]
+
+
+def tool(name: str) -> str | None:
+    """One of NVIDIA's tools from PATH, a toolkit, or triton, which torch's CUDA wheels bring."""
+    places = [os.environ.get("PATH", "")]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    places.append("/usr/local/cuda/bin")
+    return shutil.which(name, path=os.pathsep.join(places))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ptx")
+    return tmp_path_factory.mktemp("resources")
+
+
+@pytest.fixture(scope="module")
+def ask(folder: Path) -> Callable[..., str]:
+    """What cuobjdump says of the compiled module."""
+    info = torch_freeze.build_info()
+    if not info.cuda:
+        pytest.skip(f"no CUDA code in this build: {info.cpu_only_because}")
+    if info.debug:
+        pytest.skip("this build has DEBUG=1")
+    cuobjdump = tool("cuobjdump")
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump on PATH, in a toolkit or in triton")
+    module = importlib.util.find_spec("torch_freeze._C")
+    assert module is not None and module.origin is not None
+    command = (cuobjdump, module.origin)
+
+    def answer(*options: str) -> str:
+        done = subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def texts(ask: Callable[..., str], folder: Path) -> dict[str, str]:
+    """The PTX by optimizer."""
+    ask("-xptx", "all")
+    found = [path.read_text() for path in folder.glob("*.ptx")]
+    if not found:
+        pytest.skip("this build has no PTX")
+    return {name: next(text for text in found if f"{name}Formula" in text) for name in BUFFERS}
 
 
 @pytest.fixture(scope="module", params=BUFFERS)
-def compiled(request: pytest.FixtureRequest, folder: Path) -> Compiled:
-    return compile_kernels(request.param, folder)
+def ptx(request: pytest.FixtureRequest, texts: dict[str, str]) -> Ptx:
+    return Ptx(request.param, texts[request.param].split(".entry ")[1:])
 
 
-def kernel_name(triple: str, table: int) -> re.Pattern[str]:
-    return re.compile(rf"\w+DtypesI{TRIPLES[triple][0]}E+Li{table}E\w+")
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if name not in torch_freeze.build_info().architectures:
+        pytest.skip(f"this build has no code for {name}")
+    return name
 
 
-def body_of(text: str, triple: str, table: int, start: str, end: str) -> str:
-    """The part of a listing that belongs to one kernel."""
-    name = kernel_name(triple, table)
-    bodies = [part.split(end)[0] for part in text.split(start)[1:] if name.match(part)]
+def kernel_name(optimizer: str, triple: str, table: int) -> re.Pattern[str]:
+    return re.compile(rf"\w+{optimizer}Formula\w+DtypesI{TRIPLES[triple][0]}E+Li{table}E\w+")
+
+
+def one_of(parts: list[str], optimizer: str, triple: str, table: int) -> str:
+    """The part of a listing, each of which begins with a name, that belongs to one kernel."""
+    name = kernel_name(optimizer, triple, table)
+    bodies = [part for part in parts if name.match(part)]
     assert len(bodies) == 1, f"{len(bodies)} kernels for {triple}, table of {table} bytes"
     return bodies[0]
 
 
 @pytest.fixture(scope="module")
-def ptx(compiled: Compiled) -> str:
-    return compiled.ptx.read_text()
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def assembled(
-    request: pytest.FixtureRequest, compiled: Compiled, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path]:
-    """What ptxas says of each kernel on one architecture, and the machine code."""
-    architecture: str = request.param
-    if int(architecture.removeprefix("sm_")) not in compiled.known:
-        pytest.skip(f"this nvcc does not know {architecture}")
-    cubin = tmp_path_factory.mktemp(architecture) / "kernels.cubin"
-    command = [compiled.ptxas, "-v", f"-arch={architecture}", "-o", cubin, compiled.ptx]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr, cubin
+def usage(ask: Callable[..., str], architecture: str) -> list[str]:
+    return ask("-res-usage", "-arch", architecture).split(" Function ")[1:]
 
 
 def test_no_kernel_spills_and_registers_leave_room_for_every_block(
-    assembled: tuple[str, Path], ptx: str
+    usage: list[str], ptx: Ptx
 ) -> None:
-    report, _ = assembled
     for triple in TRIPLES:
         for table in TABLES:
-            blocks = re.search(r"\.minnctapersm (\d+)", body_of(ptx, triple, table, *ENTRY))
+            kernel = (ptx.optimizer, triple, table)
+            blocks = re.search(r"\.minnctapersm (\d+)", one_of(ptx.kernels, *kernel))
             assert blocks and int(blocks[1]) >= 3
             # The register file of a multiprocessor, shared by all threads, in steps of eight.
             most = 65536 // (32 * WARPS * int(blocks[1])) // 8 * 8
-            end = "Compiling entry function"
-            text = body_of(report, triple, table, "Compiling entry function '", end)
-            assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text
-            used = re.search(r"Used (\d+) registers", text)
+            text = one_of(usage, *kernel)
+            used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+) ", text)
             assert used and int(used[1]) <= most, f"{triple}: {text}"
+            # What is spilled lies in the stack frame.
+            assert (int(used[2]), int(used[3])) == (0, 0), f"{triple}: {text}"
 
 
 Run = Callable[[Any, int, int], None]
 
 
 @pytest.fixture(scope="module")
-def kernels(folder: Path) -> dict[str, Run]:
+def kernels(texts: dict[str, str], folder: Path) -> dict[str, Run]:
     """SGD's PTX as functions of (table, blocks, threads), by the kernels' names."""
-    source, names = ptx_to_cpp.translate(compile_kernels("sgd", folder).ptx.read_text())
+    target = re.search(r"^\.target (\w+)", texts["Sgd"], re.MULTILINE)
+    assert target is not None
+    if target[1] != "sm_80":  # as of a build for the GPU in sight alone
+        pytest.skip(f"this build's PTX is for {target[1]}; what is translated is that for sm_80")
+    source, names = ptx_to_cpp.translate(texts["Sgd"])
     (folder / "kernels.cpp").write_text(source)
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O0", "-w", "-ffp-contract=off"]
     command += ["-shared", "-fPIC", "-o", "kernels.so", "kernels.cpp"]
@@ -228,7 +226,8 @@ def test_computes_what_its_source_does(
     options: dict[str, Any] = {"resident": rng.choice([1, 3, 40, 660])}
     if scale is not None:
         options |= {"grad_scale": torch.tensor(scale), "found_inf": torch.tensor(overflow)}
-    (run,) = (run for name, run in kernels.items() if kernel_name(triple, table).match(name))
+    wanted = kernel_name("Sgd", triple, table)
+    (run,) = (run for name, run in kernels.items() if wanted.match(name))
     for _ in range(8 if table == min(TABLES) else 1):
         check_step(rng, body.TRIPLES[triple], table, run, options, overflow == 0)
 
@@ -258,8 +257,8 @@ def check_step(
 
 
 @every_kernel
-def test_vectors_of_sixteen_bytes(triple: str, table: int, ptx: str, compiled: Compiled) -> None:
-    body = body_of(ptx, triple, table, *ENTRY)
+def test_vectors_of_sixteen_bytes(triple: str, table: int, ptx: Ptx) -> None:
+    body = one_of(ptx.kernels, ptx.optimizer, triple, table)
     widths = {"u8": 1, "u16": 2, "b16": 2, "u32": 4, "b32": 4, "f32": 4, "u64": 8, "b64": 8}
     widths["f64"] = 8
 
@@ -269,7 +268,7 @@ def test_vectors_of_sixteen_bytes(triple: str, table: int, ptx: str, compiled: C
 
     # Parameter and buffers, two vectors of each under way; the gradient streamed.
     param, grad, buffer = TRIPLES[triple][1]
-    written = (param, *[buffer] * BUFFERS[compiled.optimizer])
+    written = (param, *[buffer] * BUFFERS[ptx.optimizer])
     for size in (param, buffer):
         vectors = 2 * written.count(size)
         assert count(r"ld\.global", size) >= vectors
@@ -278,35 +277,27 @@ def test_vectors_of_sixteen_bytes(triple: str, table: int, ptx: str, compiled: C
 
 
 @every_kernel
-def test_arithmetic_rounds_as_written(triple: str, table: int, ptx: str) -> None:
-    body = body_of(ptx, triple, table, *ENTRY)
+def test_arithmetic_rounds_as_written(triple: str, table: int, ptx: Ptx) -> None:
+    body = one_of(ptx.kernels, ptx.optimizer, triple, table)
     assert re.search(r"\bfma\.rn\.f(32|64)\b", body)
     assert not re.search(r"\.ftz\.f32\b|\.approx\.f32\b|\.full\b|\bmad\.f", body)
 
 
-def disassembler() -> str | None:
-    """nvdisasm from PATH, a toolkit, or triton, which torch's CUDA wheels bring."""
-    places = [os.environ.get("PATH", "")]
-    triton = importlib.util.find_spec("triton")
-    if triton is not None and triton.origin is not None:
-        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
-    places.append("/usr/local/cuda/bin")
-    return shutil.which("nvdisasm", path=os.pathsep.join(places))
-
-
-def test_machine_code_moves_sixteen_bytes_at_a_time(assembled: tuple[str, Path]) -> None:
-    tool = disassembler()
-    if tool is None:
+def test_machine_code_moves_sixteen_bytes_at_a_time(
+    ask: Callable[..., str], architecture: str
+) -> None:
+    if tool("nvdisasm") is None:
         pytest.skip("no nvdisasm on PATH, in a toolkit or in triton")
-    _, cubin = assembled
-    done = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for triple in TRIPLES:
-        for table in TABLES:
-            start = "//--------------------- .text."
-            body = body_of(done.stdout, triple, table, start, "//---------------------")
-            loads = re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", body)
-            stores = re.findall(r"\bSTG\.E\.(?:\w+\.)*128\b", body)
-            assert len(loads) >= 4, f"{triple}, table of {table} bytes"
-            assert len(stores) >= 4, f"{triple}, table of {table} bytes"
-            assert not re.search(r"\b(LDL|STL)\b", body), "local memory is a spill"
+    code = ask("-sass", "-arch", architecture).split("Function : ")[1:]
+    for optimizer in BUFFERS:
+        for triple in TRIPLES:
+            for table in TABLES:
+                body = one_of(code, optimizer, triple, table)
+                # 55 MB in all: what is looked for begins with letters, which is fast.
+                loads = re.findall(r"LDG\.E\.(?:\w+\.)*128\b", body)
+                stores = re.findall(r"STG\.E\.(?:\w+\.)*128\b", body)
+                kernel = f"{optimizer}, {triple}, table of {table} bytes"
+                assert len(loads) >= 4, kernel
+                assert len(stores) >= 4, kernel
+                for local in (r"LDL\b", r"STL\b"):
+                    assert not re.search(local, body), "local memory is a spill"
