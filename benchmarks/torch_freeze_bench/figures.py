@@ -37,7 +37,7 @@ def draw(found: Sequence[Measured], family: Family) -> Iterator[Any]:
     for m in found:
         fused = "filter/fused" if m.of("filter/fused", "warm") else "all/fused"
         shown = m.suite == "targets" and m.key in _BARS
-        if shown and (gain := m.ratio(fused, "warm")):
+        if shown and (gain := m.ratio(fused, "warm", to=m.ours_as(fused))):
             gains[_BARS[m.key]] = gain
     if gains:
         yield _bars(gains, f"Time of step(): stock fused over {family.name}")

@@ -213,11 +213,11 @@ def table(found: Measured, family: Family) -> str:
     return "\n".join([filled(found.title + found.details), shown, *map(indented, notes)])
 
 
-def share_of_pass(found: Measured) -> Summary | None:
+def share_of_pass(found: Measured, ours: str = OURS) -> Summary | None:
     """The bytes per second of our update over those of the reference pass of its device."""
     on_gpu = bool(found.of("reference/copy", "device"))
     name, measure = ("copy", "device") if on_gpu else ("read-modify-write", "warm")
-    share = found.ratio(f"reference/{name}", measure, to=OURS)
+    share = found.ratio(f"reference/{name}", measure, to=ours)
     if share is None:
         return None
     scale = (found.one(FACTS, "step bytes") or 0) / (found.one(f"reference/{name}", "bytes") or 1)

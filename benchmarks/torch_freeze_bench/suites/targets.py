@@ -30,8 +30,9 @@ SIMULATED_SCALE = 1e-3
 class Target:
     """A line of the table: a figure of one workload, and the bound that it is to keep.
 
-    The bound's unit says what is compared. ``x``: the time of the contestant ``against`` over ours.
-    ``ns``: what each frozen parameter adds to a step. ``%``: the bytes per second of a plain pass.
+    The bound's unit says what is compared. ``x``: the time of the contestant ``against`` over ours,
+    in the same form where we have it. ``ns``: what each frozen parameter adds to a step. ``%``: the
+    bytes per second of a plain pass, by ours or the form ``against`` of it.
     ``us``: the time until step() returns. And without a bound, the other that comes closest.
     """
 
@@ -45,7 +46,8 @@ class Target:
     def line(self, found: dict[str, Measured]) -> Reached:
         """Compare the figure with its bound, by the workloads' keys."""
         of = found.get(self.workload)
-        vs = f", vs stock {self.against.replace('/', ' ')}" if "/" in self.against else ""
+        scope, _, form = self.against.partition("/")
+        vs = f", vs stock {scope} {form}" if form and scope != OURS else form and f", {form}"
         return judge(self.case + vs, self._figure(of) if of else None, self.bound)
 
     def _figure(self, of: Measured) -> tuple[float, str] | None:
@@ -55,6 +57,12 @@ class Target:
         if self.bound == NOTHING:
             best = of.fastest_other(self.measure)
             return best and (best[1].median, f"{duration(ours.median)}; {best[0]}: {_x(best[1])}")
+        if self.bound.endswith("%"):
+            share = share_of_pass(of, self.against or OURS)
+            if share is None:
+                return None
+            median, low, high = (100 * value for value in share)
+            return median, f"{median:.0f} % [{low:.0f}-{high:.0f}]"
         if self.against == OURS:
             ratio = of.ratio(OURS, self.measure, to=BESIDE)
             return ratio and (ratio.median, _x(ratio))
@@ -62,9 +70,6 @@ class Target:
             mine = of.ours_as(self.against)
             ratio, time = of.ratio(self.against, self.measure, to=mine), of.time(mine, self.measure)
             return ratio and time and (ratio.median, f"{_x(ratio)}, {duration(time.median)}")
-        if self.bound.endswith("%") and (share := share_of_pass(of)):
-            median, low, high = (100 * value for value in share)
-            return median, f"{median:.0f} % [{low:.0f}-{high:.0f}]"
         if self.bound.endswith("ns") and beside:
             cost = (ours.median - beside.median) / (of.one(FACTS, "frozen tensors") or 1)
             return cost, f"{cost:.2f} ns"
@@ -112,6 +117,7 @@ ADAMW_TARGETS = (
     Target("ViT-B/16", "vit_b_16/0", ">= 5x", "all/default"),
     Target("ViT-B/16", "vit_b_16/0", ">= 1.1x", "all/fused"),
     Target(_VIT_PASS, "vit_b_16/0", ">= 90 %"),
+    Target(_VIT_PASS, "vit_b_16/0", ">= 90 %", f"{OURS}/fused"),
     Target("MobileNetV3-small", _MOBILENET, ">= 6x", "all/default"),
     Target("MobileNetV3-small", _MOBILENET, ">= 1.6x", "all/fused"),
 )
