@@ -60,7 +60,6 @@ class Case(hostile.Case):
     error: str = ""  # what the message has to say
     alone: bool = False
     families: tuple[str, ...] = ("SGD", "AdamW")
-    broken: str = ""  # why it fails as yet
     around: Callable[[], Any] = contextlib.nullcontext  # the steps
 
 
@@ -173,10 +172,9 @@ def each(table: hostile.Table[Case], on_gpu: Iterable[str] = ()) -> pytest.MarkD
     for device, marks, names in (("cpu", [], table), ("cuda", [pytest.mark.gpu], on_gpu)):
         for name in names:
             case = table[name]
-            broken = [pytest.mark.xfail(strict=True, reason=case.broken)] if case.broken else []
             for family in case.families:
                 run = f"{family}: {name}" + ("-cuda" if marks else "")
-                runs.append(pytest.param(case, family, device, id=run, marks=[*marks, *broken]))
+                runs.append(pytest.param(case, family, device, id=run, marks=marks))
     return pytest.mark.parametrize(("case", "family", "device"), runs)
 
 
