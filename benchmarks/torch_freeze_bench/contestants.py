@@ -40,7 +40,7 @@ class Family:
     keywords: Mapping[str, str] = field(default_factory=dict)
     """What ours calls ``frozen_state`` and ``state_dtype``, if something else."""
     forms: tuple[str, ...] = ()
-    """Forms of stock's that ours computes as such, and so is compared in, too."""
+    """Forms of stock's whose arithmetic ours has, too; ours is then compared in each of them."""
     packages: Mapping[str, Make] = field(default_factory=dict)
     """Other packages that compute the same; those that are installed join the speed suites."""
     in_memory: tuple[Contestant, ...] = ()

@@ -253,7 +253,8 @@ _LEGEND = {
         " stock with no option set, which is one tensor after the other on a CPU and foreach on a"
         " GPU. iteration: zero_grad, forward, backward and step on a small batch.",
         "times ours: the median over {name}'s, so above 1 {name} is faster; then the 10th to 90th"
-        " percentile of the ratios within each round.",
+        " percentile of the ratios within each round. Targets and bars compare stock's fused"
+        " form with {name}'s own, where it has one.",
         "equal: weights and state after 5 steps compared with stock foreach=False, on the digits"
         " the losses; bits: equal in every bit, else the largest difference over the largest"
         " value.",

@@ -415,7 +415,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
             if not factor.requires_grad:
                 continue
             if self.source(factor):
-                self.weight_work += flops * (not rows or not rows[0].requires_grad)
+                if not (rows and rows[0].requires_grad):
+                    self.weight_work += flops
             elif not rows:
                 self.input_work += flops
 

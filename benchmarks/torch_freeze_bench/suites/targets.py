@@ -47,7 +47,9 @@ class Target:
         """Compare the figure with its bound, by the workloads' keys."""
         of = found.get(self.workload)
         scope, _, form = self.against.partition("/")
-        vs = f", vs stock {scope} {form}" if form and scope != OURS else form and f", {form}"
+        vs = ""
+        if form:
+            vs = f", {form}" if scope == OURS else f", vs stock {scope} {form}"
         return judge(self.case + vs, self._figure(of) if of else None, self.bound)
 
     def _figure(self, of: Measured) -> tuple[float, str] | None:

@@ -214,8 +214,7 @@ class Plan:
     handled: tuple[nn.Module, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        given = [given.module for given in self.given.values()]
-        modules = [*self.skipped_modules, *self.in_eval.values(), *given]
+        modules = [*self._ends, *self.in_eval.values()]
         self.handled = tuple({id(m): m for m in modules}.values())
 
     @property
@@ -240,8 +239,12 @@ class Plan:
     def why_refused(self, tree: Tree) -> str:
         """Why shards forbid this plan; "" if they do not."""
         modules = {entry.name: entry.module for entry in tree.order}
-        boundary = [*self.skipped_modules, *(given.module for given in self.given.values())]
-        return why_refused(modules, self.modules, boundary, self.tensors)
+        return why_refused(modules, self.modules, self._ends, self.tensors)
+
+    @property
+    def _ends(self) -> list[nn.Module]:
+        """The modules with a call that is skipped, or gets something stored."""
+        return [*self.skipped_modules, *(given.module for given in self.given.values())]
 
     def placed(self, slots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The slots of a batch, as `rows` gives them, with the dimension of the batch in place."""
